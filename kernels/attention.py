@@ -1,0 +1,269 @@
+"""Attention with its log-sum-exp, as custom ops: longreel::attention, longreel::attention_packed and their backwards.
+
+out = softmax(scale * q k^T) v, lse = log sum exp(scale * q k^T); both differentiable (delta -= dlse).
+Shapes: q [B, S, H, D], k and v [B, T, H, D], out like q, lse [B, H, S] in fp32 (fp64 for fp64 inputs).
+FLOPs: forward 4 B S T H D, backward 10 B S T H D (five matrix products).
+Source: Dao 2023, FlashAttention-2 (arXiv:2307.08691), equations for the backward pass.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from longreel.kernels import reference, sdpa
+from longreel.kernels.checks import check_cu_seqlens, check_head_dim, check_same
+
+PROVIDERS = ("torch", "sdpa-flash")
+_NOT_YET = {"triton": "the Triton attention kernel is not part of this version"}
+
+
+def resolve_attention_provider(provider: str, device: torch.device) -> str:
+    """The implementation that runs for this request: what `auto` picks, or the named one.
+
+    Args:
+        provider: `auto` (sdpa-flash on CUDA, the eager specification elsewhere), `torch` or `sdpa-flash`.
+        device: where the tensors live.
+
+    Raises:
+        ValueError: the name is unknown or that provider is not there; the message says why and lists what is.
+    """
+    if provider == "auto":
+        return "sdpa-flash" if device.type == "cuda" else "torch"
+    if provider in _NOT_YET:
+        raise ValueError(f"attention provider {provider!r} is missing: {_NOT_YET[provider]}; use {', '.join(PROVIDERS)}")
+    if provider not in PROVIDERS:
+        raise ValueError(f"unknown attention provider {provider!r}; providers are auto, {', '.join(PROVIDERS)}")
+    return provider
+
+
+@torch.library.custom_op("longreel::attention", mutates_args=())
+def attention_op(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    softmax_scale: float,
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+    provider: str,
+) -> tuple[Tensor, Tensor]:
+    """Forward op; see attention()."""
+    forward = sdpa.attention_fwd if provider == "sdpa-flash" else reference.attention_fwd
+    return forward(q, k, v, softmax_scale, cu_seqlens_q, cu_seqlens_k)
+
+
+@torch.library.custom_op("longreel::attention_backward", mutates_args=())
+def attention_backward_op(
+    dout: Tensor,
+    dlse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    softmax_scale: float,
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+    provider: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Backward op: (dq, dk, dv), contiguous."""
+    backward = sdpa.attention_bwd if provider == "sdpa-flash" else reference.attention_bwd
+    return backward(dout, dlse, q, k, v, out, lse, softmax_scale, cu_seqlens_q, cu_seqlens_k)
+
+
+@torch.library.custom_op("longreel::attention_packed", mutates_args=())
+def attention_packed_op(
+    qkv: Tensor, softmax_scale: float, cu_seqlens: Tensor | None, provider: str
+) -> tuple[Tensor, Tensor]:
+    """Forward op on one projection output; see attention_packed()."""
+    return attention_op(*qkv.unbind(2), softmax_scale, cu_seqlens, cu_seqlens, provider)
+
+
+@torch.library.custom_op("longreel::attention_packed_backward", mutates_args=())
+def attention_packed_backward_op(
+    dout: Tensor,
+    dlse: Tensor | None,
+    qkv: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    softmax_scale: float,
+    cu_seqlens: Tensor | None,
+    provider: str,
+) -> Tensor:
+    """Backward op: dqkv [B, S, 3, H, D], one tensor."""
+    grads = attention_backward_op(
+        dout, dlse, *qkv.unbind(2), out, lse, softmax_scale, cu_seqlens, cu_seqlens, provider
+    )
+    return torch.stack(grads, dim=2)
+
+
+def _lse_like(q: Tensor) -> Tensor:
+    return q.new_empty(q.shape[0], q.shape[2], q.shape[1], dtype=reference.compute_dtype(q.dtype))
+
+
+@attention_op.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    return q.new_empty(q.shape), _lse_like(q)
+
+
+@attention_backward_op.register_fake
+def _(dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+@attention_packed_op.register_fake
+def _(qkv: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    q = qkv.select(2, 0)
+    return q.new_empty(q.shape), _lse_like(q)
+
+
+@attention_packed_backward_op.register_fake
+def _(dout: Tensor, dlse: Tensor | None, qkv: Tensor, *_: Any) -> Tensor:
+    return qkv.new_empty(qkv.shape)
+
+
+def _save_attention(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    q, k, v, ctx.softmax_scale, cu_seqlens_q, cu_seqlens_k, ctx.provider = inputs
+    ctx.save_for_backward(q, k, v, *output, cu_seqlens_q, cu_seqlens_k)
+    ctx.set_materialize_grads(False)
+
+
+def _attention_grad(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
+    q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k = ctx.saved_tensors
+    if dout is None:
+        dout = torch.zeros_like(out)
+    dq, dk, dv = attention_backward_op(
+        dout, dlse, q, k, v, out, lse, ctx.softmax_scale, cu_seqlens_q, cu_seqlens_k, ctx.provider
+    )
+    return dq, dk, dv, None, None, None, None
+
+
+attention_op.register_autograd(_attention_grad, setup_context=_save_attention)
+
+
+def _save_packed(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    qkv, ctx.softmax_scale, cu_seqlens, ctx.provider = inputs
+    ctx.save_for_backward(qkv, *output, cu_seqlens)
+    ctx.set_materialize_grads(False)
+
+
+def _packed_grad(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
+    qkv, out, lse, cu_seqlens = ctx.saved_tensors
+    if dout is None:
+        dout = torch.zeros_like(out)
+    dqkv = attention_packed_backward_op(dout, dlse, qkv, out, lse, ctx.softmax_scale, cu_seqlens, ctx.provider)
+    return dqkv, None, None, None
+
+
+attention_packed_op.register_autograd(_packed_grad, setup_context=_save_packed)
+
+
+def attention_flops(q_shape: Any, k_shape: Any, products: int = 2) -> int:
+    """FLOPs of `products` matrix products of attention's size: 2 in forward, 5 in backward; a multiply-add is 2."""
+    batch, q_len, heads, head_dim = q_shape
+    return 2 * products * batch * heads * q_len * k_shape[1] * head_dim
+
+
+@register_flop_formula(torch.ops.longreel.attention)
+def _attention_flops(q: Any, k: Any, *_: Any, **__: Any) -> int:
+    return attention_flops(q, k)
+
+
+@register_flop_formula(torch.ops.longreel.attention_backward)
+def _attention_backward_flops(dout: Any, dlse: Any, q: Any, k: Any, *_: Any, **__: Any) -> int:
+    return attention_flops(q, k, products=5)
+
+
+@register_flop_formula(torch.ops.longreel.attention_packed)
+def _packed_flops(qkv: Any, *_: Any, **__: Any) -> int:
+    shape = (*qkv[:2], *qkv[3:])
+    return attention_flops(shape, shape)
+
+
+@register_flop_formula(torch.ops.longreel.attention_packed_backward)
+def _packed_backward_flops(dout: Any, dlse: Any, qkv: Any, *_: Any, **__: Any) -> int:
+    shape = (*qkv[:2], *qkv[3:])
+    return attention_flops(shape, shape, products=5)
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    softmax_scale: float | None = None,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
+    provider: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """Non-causal attention and its log-sum-exp, both differentiable.
+
+    Args:
+        q: [B, S, H, D], D a multiple of 8 up to 128; any strides with a contiguous last dim.
+        k, v: [B, T, H, D]; T may differ from S and may be 0 (out 0, lse -inf, gradients 0).
+        softmax_scale: factor of the scores, D ** -0.5 when None.
+        cu_seqlens_q, cu_seqlens_k: [N + 1] offsets of packed sequences (B = 1), both or none.
+        provider: see resolve_attention_provider.
+
+    Returns:
+        out [B, S, H, D] and lse [B, H, S] (fp32, or fp64 for fp64 inputs).
+
+    Raises:
+        ValueError: shapes, dtypes, devices or offsets that do not fit, or a provider that is not there.
+    """
+    for name, tensor in (("q", q), ("k", k), ("v", v)):
+        if tensor.dim() != 4:
+            raise ValueError(f"{name} must be [B, S, H, D], got {list(tensor.shape)}")
+        check_same(name, tensor, "q", q)
+        if tensor.stride(-1) != 1 and tensor.numel():
+            raise ValueError(f"{name}'s last dim has stride {tensor.stride(-1)}; it must be contiguous (stride 1)")
+    check_head_dim("q", q.shape[-1])
+    if k.shape != v.shape:
+        raise ValueError(f"k {list(k.shape)} and v {list(v.shape)} must have one shape")
+    if (k.shape[0], *k.shape[2:]) != (q.shape[0], *q.shape[2:]):
+        raise ValueError(f"k {list(k.shape)} must equal q {list(q.shape)} in batch, heads and head_dim")
+    if (cu_seqlens_q is None) != (cu_seqlens_k is None):
+        raise ValueError("cu_seqlens_q and cu_seqlens_k come together: give both or none")
+    if cu_seqlens_q is not None and cu_seqlens_k is not None:
+        if q.shape[0] != 1:
+            raise ValueError(f"cu_seqlens packs sequences into batch 1, but q has batch {q.shape[0]}")
+        check_cu_seqlens("cu_seqlens_q", cu_seqlens_q, q.shape[1])
+        check_cu_seqlens("cu_seqlens_k", cu_seqlens_k, k.shape[1], rows=cu_seqlens_q.numel() - 1)
+    scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
+    return attention_op(q, k, v, scale, cu_seqlens_q, cu_seqlens_k, resolve_attention_provider(provider, q.device))
+
+
+def attention_packed(
+    qkv: Tensor,
+    *,
+    softmax_scale: float | None = None,
+    cu_seqlens: Tensor | None = None,
+    provider: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """Self-attention on the projection's own output; backward writes one dqkv.
+
+    Args:
+        qkv: [B, S, 3, H, D]; any strides with a contiguous last dim.
+        softmax_scale, provider: as in attention().
+        cu_seqlens: [N + 1] offsets of packed sequences (B = 1), or None.
+
+    Returns:
+        out [B, S, H, D] and lse [B, H, S].
+
+    Raises:
+        ValueError: as attention().
+    """
+    if qkv.dim() != 5 or qkv.shape[2] != 3:
+        raise ValueError(f"qkv must be [B, S, 3, H, D], got {list(qkv.shape)}")
+    if qkv.stride(-1) != 1 and qkv.numel():
+        raise ValueError(f"qkv's last dim has stride {qkv.stride(-1)}; it must be contiguous (stride 1)")
+    check_head_dim("qkv", qkv.shape[-1])
+    if cu_seqlens is not None:
+        if qkv.shape[0] != 1:
+            raise ValueError(f"cu_seqlens packs sequences into batch 1, but qkv has batch {qkv.shape[0]}")
+        check_cu_seqlens("cu_seqlens", cu_seqlens, qkv.shape[1])
+    scale = qkv.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
+    return attention_packed_op(qkv, scale, cu_seqlens, resolve_attention_provider(provider, qkv.device))

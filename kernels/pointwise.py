@@ -1,0 +1,187 @@
+"""The memory-bound ops of a DiT block, as custom ops: adaLN modulate, gated residual, bias + GELU.
+
+Bytes moved, fused, with n = B S C elements of e bytes: adaLN 2 n e forward, 3 n e backward; gated residual 3 n e and
+3 n e; bias-GELU 2 n e and 3 n e. Statistics in fp32 (fp64 for fp64 inputs).
+Source: Peebles and Xie 2022, DiT (arXiv:2212.09748), adaLN-zero block.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from longreel.kernels import reference
+from longreel.kernels.checks import check_modulation, check_same
+
+
+@torch.library.custom_op("longreel::adaln_modulate", mutates_args=())
+def adaln_modulate_op(
+    x: Tensor, shift: Tensor, scale: Tensor, eps: float, cu_seqlens: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Forward op: (y, mean, rstd); see adaln_modulate()."""
+    return reference.adaln_modulate_fwd(x, shift, scale, eps, cu_seqlens)
+
+
+@torch.library.custom_op("longreel::adaln_modulate_backward", mutates_args=())
+def adaln_modulate_backward_op(
+    dy: Tensor, x: Tensor, scale: Tensor, mean: Tensor, rstd: Tensor, cu_seqlens: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Backward op: (dx, dshift, dscale)."""
+    return reference.adaln_modulate_bwd(dy, x, scale, mean, rstd, cu_seqlens)
+
+
+@torch.library.custom_op("longreel::gated_residual", mutates_args=())
+def gated_residual_op(x: Tensor, y: Tensor, gate: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+    """Forward op; see gated_residual()."""
+    return reference.gated_residual_fwd(x, y, gate, cu_seqlens)
+
+
+@torch.library.custom_op("longreel::gated_residual_backward", mutates_args=())
+def gated_residual_backward_op(
+    dz: Tensor, y: Tensor, gate: Tensor, cu_seqlens: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Backward op: (dy, dgate)."""
+    return reference.gated_residual_bwd(dz, y, gate, cu_seqlens)
+
+
+@torch.library.custom_op("longreel::bias_gelu", mutates_args=())
+def bias_gelu_op(x: Tensor, bias: Tensor) -> Tensor:
+    """Forward op; see bias_gelu()."""
+    return reference.bias_gelu_fwd(x, bias)
+
+
+@torch.library.custom_op("longreel::bias_gelu_backward", mutates_args=())
+def bias_gelu_backward_op(dy: Tensor, x: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+    """Backward op: (dx, dbias)."""
+    return reference.bias_gelu_bwd(dy, x, bias)
+
+
+@adaln_modulate_op.register_fake
+def _(x: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
+    stat = x.new_empty(x.shape[:-1], dtype=reference.compute_dtype(x.dtype))
+    return x.new_empty(x.shape), stat, torch.empty_like(stat)
+
+
+@adaln_modulate_backward_op.register_fake
+def _(dy: Tensor, x: Tensor, scale: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return x.new_empty(x.shape), scale.new_empty(scale.shape), scale.new_empty(scale.shape)
+
+
+@gated_residual_op.register_fake
+def _(x: Tensor, *_: Any) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+@gated_residual_backward_op.register_fake
+def _(dz: Tensor, y: Tensor, gate: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    return y.new_empty(y.shape), gate.new_empty(gate.shape)
+
+
+@bias_gelu_op.register_fake
+def _(x: Tensor, bias: Tensor) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+@bias_gelu_backward_op.register_fake
+def _(dy: Tensor, x: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape), bias.new_empty(bias.shape)
+
+
+def _save_adaln(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    x, _, scale, _, cu_seqlens = inputs
+    ctx.save_for_backward(x, scale, *output[1:], cu_seqlens)
+    ctx.mark_non_differentiable(*output[1:])
+
+
+def _adaln_grad(ctx: Any, dy: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+    x, scale, mean, rstd, cu_seqlens = ctx.saved_tensors
+    return *adaln_modulate_backward_op(dy, x, scale, mean, rstd, cu_seqlens), None, None
+
+
+adaln_modulate_op.register_autograd(_adaln_grad, setup_context=_save_adaln)
+
+
+def _save_gated(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _, y, gate, cu_seqlens = inputs
+    ctx.save_for_backward(y, gate, cu_seqlens)
+
+
+def _gated_grad(ctx: Any, dz: Tensor) -> tuple[Tensor | None, ...]:
+    return dz, *gated_residual_backward_op(dz, *ctx.saved_tensors), None
+
+
+gated_residual_op.register_autograd(_gated_grad, setup_context=_save_gated)
+
+
+def _save_gelu(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _gelu_grad(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor]:
+    return bias_gelu_backward_op(dy, *ctx.saved_tensors)
+
+
+bias_gelu_op.register_autograd(_gelu_grad, setup_context=_save_gelu)
+
+
+def adaln_modulate(
+    x: Tensor, shift: Tensor, scale: Tensor, *, eps: float = 1e-6, cu_seqlens: Tensor | None = None
+) -> Tensor:
+    """LayerNorm(x) * (1 + scale) + shift, LayerNorm over C without affine.
+
+    Args:
+        x: [B, S, C].
+        shift, scale: [B, C], or [N, C] for the N segments of a packed sequence.
+        eps: added to the variance.
+        cu_seqlens: [N + 1] offsets of packed segments (B = 1), or None.
+
+    Returns:
+        [B, S, C] in x's dtype.
+
+    Raises:
+        ValueError: shapes, dtypes, devices or offsets that do not fit.
+    """
+    check_modulation("shift", shift, x, cu_seqlens)
+    check_modulation("scale", scale, x, cu_seqlens)
+    return adaln_modulate_op(x, shift, scale, eps, cu_seqlens)[0]
+
+
+def gated_residual(x: Tensor, y: Tensor, gate: Tensor, *, cu_seqlens: Tensor | None = None) -> Tensor:
+    """x + gate * y.
+
+    Args:
+        x, y: [B, S, C].
+        gate: [B, C], or [N, C] for the N segments of a packed sequence.
+        cu_seqlens: [N + 1] offsets of packed segments (B = 1), or None.
+
+    Returns:
+        [B, S, C] in x's dtype.
+
+    Raises:
+        ValueError: shapes, dtypes, devices or offsets that do not fit.
+    """
+    check_same("y", y, "x", x)
+    if y.shape != x.shape:
+        raise ValueError(f"y {list(y.shape)} must have x's shape {list(x.shape)}")
+    check_modulation("gate", gate, x, cu_seqlens)
+    return gated_residual_op(x, y, gate, cu_seqlens)
+
+
+def bias_gelu(x: Tensor, bias: Tensor) -> Tensor:
+    """gelu_tanh(x + bias); backward needs x and bias only.
+
+    Args:
+        x: [..., C]. bias: [C].
+
+    Returns:
+        [..., C] in x's dtype.
+
+    Raises:
+        ValueError: shapes, dtypes or devices that do not fit.
+    """
+    check_same("bias", bias, "x", x)
+    if list(bias.shape) != [x.shape[-1]]:
+        raise ValueError(f"bias must be [{x.shape[-1]}] for x {list(x.shape)}, got {list(bias.shape)}")
+    return bias_gelu_op(x, bias)

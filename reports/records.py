@@ -1,0 +1,139 @@
+"""The record: one JSON line per benchmark point, append-only, keyed by configuration, commit and environment."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any, Literal, get_args
+
+SCHEMA_VERSION = 1
+
+Kind = Literal["measured", "emulated", "predicted"]
+Regime = Literal["full", "text_only"]
+Status = Literal["ok", "oom", "wrong", "error", "skipped"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Record:
+    """One point of a sweep, whatever became of it.
+
+    Args:
+        kind: `measured` (every rank a real process on its own device), `emulated` (one rank of P for real) or
+            `predicted` (no rank ran).
+        regime: `full` (self-attention over all tokens) or `text_only` (text attention only).
+        status: `ok`, or why there is no figure; then `reason` says it in words.
+        model: name of the model. device: what it ran on or was predicted for, in words.
+        strategy: sequence-parallel strategy. sp_degree, dp_degree, num_devices: P, dp and P * dp.
+        engine: `fsdp2-zero2`, `fsdp2-zero3`, `ddp`. policy: activation policy.
+        attention: attention provider that ran or is assumed.
+        seq_len: S, tokens per sample. batch_per_group: samples each SP group holds in a step.
+        is_baseline: this point belongs to the one baseline every ratio refers to.
+        samples_s: every step time, seconds, slowest rank; empty when nothing was timed.
+        interval_s: (low, high) of the step time, seconds: p20 and p80 when measured, the model's bounds if predicted.
+        step_s: median step time, seconds, or the predicted one.
+        memory: bytes on the rank that holds most, by name: `allocated`, `reserved`, `device`, `process`.
+        memory_limit: bytes of the device, None when there is no limit to compare with.
+        traffic: bytes one rank sends in a step, by collective.
+        flops: useful FLOPs of one step over all devices; hw_flops counts recomputation too.
+        mfu, hfu: flops and hw_flops over the devices' peak for the step's time, None where no peak is known.
+        error: comparison with the oracle: `loss`, `grad` (relative errors) and `tolerance`.
+        energy_j: energy of one step over all devices, joules, None where it was not measured.
+        config: the whole resolved configuration. provenance: commit, versions, environment, command, time.
+    """
+
+    kind: Kind
+    regime: Regime
+    status: Status
+    model: str
+    device: str
+    strategy: str
+    sp_degree: int
+    dp_degree: int
+    num_devices: int
+    engine: str
+    policy: str
+    attention: str
+    seq_len: int
+    batch_per_group: int
+    is_baseline: bool = False
+    reason: str | None = None
+    samples_s: tuple[float, ...] = ()
+    step_s: float | None = None
+    interval_s: tuple[float, float] | None = None
+    memory: Mapping[str, int] = field(default_factory=dict)
+    memory_limit: int | None = None
+    traffic: Mapping[str, int] = field(default_factory=dict)
+    flops: float | None = None
+    hw_flops: float | None = None
+    mfu: float | None = None
+    hfu: float | None = None
+    error: Mapping[str, float] = field(default_factory=dict)
+    energy_j: float | None = None
+    config: Mapping[str, Any] = field(default_factory=dict)
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+    schema_version: int = SCHEMA_VERSION
+
+    def __post_init__(self) -> None:
+        for name, allowed in (("kind", Kind), ("regime", Regime), ("status", Status)):
+            if getattr(self, name) not in get_args(allowed):
+                raise ValueError(f"{name} must be one of {', '.join(get_args(allowed))}; got {getattr(self, name)!r}")
+        if self.status != "ok" and not self.reason:
+            raise ValueError(f"a record with status {self.status!r} needs a reason")
+        if self.status == "ok" and self.step_s is None:
+            raise ValueError("a record with status 'ok' needs step_s")
+        if self.sp_degree * self.dp_degree != self.num_devices:
+            raise ValueError(f"sp_degree {self.sp_degree} * dp_degree {self.dp_degree} != num_devices {self.num_devices}")
+
+    @property
+    def tokens_per_s(self) -> float | None:
+        """Tokens per second over all devices."""
+        if self.step_s is None:
+            return None
+        return self.seq_len * self.batch_per_group * self.dp_degree / self.step_s
+
+    @property
+    def samples_per_s(self) -> float | None:
+        """Samples per second over all devices, the unit of the published tables."""
+        return None if self.step_s is None else self.batch_per_group * self.dp_degree / self.step_s
+
+    @property
+    def peak_memory(self) -> int | None:
+        """Bytes of the most telling memory figure: allocated on a device, else of the whole process."""
+        return self.memory.get("allocated", self.memory.get("process"))
+
+    @property
+    def key(self) -> str:
+        """Hash of configuration, commit and environment: two records with one key are the same point."""
+        identity = {
+            "kind": self.kind,
+            "config": dict(self.config),
+            "commit": self.provenance.get("commit"),
+            "environment": self.provenance.get("environment"),
+        }
+        return hashlib.sha256(json.dumps(identity, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+    def to_json(self) -> str:
+        """One line of JSON, without a newline."""
+        return json.dumps(asdict(self) | {"key": self.key}, sort_keys=True, allow_nan=False)
+
+    @classmethod
+    def from_json(cls, line: str) -> Record:
+        """The record of one line; ValueError for a newer schema, unknown fields or what is not a record."""
+        data = json.loads(line)
+        if not isinstance(data, dict):
+            raise ValueError(f"a record is a JSON object, got {type(data).__name__}")
+        if data.get("schema_version", 0) > SCHEMA_VERSION:
+            raise ValueError(
+                f"record has schema version {data['schema_version']}, this version reads up to {SCHEMA_VERSION}; "
+                "use a newer longreel"
+            )
+        data.pop("key", None)
+        unknown = set(data) - {f.name for f in fields(cls)}
+        if unknown:
+            raise ValueError(f"unknown fields in record: {', '.join(sorted(unknown))}")
+        for name in ("samples_s", "interval_s"):
+            if data.get(name) is not None:
+                data[name] = tuple(data[name])
+        return cls(**data)
