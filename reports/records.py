@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from typing import Any, Literal, get_args
 
 SCHEMA_VERSION = 1
@@ -13,6 +14,21 @@ SCHEMA_VERSION = 1
 Kind = Literal["measured", "emulated", "predicted"]
 Regime = Literal["full", "text_only"]
 Status = Literal["ok", "oom", "wrong", "error", "skipped"]
+
+# What says which point a record is, besides `config`; not `attention`, which is what ran, not what was asked for.
+_IDENTITY = (
+    "kind",
+    "regime",
+    "model",
+    "device",
+    "strategy",
+    "sp_degree",
+    "dp_degree",
+    "engine",
+    "policy",
+    "seq_len",
+    "batch_per_group",
+)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -83,8 +99,12 @@ class Record:
             raise ValueError(f"a record with status {self.status!r} needs a reason")
         if self.status == "ok" and self.step_s is None:
             raise ValueError("a record with status 'ok' needs step_s")
+        if self.step_s is not None and not self.step_s > 0:
+            raise ValueError(f"step_s must be positive, got {self.step_s}")
         if self.sp_degree * self.dp_degree != self.num_devices:
-            raise ValueError(f"sp_degree {self.sp_degree} * dp_degree {self.dp_degree} != num_devices {self.num_devices}")
+            raise ValueError(
+                f"sp_degree {self.sp_degree} * dp_degree {self.dp_degree} must be num_devices {self.num_devices}"
+            )
 
     @property
     def tokens_per_s(self) -> float | None:
@@ -106,8 +126,7 @@ class Record:
     @property
     def key(self) -> str:
         """Hash of configuration, commit and environment: two records with one key are the same point."""
-        identity = {
-            "kind": self.kind,
+        identity = {name: getattr(self, name) for name in _IDENTITY} | {
             "config": dict(self.config),
             "commit": self.provenance.get("commit"),
             "environment": self.provenance.get("environment"),
@@ -115,25 +134,79 @@ class Record:
         return hashlib.sha256(json.dumps(identity, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
     def to_json(self) -> str:
-        """One line of JSON, without a newline."""
-        return json.dumps(asdict(self) | {"key": self.key}, sort_keys=True, allow_nan=False)
+        """One line of JSON, without a newline; an error that is not finite is written as a string ("nan", "inf").
+
+        Raises:
+            ValueError: another number is not finite.
+        """
+        error = {name: value if math.isfinite(value) else str(value) for name, value in self.error.items()}
+        return json.dumps(asdict(self) | {"key": self.key, "error": error}, sort_keys=True, allow_nan=False)
 
     @classmethod
     def from_json(cls, line: str) -> Record:
         """The record of one line; ValueError for a newer schema, unknown fields or what is not a record."""
-        data = json.loads(line)
+        data = json.loads(line, parse_constant=_refuse_constant)
         if not isinstance(data, dict):
             raise ValueError(f"a record is a JSON object, got {type(data).__name__}")
-        if data.get("schema_version", 0) > SCHEMA_VERSION:
+        version = data.get("schema_version")
+        if not isinstance(version, int):
+            raise ValueError(f"schema_version must be an integer, got {version!r}")
+        if version > SCHEMA_VERSION:
             raise ValueError(
-                f"record has schema version {data['schema_version']}, this version reads up to {SCHEMA_VERSION}; "
-                "use a newer longreel"
+                f"record has schema version {version}, this version reads up to {SCHEMA_VERSION}; use a newer longreel"
             )
         data.pop("key", None)
         unknown = set(data) - {f.name for f in fields(cls)}
         if unknown:
             raise ValueError(f"unknown fields in record: {', '.join(sorted(unknown))}")
+        for f in fields(cls):
+            if f.name not in data:
+                if f.default is MISSING and f.default_factory is MISSING:
+                    raise ValueError(f"record lacks the field {f.name}")
+            elif not _FITS[str(f.type).removesuffix(" | None")](data[f.name]) and not (
+                data[f.name] is None and str(f.type).endswith(" | None")
+            ):
+                raise ValueError(f"{f.name} must be {f.type}, got {data[f.name]!r}")
         for name in ("samples_s", "interval_s"):
             if data.get(name) is not None:
                 data[name] = tuple(data[name])
+        if "error" in data:
+            data["error"] = {name: float(value) for name, value in data["error"].items()}
         return cls(**data)
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is not JSON")
+
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_float(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _is_error(value: object) -> bool:
+    return _is_float(value) or value in ("nan", "inf", "-inf")
+
+
+def _is_map(value: object, of: Callable[[object], bool] = lambda _: True) -> bool:
+    return isinstance(value, dict) and all(of(v) for v in value.values())
+
+
+# Annotation -> whether a JSON value fits it: one bad line must be an error that names it, not a crash in a figure.
+_FITS: dict[str, Callable[[Any], bool]] = {
+    "Kind": lambda v: isinstance(v, str),
+    "Regime": lambda v: isinstance(v, str),
+    "Status": lambda v: isinstance(v, str),
+    "str": lambda v: isinstance(v, str),
+    "bool": lambda v: isinstance(v, bool),
+    "int": _is_int,
+    "float": _is_float,
+    "tuple[float, ...]": lambda v: isinstance(v, list) and all(map(_is_float, v)),
+    "tuple[float, float]": lambda v: isinstance(v, list) and len(v) == 2 and all(map(_is_float, v)),
+    "Mapping[str, int]": lambda v: _is_map(v, _is_float),
+    "Mapping[str, float]": lambda v: _is_map(v, _is_error),
+    "Mapping[str, Any]": _is_map,
+}

@@ -1,0 +1,193 @@
+"""Which record is compared with which: groups, the one baseline of each, ratios to it, and who is fastest.
+
+Records are compared only inside a group: same kind (measured, emulated, predicted), regime, model, device and number
+of devices; and against the baseline only at the same sequence length.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import get_args
+
+from longreel.reports import formatting
+from longreel.reports.records import Kind, Record, Regime
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Group:
+    """What records must have in common to share a figure, a table and a baseline."""
+
+    kind: Kind
+    regime: Regime
+    model: str
+    device: str
+    num_devices: int
+
+    @classmethod
+    def of(cls, record: Record) -> Group:
+        return cls(
+            kind=record.kind,
+            regime=record.regime,
+            model=record.model,
+            device=record.device,
+            num_devices=record.num_devices,
+        )
+
+    @property
+    def label(self) -> str:
+        """MEASURED, EMULATED or PREDICTED."""
+        return self.kind.upper()
+
+    @property
+    def title(self) -> str:
+        """The group without its label, in words."""
+        return f"{self.num_devices} × {self.device}, {self.model}, {formatting.REGIME_LABELS[self.regime]}"
+
+    @property
+    def sort_key(self) -> tuple[int, int, str, str, int]:
+        kinds, regimes = get_args(Kind), get_args(Regime)
+        return kinds.index(self.kind), regimes.index(self.regime), self.model, self.device, self.num_devices
+
+
+def group_records(records: Iterable[Record]) -> dict[Group, list[Record]]:
+    """Records by group: measured first, then emulated, then predicted; in a group by length, strategy and degree."""
+    found: defaultdict[Group, list[Record]] = defaultdict(list)
+    for record in records:
+        found[Group.of(record)].append(record)
+
+    def order(record: Record) -> tuple[int, bool, str, int, str, str]:
+        r = record
+        return r.seq_len, not r.is_baseline, r.strategy, r.sp_degree, r.engine, r.policy
+
+    return {group: sorted(found[group], key=order) for group in sorted(found, key=lambda g: g.sort_key)}
+
+
+def fastest(records: Iterable[Record]) -> Record | None:
+    """The record with status `ok` and the most tokens per second, None where no record is `ok`."""
+    timed = [r for r in records if r.status == "ok"]
+    return max(timed, key=lambda r: r.tokens_per_s or 0.0, default=None)
+
+
+class Baselines:
+    """The baseline of each (group, sequence length), found once for all records.
+
+    Where several records at one length are marked as baseline (activation policies of the same configuration, a run
+    repeated on another commit), the fastest one that ran is the baseline: the strongest opponent.
+    """
+
+    def __init__(self, records: Iterable[Record]) -> None:
+        marked: defaultdict[tuple[Group, int], list[Record]] = defaultdict(list)
+        for record in records:
+            if record.is_baseline:
+                marked[Group.of(record), record.seq_len].append(record)
+        self._of = {where: fastest(found) or found[-1] for where, found in marked.items()}
+
+    def of(self, record: Record) -> Record | None:
+        """The baseline at the record's group and length (which may have failed), None where none was run."""
+        return self._of.get((Group.of(record), record.seq_len))
+
+    def ratio(self, record: Record) -> float | None:
+        """Tokens/s of the record over the baseline's; None unless both ended `ok`."""
+        baseline = self.of(record)
+        if baseline is None or baseline.status != "ok" or record.status != "ok":
+            return None
+        if not record.tokens_per_s or not baseline.tokens_per_s:
+            return None
+        return record.tokens_per_s / baseline.tokens_per_s
+
+    def ratio_interval(self, record: Record) -> tuple[float, float] | None:
+        """Bounds of `ratio` when both step times take the ends of their intervals that are furthest apart."""
+        ratio, baseline = self.ratio(record), self.of(record)
+        if ratio is None or baseline is None or record is baseline:
+            return None
+        if record.interval_s is None or baseline.interval_s is None or not record.step_s or not baseline.step_s:
+            return None
+        slow = record.interval_s[1] / record.step_s
+        fast = record.interval_s[0] / record.step_s
+        if slow <= 0 or fast <= 0:
+            return None
+        return (
+            ratio * baseline.interval_s[0] / baseline.step_s / slow,
+            ratio * baseline.interval_s[1] / baseline.step_s / fast,
+        )
+
+
+def ratio_to_baseline(record: Record, records: Sequence[Record]) -> float | None:
+    """Throughput (tokens/s) of a record over that of the baseline of its group at its length.
+
+    Args:
+        record: one record. records: all records, the baseline among them; for many look-ups keep a `Baselines`.
+
+    Returns:
+        The ratio; None where either has no valid figure or no baseline was run at that length.
+    """
+    return Baselines(records).ratio(record)
+
+
+def throughput_interval(record: Record) -> tuple[float, float] | None:
+    """Tokens/s at both ends of the step time's interval, low first; None where there is none."""
+    if record.interval_s is None or record.tokens_per_s is None or record.step_s is None or record.interval_s[0] <= 0:
+        return None
+    tokens = record.tokens_per_s * record.step_s
+    return tokens / record.interval_s[1], tokens / record.interval_s[0]
+
+
+def configuration(record: Record, *, length: bool = False) -> str:
+    """A record's configuration in words: `ulysses, SP 2, DP 4, ZeRO-2, policy none`."""
+    engine = formatting.engine(record.engine)
+    words = f"{record.strategy}, SP {record.sp_degree}, DP {record.dp_degree}, {engine}, policy {record.policy}"
+    return f"{words}, {record.seq_len:,} tokens" if length else words
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Headline:
+    """A group in one sentence: the fastest configuration against the baseline.
+
+    They are compared at the longest length at which the baseline has a figure, which leaves no choice that could
+    flatter; `longest` says how far any configuration got.
+    """
+
+    group: Group
+    best: Record | None
+    baseline: Record | None
+    ratio: float | None
+    ratio_interval: tuple[float, float] | None
+    longest: Record | None
+    verdict: str
+
+
+def headline(group: Group, records: Sequence[Record], baselines: Baselines) -> Headline:
+    """The headline of one group's records."""
+    timed = [r for r in records if r.status == "ok"]
+    with_baseline = [r for r in timed if baselines.ratio(r) is not None]
+    candidates = with_baseline or timed
+    reach = max((r.seq_len for r in candidates), default=0)
+    best = fastest(r for r in candidates if r.seq_len == reach)
+    baseline = baselines.of(best) if best and with_baseline else None
+    ratio = baselines.ratio(best) if best and baseline else None
+    bounds = baselines.ratio_interval(best) if best and baseline else None
+    longest = fastest(r for r in timed if r.seq_len == max(t.seq_len for t in timed))
+    if best is None:
+        verdict = "No configuration has a figure."
+    elif baseline is None:
+        verdict = "The baseline has no figure at any length, so there is no ratio."
+    elif best is baseline:
+        others = any(r is not baseline for r in with_baseline if r.seq_len == reach)
+        verdict = "Nothing beats the baseline here." if others else "Only the baseline has a figure here."
+    elif bounds is None:
+        verdict = "Faster than the baseline; no interval was recorded."
+    elif bounds[0] > 1:
+        verdict = "Faster than the baseline over the whole interval."
+    else:
+        verdict = "The interval includes 1: not distinguishable from the baseline."
+    return Headline(
+        group=group,
+        best=best,
+        baseline=baseline,
+        ratio=ratio,
+        ratio_interval=bounds,
+        longest=longest,
+        verdict=verdict,
+    )

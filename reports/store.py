@@ -1,0 +1,190 @@
+"""Record files: append-only JSON lines that survive a crash in the middle of a write, and their export to CSV."""
+
+from __future__ import annotations
+
+import csv
+import fcntl
+import io
+import json
+import os
+import warnings
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from longreel.reports.compare import Baselines
+from longreel.reports.records import Record
+
+# CSV column -> field of the record, dotted where it lies inside a mapping.
+CSV_FIELDS = {
+    "key": "key",
+    "kind": "kind",
+    "regime": "regime",
+    "status": "status",
+    "reason": "reason",
+    "model": "model",
+    "device": "device",
+    "num_devices": "num_devices",
+    "strategy": "strategy",
+    "sp_degree": "sp_degree",
+    "dp_degree": "dp_degree",
+    "engine": "engine",
+    "policy": "policy",
+    "attention": "attention",
+    "seq_len": "seq_len",
+    "batch_per_group": "batch_per_group",
+    "is_baseline": "is_baseline",
+    "step_s": "step_s",
+    "step_low_s": "interval_s.0",
+    "step_high_s": "interval_s.1",
+    "memory_allocated_bytes": "memory.allocated",
+    "memory_reserved_bytes": "memory.reserved",
+    "memory_device_bytes": "memory.device",
+    "memory_process_bytes": "memory.process",
+    "memory_limit_bytes": "memory_limit",
+    "flops": "flops",
+    "hw_flops": "hw_flops",
+    "mfu": "mfu",
+    "hfu": "hfu",
+    "error_loss": "error.loss",
+    "error_grad": "error.grad",
+    "error_tolerance": "error.tolerance",
+    "energy_j": "energy_j",
+    "commit": "provenance.commit",
+}
+# Columns that are computed: tokens and samples per second over all devices, tokens/s over the baseline's of the same
+# group and length, bytes one rank sends in a step over all collectives, number of timed steps.
+CSV_DERIVED = ("tokens_per_s", "samples_per_s", "ratio_to_baseline", "bytes_sent", "num_samples")
+
+
+def append(path: str | os.PathLike[str], record: Record) -> None:
+    """Append one record: the whole line is on the disk when this returns, or the file is as it was.
+
+    What a crash left of a line at the end of the file is cut off first, with a warning.
+
+    Args:
+        path: the JSONL file, created (with its folder) where it does not exist. record: what to write.
+
+    Raises:
+        ValueError: the record cannot be written as JSON. OSError: the file cannot be written.
+    """
+    line = record.to_json().encode() + b"\n"
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "a+b", buffering=0) as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        size = file.seek(0, os.SEEK_END)
+        size -= _cut_unfinished_line(file, size, path)
+        try:
+            written = file.write(line)
+            if written != len(line):
+                raise OSError(f"only {written} of {len(line)} bytes of a record could be written to {path}")
+            os.fsync(file.fileno())
+        except OSError:
+            file.truncate(size)
+            raise
+
+
+def _cut_unfinished_line(file: io.FileIO, size: int, path: Path) -> int:
+    """Cut off what follows the last newline; the number of bytes that were cut."""
+    if size == 0:
+        return 0
+    file.seek(size - 1)
+    if file.read(1) == b"\n":
+        return 0
+    file.seek(0)
+    unfinished = file.read().rpartition(b"\n")[2]
+    warnings.warn(f"{path}: cut off {len(unfinished)} bytes of an unfinished last line", stacklevel=3)
+    file.truncate(size - len(unfinished))
+    return len(unfinished)
+
+
+def load(path: str | os.PathLike[str]) -> list[Record]:
+    """All records of a file, in the order they were written.
+
+    A last line without its newline is what a crash left of one: it is dropped with a warning.
+
+    Raises:
+        ValueError: another line is broken, or of a newer schema; names file and line. OSError: cannot be read.
+    """
+    path = Path(path)
+    lines = path.read_bytes().split(b"\n")
+    unfinished = lines.pop()
+    if unfinished.strip():
+        warnings.warn(f"{path}:{len(lines) + 1}: dropped an unfinished last line", stacklevel=2)
+    records = []
+    for i, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            records.append(Record.from_json(line.decode()))
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path}:{i}: not a record: {error.msg} at column {error.colno}") from None
+        except ValueError as error:
+            raise ValueError(f"{path}:{i}: {error}") from None
+    return records
+
+
+def latest(records: Iterable[Record]) -> list[Record]:
+    """One record per key, the last one written, in the order in which the points first appeared.
+
+    A point that failed and was run again is in the file twice; its last word counts.
+    """
+    by_key: dict[str, Record] = {}
+    for record in records:
+        by_key[record.key] = record
+    return list(by_key.values())
+
+
+def derived(record: Record, baselines: Baselines) -> dict[str, float | int | None]:
+    """The values of CSV_DERIVED for one record; None (an empty cell) where there is no valid figure."""
+    ok = record.status == "ok"
+    return {
+        "tokens_per_s": record.tokens_per_s if ok else None,
+        "samples_per_s": record.samples_per_s if ok else None,
+        "ratio_to_baseline": baselines.ratio(record),
+        "bytes_sent": sum(record.traffic.values()) if record.traffic else None,
+        "num_samples": len(record.samples_s),
+    }
+
+
+def csv_text(records: Sequence[Record]) -> str:
+    """The records as CSV: a header line, then a line per record with the columns of CSV_FIELDS and CSV_DERIVED."""
+    baselines = Baselines(records)
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow([*CSV_FIELDS, *CSV_DERIVED])
+    for record in records:
+        writer.writerow([*(_field(record, name) for name in CSV_FIELDS.values()), *derived(record, baselines).values()])
+    return out.getvalue()
+
+
+def write_csv(records: Sequence[Record], path: str | os.PathLike[str]) -> None:
+    """Write `csv_text(records)` to a file, whole or not at all.
+
+    Units are in the names: `_s` seconds, `_bytes` bytes; throughputs are per second over all devices.
+    """
+    write_files({Path(path): csv_text(records)})
+
+
+def write_files(contents: dict[Path, str]) -> None:
+    """Write files as a set: all are complete under temporary names before the first gets its own."""
+    staged: list[tuple[Path, Path]] = []
+    try:
+        for path, text in contents.items():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+            staged.append((temporary, path))
+            temporary.write_text(text, encoding="utf-8")
+        for temporary, path in staged:
+            os.replace(temporary, path)
+    finally:
+        for temporary, _ in staged:
+            temporary.unlink(missing_ok=True)
+
+
+def _field(record: Record, path: str) -> object:
+    name, _, rest = path.partition(".")
+    value = getattr(record, name)
+    if not rest or value is None:
+        return value
+    return value[int(rest)] if rest.isdigit() else value.get(rest)

@@ -1,0 +1,74 @@
+"""matplotlib's SVG made fit for a page: colours of the page, ids that do not clash, system fonts, no dead weight."""
+
+from __future__ import annotations
+
+import re
+from html import escape
+
+# The colours figures are drawn in. Ink becomes the page's text colour; the others CSS variables, which a page may set
+# for its background, with the colour itself as the fallback. Okabe and Ito's palette: told apart by the colour-blind.
+INK = "#010203"
+PALETTE = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
+
+FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', Arial, sans-serif"
+
+_STANDALONE_STYLE = (
+    "<style>svg{color:#1c2128;color-scheme:light dark}@media(prefers-color-scheme:dark){svg{color:#e3e6ea}}</style>"
+)
+
+
+def inline(svg: str, *, prefix: str, label: str) -> str:
+    """An SVG document as an element to be put into a page.
+
+    Args:
+        svg: what matplotlib wrote, with `svg.fonttype` none. prefix: goes before every id, unique in the page.
+        label: what the figure shows, for those who cannot see it.
+    """
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r"<metadata>.*?</metadata>\s*", "", svg, flags=re.DOTALL)
+    svg = re.sub(r"<!--.*?-->\s*", "", svg, flags=re.DOTALL)
+    svg = _prefix_ids(svg, prefix)
+    svg = svg.replace(INK, "currentColor")
+    for i, colour in enumerate(PALETTE):
+        svg = svg.replace(colour, f"var(--series-{i},{colour})")
+    svg = re.sub(r"font-family: [^;\"]*|font: (\S+) [^;\"]*", _system_font, svg)
+    # matplotlib writes six decimals; a hundredth of a pixel is enough. Only in geometry, never in text.
+    svg = re.sub(r' (?:d|x|y|width|height|transform)="[^"]*"', _shorten, svg)
+    svg = re.sub(r"\n\s*", "\n", svg)
+    head = svg[: svg.index(">")]
+    box = re.search(r'viewBox="[^"]*"', head)
+    assert box is not None, "matplotlib writes a viewBox"
+    opening = f'<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" {box[0]}'
+    return f'{opening} role="img" aria-label="{escape(label)}">{svg[len(head) + 1 :].strip()}'
+
+
+def standalone(element: str) -> str:
+    """An element of `inline` as a file of its own, which follows the viewer's light or dark scheme."""
+    opening, rest = element.split(">", 1)
+    width, height = opening.split('viewBox="0 0 ')[1].split('"')[0].split()
+    return f'{opening} width="{width}" height="{height}" font-family="{escape(FONT)}">{_STANDALONE_STYLE}{rest}\n'
+
+
+def printable(text: str) -> str:
+    """Text without control characters, which XML cannot hold."""
+    return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)
+
+
+def _prefix_ids(svg: str, prefix: str) -> str:
+    referenced = set(re.findall(r'url\(#([^)]+)\)|href="#([^"]+)"', svg))
+    names = {name for pair in referenced for name in pair if name}
+
+    def rename(match: re.Match[str]) -> str:
+        name = match[1]
+        return f' id="{prefix}-{name}"' if name in names or name.startswith("series-") else ""
+
+    svg = re.sub(r' id="([^"]+)"', rename, svg)
+    return re.sub(r'url\(#([^)]+)\)|href="#([^"]+)"', lambda m: m[0].replace("#", f"#{prefix}-", 1), svg)
+
+
+def _system_font(match: re.Match[str]) -> str:
+    return f"font-size: {match[1]}" if match[1] else "font-family: inherit"
+
+
+def _shorten(match: re.Match[str]) -> str:
+    return re.sub(r"-?\d+\.\d{3,}", lambda m: f"{float(m[0]):.2f}".rstrip("0").rstrip("."), match[0])
