@@ -1,0 +1,1 @@
+"""The DiT: configuration and presets, architecture, embeddings, rectified flow, text features."""

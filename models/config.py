@@ -64,7 +64,11 @@ class DiTConfig:
                 f"head_dim = hidden_size / num_heads = {self.hidden_size} / {self.num_heads} = {self.head_dim}; "
                 "it must be a multiple of 8 and at most 128"
             )
-        for name, kind in (("conditioning", Conditioning), ("cross_layout", CrossLayout), ("position", PositionEmbedding)):
+        for name, kind in (
+            ("conditioning", Conditioning),
+            ("cross_layout", CrossLayout),
+            ("position", PositionEmbedding),
+        ):
             if getattr(self, name) not in get_args(kind):
                 raise ValueError(f"{name} must be one of {', '.join(get_args(kind))}; got {getattr(self, name)!r}")
         if self.text_only and self.conditioning != "cross":
@@ -74,8 +78,8 @@ class DiTConfig:
             )
         if self.cross_layout == "published" and self.conditioning != "cross":
             raise ValueError(
-                f"cross_layout 'published' splits the cross attention, and conditioning {self.conditioning!r} has none; "
-                "use conditioning 'cross', or cross_layout 'replicated'"
+                f"cross_layout 'published' splits the cross attention, and conditioning {self.conditioning!r} has "
+                "none; use conditioning 'cross', or cross_layout 'replicated'"
             )
 
     @property
