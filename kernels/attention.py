@@ -34,7 +34,9 @@ def resolve_attention_provider(provider: str, device: torch.device) -> str:
     if provider == "auto":
         return "sdpa-flash" if device.type == "cuda" else "torch"
     if provider in _NOT_YET:
-        raise ValueError(f"attention provider {provider!r} is missing: {_NOT_YET[provider]}; use {', '.join(PROVIDERS)}")
+        raise ValueError(
+            f"attention provider {provider!r} is missing: {_NOT_YET[provider]}; use {', '.join(PROVIDERS)}"
+        )
     if provider not in PROVIDERS:
         raise ValueError(f"unknown attention provider {provider!r}; providers are auto, {', '.join(PROVIDERS)}")
     return provider
@@ -94,9 +96,7 @@ def attention_packed_backward_op(
     provider: str,
 ) -> Tensor:
     """Backward op: dqkv [B, S, 3, H, D], one tensor."""
-    grads = attention_backward_op(
-        dout, dlse, *qkv.unbind(2), out, lse, softmax_scale, cu_seqlens, cu_seqlens, provider
-    )
+    grads = attention_backward_op(dout, dlse, *qkv.unbind(2), out, lse, softmax_scale, cu_seqlens, cu_seqlens, provider)
     return torch.stack(grads, dim=2)
 
 

@@ -39,9 +39,7 @@ def gated_residual_op(x: Tensor, y: Tensor, gate: Tensor, cu_seqlens: Tensor | N
 
 
 @torch.library.custom_op("longreel::gated_residual_backward", mutates_args=())
-def gated_residual_backward_op(
-    dz: Tensor, y: Tensor, gate: Tensor, cu_seqlens: Tensor | None
-) -> tuple[Tensor, Tensor]:
+def gated_residual_backward_op(dz: Tensor, y: Tensor, gate: Tensor, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor]:
     """Backward op: (dy, dgate)."""
     return reference.gated_residual_bwd(dz, y, gate, cu_seqlens)
 

@@ -1,0 +1,103 @@
+"""Every raw collective of the project, keyed by the name of a process group.
+
+Groups travel by name because strategies are custom ops, and an op's arguments are tensors, numbers and strings.
+All buffers are contiguous: gloo writes wrong data into strided outputs without an error.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.distributed_c10d import _resolve_process_group
+
+
+def group_size(group: str) -> int:
+    """P, ranks of the named group."""
+    return _resolve_process_group(group).size()
+
+
+def group_rank(group: str) -> int:
+    """This process's rank in the named group."""
+    return _resolve_process_group(group).rank()
+
+
+def all_to_all(x: Tensor, group: str) -> Tensor:
+    """Row i of x [P, ...] goes to rank i; row j of the result [P, ...] came from rank j."""
+    assert x.is_contiguous() and x.shape[0] == group_size(group), (x.shape, x.stride())
+    out = x.new_empty(x.shape)
+    dist.all_to_all_single(out, x, group=_resolve_process_group(group))
+    return out
+
+
+def all_gather(x: Tensor, group: str) -> Tensor:
+    """Every rank's x [...], stacked: [P, ...]."""
+    assert x.is_contiguous(), x.stride()
+    out = x.new_empty((group_size(group), *x.shape))
+    dist.all_gather_into_tensor(out.flatten(0, 1) if x.dim() else out, x, group=_resolve_process_group(group))
+    return out
+
+
+def reduce_scatter(x: Tensor, group: str) -> Tensor:
+    """Row r of the sum over ranks of x [P, ...], on rank r: [...]."""
+    assert x.is_contiguous() and x.shape[0] == group_size(group), (x.shape, x.stride())
+    out = x.new_empty(x.shape[1:])
+    dist.reduce_scatter_tensor(out, x.flatten(0, 1) if out.dim() else x, group=_resolve_process_group(group))
+    return out
+
+
+def all_reduce_sum(x: Tensor, group: str) -> Tensor:
+    """Sum of x over the ranks, a new tensor."""
+    out = x.clone(memory_format=torch.contiguous_format)
+    dist.all_reduce(out, group=_resolve_process_group(group))
+    return out
+
+
+@dataclass(frozen=True, slots=True)
+class Exchange:
+    """A pairwise exchange in flight; wait() returns what was received."""
+
+    received: Tensor
+    works: tuple[dist.Work, ...]
+    # Keeps the sent buffer alive until the transfer is over.
+    sent: Tensor
+
+    def wait(self) -> Tensor:
+        """Block until both directions are done (on CUDA: until the current stream may use the result)."""
+        for work in self.works:
+            work.wait()
+        return self.received
+
+
+def start_exchange(send: Tensor, received: Tensor, *, step: int, group: str) -> Exchange:
+    """Start sending to rank r + step and receiving from rank r - step (modulo P); both run in the background.
+
+    Args:
+        send, received: contiguous buffers of one shape on every rank.
+        step: 1 .. P - 1, the same on every rank.
+    """
+    assert send.is_contiguous() and received.is_contiguous() and send.shape == received.shape
+    pg = _resolve_process_group(group)
+    size, rank = pg.size(), pg.rank()
+    operations = [
+        dist.P2POp(dist.isend, send, group=pg, group_peer=(rank + step) % size),
+        dist.P2POp(dist.irecv, received, group=pg, group_peer=(rank - step) % size),
+    ]
+    return Exchange(received, tuple(dist.batch_isend_irecv(operations)), send)
+
+
+def ring_chunks(x: Tensor, group: str) -> Iterator[tuple[int, Tensor]]:
+    """(owner, chunk) of every rank's x, own chunk first, in a fixed order; the next is in flight while one is used.
+
+    At step s rank r sends its own chunk to r + s and receives that of r - s, so every chunk travels once.
+    """
+    size, rank = group_size(group), group_rank(group)
+    x = x.contiguous()
+    flight: Exchange | None = None
+    for step in range(size):
+        chunk = x if flight is None else flight.wait()
+        flight = start_exchange(x, torch.empty_like(x), step=step + 1, group=group) if step + 1 < size else None
+        yield (rank - step) % size, chunk

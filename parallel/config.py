@@ -1,0 +1,77 @@
+"""How a model is spread over ranks: data only, checked on construction."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+
+Strategy = Literal["local", "ulysses", "fastseq"]
+Engine = Literal["fsdp2-zero2", "fsdp2-zero3", "ddp"]
+Policy = Literal["none", "full"]
+Precision = Literal["fp32", "bf16", "fp64"]
+
+STRATEGIES: tuple[str, ...] = get_args(Strategy)
+ENGINES: tuple[str, ...] = get_args(Engine)
+POLICIES: tuple[str, ...] = get_args(Policy)
+
+DTYPES: dict[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ParallelConfig:
+    """Sequence parallelism, sharding engine, activation policy and precision of one run.
+
+    Args:
+        strategy: `local` (no sequence parallelism), `ulysses` or `fastseq`.
+        sp_degree: P, ranks that share one sample's sequence; 1 for `local`.
+        engine: `fsdp2-zero2` (parameters kept gathered between forward and backward), `fsdp2-zero3` or `ddp`.
+        policy: activation policy: `none` keeps what backward needs, `full` recomputes each block.
+        precision: `bf16` computes in bf16 over fp32 master parameters; `fp32` and `fp64` use one dtype throughout.
+        attention_provider: see longreel.kernels.resolve_attention_provider.
+    """
+
+    strategy: Strategy = "local"
+    sp_degree: int = 1
+    engine: Engine = "fsdp2-zero2"
+    policy: Policy = "none"
+    precision: Precision = "fp32"
+    attention_provider: str = "auto"
+
+    def __post_init__(self) -> None:
+        choices = (("strategy", STRATEGIES), ("engine", ENGINES), ("policy", POLICIES), ("precision", tuple(DTYPES)))
+        for name, allowed in choices:
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"unknown {name} {getattr(self, name)!r}; there are {', '.join(allowed)}")
+        if self.sp_degree < 1:
+            raise ValueError(f"sp_degree must be at least 1, got {self.sp_degree}")
+        if self.strategy == "local" and self.sp_degree > 1:
+            raise ValueError(
+                f"strategy 'local' does not split the sequence, but sp_degree is {self.sp_degree}; "
+                "use sp_degree 1, or strategy ulysses or fastseq"
+            )
+        if self.engine == "ddp" and self.precision == "bf16":
+            raise ValueError(
+                "engine 'ddp' has no mixed precision; use precision fp32, or engine fsdp2-zero2 or fsdp2-zero3 for bf16"
+            )
+
+    def dp_degree(self, world_size: int) -> int:
+        """Data-parallel degree on world_size ranks; ValueError when sp_degree does not divide it."""
+        if world_size % self.sp_degree:
+            works = [d for d in range(1, world_size + 1) if world_size % d == 0]
+            raise ValueError(
+                f"sp_degree {self.sp_degree} does not divide the world size {world_size}; "
+                f"degrees that do: {', '.join(map(str, works))}"
+            )
+        return world_size // self.sp_degree
+
+
+def check_heads(num_heads: int, sp_degree: int) -> None:
+    """ValueError unless the heads split evenly over the ranks; it names the degrees that would work."""
+    if num_heads % sp_degree:
+        works = [d for d in range(1, num_heads + 1) if num_heads % d == 0]
+        raise ValueError(
+            f"num_heads {num_heads} does not divide by sp_degree {sp_degree}; degrees that work: "
+            f"{', '.join(map(str, works))}"
+        )

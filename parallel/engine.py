@@ -1,0 +1,43 @@
+"""Sharding engines and activation policies: what wraps the model before it trains.
+
+Every engine averages gradients over all dp x sp ranks; longreel.parallel.parallelize weighs the loss to match.
+"""
+
+from __future__ import annotations
+
+from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointImpl, checkpoint_wrapper
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+from longreel.models.dit import DiT
+from longreel.parallel.config import DTYPES, ParallelConfig
+from longreel.parallel.mesh import ParallelMesh
+
+
+def apply_policy(model: DiT, policy: str) -> None:
+    """Wrap each block as the activation policy says: `none` leaves it, `full` recomputes it in backward."""
+    if policy == "full":
+        for i, block in enumerate(model.blocks):
+            model.blocks[i] = checkpoint_wrapper(
+                block, checkpoint_impl=CheckpointImpl.NO_REENTRANT, preserve_rng_state=False
+            )
+
+
+def apply_engine(model: DiT, mesh: ParallelMesh, config: ParallelConfig) -> nn.Module:
+    """The model under its engine, gradients averaged over mesh.flat.
+
+    ZeRO-2 keeps parameters gathered between forward and backward, ZeRO-3 gathers them again; both shard gradients
+    and optimizer state. The root does not cast its inputs: bf16 would turn timestep 999 into 1000.
+    """
+    if config.engine == "ddp":
+        return DistributedDataParallel(model, process_group=mesh.flat.get_group())
+    dtype = DTYPES[config.precision]
+    mixed = MixedPrecisionPolicy(cast_forward_inputs=False)
+    if config.precision == "bf16":
+        # Gradients are summed over ranks in fp32.
+        mixed = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=DTYPES["fp32"], cast_forward_inputs=False)
+    reshard = config.engine == "fsdp2-zero3"
+    for block in model.blocks:
+        fully_shard(block, mesh=mesh.flat, mp_policy=mixed, reshard_after_forward=reshard)
+    return fully_shard(model, mesh=mesh.flat, mp_policy=mixed, reshard_after_forward=reshard)
