@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 from torch import Tensor
 
@@ -38,7 +40,7 @@ def check_cu_seqlens(name: str, cu_seqlens: Tensor, length: int, rows: int | Non
     if torch.compiler.is_compiling() or isinstance(cu_seqlens, torch._subclasses.FakeTensor):
         return
     bounds = cu_seqlens.tolist()
-    if bounds[0] != 0 or bounds[-1] != length or any(b < a for a, b in zip(bounds, bounds[1:], strict=False)):
+    if bounds[0] != 0 or bounds[-1] != length or any(b < a for a, b in itertools.pairwise(bounds)):
         raise ValueError(f"{name} must start at 0, never fall and end at the length {length}, got {bounds}")
 
 

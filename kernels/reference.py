@@ -6,6 +6,8 @@ Shape letters: B batch, S query tokens, T key tokens, H heads, D head_dim, C cha
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 from torch import Tensor
 
@@ -21,7 +23,7 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
 def segments(cu_seqlens: Tensor) -> list[tuple[int, int]]:
     """Start and end of every packed segment."""
     bounds = cu_seqlens.tolist()
-    return list(zip(bounds[:-1], bounds[1:], strict=True))
+    return list(itertools.pairwise(bounds))
 
 
 def attention_fwd(

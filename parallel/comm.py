@@ -79,7 +79,9 @@ def start_exchange(send: Tensor, received: Tensor, *, step: int, group: str) -> 
         send, received: contiguous buffers of one shape on every rank.
         step: 1 .. P - 1, the same on every rank.
     """
-    assert send.is_contiguous() and received.is_contiguous() and send.shape == received.shape
+    assert send.is_contiguous()
+    assert received.is_contiguous()
+    assert send.shape == received.shape
     pg = _resolve_process_group(group)
     size, rank = pg.size(), pg.rank()
     operations = [

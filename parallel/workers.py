@@ -117,7 +117,7 @@ class WorkerPool:
             process.join()
 
     def _collect(self, pending: set[int], timeout: float) -> dict[int, Any]:
-        started = {rank: False for rank in pending}
+        started = dict.fromkeys(pending, False)
         replies: dict[int, Any] = {}
         failures: dict[int, str] = {}
         deadline = float("inf")
