@@ -1,0 +1,55 @@
+"""Real sample videos where they lie beside the checkout, and videos encoded for one test."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+
+
+@pytest.fixture(scope="session")
+def sample_videos() -> Path:
+    folder = Path(__file__).resolve().parents[2].parent / "shared" / "data"
+    if not (folder / "captions.json").is_file():
+        pytest.skip(f"the sample videos are not at {folder}")
+    return folder
+
+
+@pytest.fixture
+def encode(tmp_path: Path) -> Callable[..., Path]:
+    """encode(name, levels [T, H, W] uint8 luma, ...) -> path; grey pictures, one frame per level plane."""
+
+    def build(
+        name: str,
+        levels: np.ndarray,
+        *,
+        format: str | None = None,
+        full_range: bool = False,
+        pixel_aspect: str | None = None,
+        times: list[int] | None = None,
+        **options: str,
+    ) -> Path:
+        path = tmp_path / name
+        with av.open(str(path), "w", format=format) as container:
+            stream = container.add_stream("libx264", rate=25, options={"crf": "1"} | options)
+            stream.height, stream.width = levels.shape[1:]
+            stream.pix_fmt = "yuv420p"
+            stream.codec_context.color_range = 2 if full_range else 1
+            if pixel_aspect:
+                stream.codec_context.sample_aspect_ratio = Fraction(pixel_aspect)
+            for index, plane in enumerate(levels):
+                height, width = plane.shape
+                planes = np.concatenate([plane.reshape(-1), np.full(height * width // 2, 128, np.uint8)])
+                frame = av.VideoFrame.from_ndarray(planes.reshape(height * 3 // 2, width), format="yuv420p")
+                frame.color_range = 2 if full_range else 1
+                if times is not None:
+                    frame.pts, frame.time_base = times[index], Fraction(1, 100)
+                container.mux(stream.encode(frame))
+            container.mux(stream.encode(None))
+        return path
+
+    return build

@@ -1,0 +1,78 @@
+"""longreel.data.captions: what a captions file may hold, and the place every error names."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from longreel.data.captions import CaptionedFile, load_captions
+
+
+def write(tmp_path: Path, content: object) -> Path:
+    path = tmp_path / "captions.json"
+    path.write_bytes(content if isinstance(content, bytes) else json.dumps(content).encode())
+    return path
+
+
+def test_entries_keep_their_order_and_extra_keys_are_ignored(tmp_path: Path) -> None:
+    path = write(
+        tmp_path,
+        [{"file": "b/x.mp4", "captions": ["one", "zwei ü"]}, {"file": "a.mp4", "captions": ["three"], "source": "us"}],
+    )
+    assert load_captions(path) == [
+        CaptionedFile(file="b/x.mp4", captions=("one", "zwei ü")),
+        CaptionedFile(file="a.mp4", captions=("three",)),
+    ]
+
+
+def test_byte_order_mark_is_accepted(tmp_path: Path) -> None:
+    path = write(tmp_path, b'\xef\xbb\xbf[{"file": "a.mp4", "captions": ["x"]}]')
+    assert load_captions(path)[0].file == "a.mp4"
+
+
+GOOD = {"file": "a.mp4", "captions": ["x"]}
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        pytest.param(b'[\n {"file": "a.mp4" "captions": []}\n]', ":2:19: not valid JSON", id="missing-comma"),
+        pytest.param(b"", ":1:1: not valid JSON", id="empty-file"),
+        pytest.param(b'[{"file": "a', ":1:11: not valid JSON", id="cut-off"),
+        pytest.param(b'[\n{"file": "\xff"}]', ":2:11: not UTF-8", id="not-utf8"),
+        pytest.param(b"[" * 100_000, "nested too deeply", id="nested"),
+        pytest.param(GOOD, "expected a list", id="object-not-list"),
+        pytest.param([], "the list is empty", id="empty-list"),
+        pytest.param([GOOD, "b.mp4"], "entry 1: expected .* got a string", id="entry-is-string"),
+        pytest.param([GOOD, {"captions": ["x"]}], 'entry 1: "file" is missing', id="no-file"),
+        pytest.param(
+            [{"file": "a.mp4", "caption": "x"}], "\"captions\" is missing; keys are 'file', 'caption'", id="typo"
+        ),
+        pytest.param([{"file": 3, "captions": ["x"]}], 'entry 0: "file" must be a path .* got 3', id="file-number"),
+        pytest.param([{"file": " ", "captions": ["x"]}], 'entry 0: "file" must be a path', id="file-blank"),
+        pytest.param([{"file": "a\0b", "captions": ["x"]}], 'entry 0: "file" must be a path', id="file-nul"),
+        pytest.param([{"file": "a.mp4", "captions": "x"}], "at least one string, got a string", id="captions-string"),
+        pytest.param([{"file": "a.mp4", "captions": []}], "at least one string, got an empty list", id="no-captions"),
+        pytest.param(
+            [{"file": "a.mp4", "captions": ["x", 1]}], r'"captions"\[1\] must be a string', id="caption-number"
+        ),
+        pytest.param([{"file": "a.mp4", "captions": [" "]}], r'"captions"\[0\] must be a string', id="caption-blank"),
+        pytest.param([GOOD, GOOD], "entry 1: .* already entry 0", id="duplicate"),
+        pytest.param([GOOD, {"file": "./a.mp4", "captions": ["y"]}], "entry 1: .* already entry 0", id="same-path"),
+        pytest.param([{"file": "/etc/a.mp4", "captions": ["x"]}], "leaves the folder", id="absolute"),
+        pytest.param([{"file": "b/../../a.mp4", "captions": ["x"]}], "leaves the folder", id="dot-dot"),
+    ],
+)
+def test_bad_file_is_one_line_with_the_place(tmp_path: Path, content: object, message: str) -> None:
+    path = write(tmp_path, content)
+    with pytest.raises(ValueError, match=message) as raised:
+        load_captions(path)
+    assert str(raised.value).startswith(str(path))
+    assert "\n" not in str(raised.value)
+
+
+def test_missing_file_is_an_os_error(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"nothing\.json"):
+        load_captions(tmp_path / "nothing.json")
