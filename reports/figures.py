@@ -6,6 +6,7 @@ a figure is being written, so draw from one thread at a time.
 
 from __future__ import annotations
 
+import hashlib
 import io
 import math
 import textwrap
@@ -115,7 +116,7 @@ def _draw(plot: _Plot, group: Group, series: Sequence[Series]) -> Drawing | None
     shown = [(line, points) for line, points in shown if points]
     if not shown or (plot.name == "ratio" and all(line.is_baseline for line, _ in shown)):
         return None
-    prefix = f"fig-{formatting.slug(group_name(group))}-{plot.name}"
+    prefix = f"f{hashlib.sha256(repr(group).encode()).hexdigest()[:6]}-{plot.name}"
     subtitle = textwrap.wrap(printable(group.title), 72)[:3]
     with rc_context(_SETTINGS | {"svg.hashsalt": prefix}), warnings.catch_warnings():
         # The browser draws the text with its own fonts; what matplotlib's cannot draw does not matter.
@@ -146,11 +147,6 @@ def _draw(plot: _Plot, group: Group, series: Sequence[Series]) -> Drawing | None
     names = ", ".join(line.label for line, _ in shown)
     label = printable(f"{caption}. Lines: {names}.")
     return Drawing(name=plot.name, caption=caption, svg=inline(text.getvalue(), prefix=prefix, label=label))
-
-
-def group_name(group: Group) -> str:
-    """A short name of the group for ids and file names."""
-    return f"{group.kind} {group.regime} {group.model} {group.num_devices}x {group.device}"
 
 
 def _axes(

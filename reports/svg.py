@@ -27,6 +27,8 @@ def inline(svg: str, *, prefix: str, label: str) -> str:
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>\s*", "", svg, flags=re.DOTALL)
     svg = re.sub(r"<!--.*?-->\s*", "", svg, flags=re.DOTALL)
+    # A style element inside an inline SVG would hold for the whole page: said once on the root instead.
+    svg = re.sub(r"<defs>\s*<style[^>]*>.*?</style>\s*</defs>\s*", "", svg, flags=re.DOTALL)
     svg = _prefix_ids(svg, prefix)
     svg = svg.replace(INK, "currentColor")
     for i, colour in enumerate(PALETTE):
@@ -39,6 +41,7 @@ def inline(svg: str, *, prefix: str, label: str) -> str:
     box = re.search(r'viewBox="[^"]*"', head)
     assert box is not None, "matplotlib writes a viewBox"
     opening = f'<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" {box[0]}'
+    opening += ' stroke-linejoin="round" stroke-linecap="butt"'
     return f'{opening} role="img" aria-label="{escape(label)}">{svg[len(head) + 1 :].strip()}'
 
 

@@ -1,0 +1,72 @@
+"""Where records come from: the distinct environments, commits and commands behind them."""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from longreel.reports.compare import Group
+from longreel.reports.records import Record
+
+# What tells one origin from another; anything else in a record's provenance may vary from point to point.
+IDENTITY = ("commit", "dirty", "command", "versions", "environment")
+TIME = "time"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Origin:
+    """Records of one environment, commit and command. `facts`: (name, value) pairs, nested names joined by dots."""
+
+    num_records: int
+    kinds: tuple[str, ...]
+    facts: tuple[tuple[str, str], ...]
+
+
+def origins(records: Sequence[Record]) -> list[Origin]:
+    """The distinct origins of the records, in order of appearance."""
+    found: defaultdict[str, list[Record]] = defaultdict(list)
+    for record in records:
+        identity = {name: record.provenance.get(name) for name in IDENTITY}
+        found[json.dumps(identity, sort_keys=True, default=str)].append(record)
+    return [_origin(group) for group in found.values()]
+
+
+def _origin(records: Sequence[Record]) -> Origin:
+    values: defaultdict[str, dict[str, None]] = defaultdict(dict)
+    for record in records:
+        for name, value in _flatten(record.provenance):
+            values[name][value] = None
+    facts = []
+    for name in sorted(values, key=lambda n: (_rank(n), n)):
+        distinct = sorted(values[name])
+        if len(distinct) == 1:
+            facts.append((name, distinct[0]))
+        elif name == TIME:
+            facts.append((name, f"{distinct[0]} to {distinct[-1]}"))
+        else:
+            facts.append((name, f"{len(distinct)} different values, see the records"))
+    kinds = tuple(dict.fromkeys(Group.of(r).label for r in records))
+    return Origin(num_records=len(records), kinds=kinds, facts=tuple(facts))
+
+
+def _rank(name: str) -> int:
+    first = name.partition(".")[0]
+    order = ("command", "commit", "dirty", TIME, "versions", "environment")
+    return order.index(first) if first in order else len(order)
+
+
+def _flatten(value: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
+    flat: list[tuple[str, str]] = []
+    for name, item in value.items():
+        if isinstance(item, Mapping):
+            flat += _flatten(item, f"{prefix}{name}.")
+        elif isinstance(item, bool):
+            flat.append((prefix + name, "yes" if item else "no"))
+        elif isinstance(item, list | tuple):
+            flat.append((prefix + name, " ".join(map(str, item))))
+        elif item is not None:
+            flat.append((prefix + name, str(item)))
+    return flat
