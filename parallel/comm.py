@@ -37,7 +37,9 @@ def all_gather(x: Tensor, group: str) -> Tensor:
     """Every rank's x [...], stacked: [P, ...]."""
     assert x.is_contiguous(), x.stride()
     out = x.new_empty((group_size(group), *x.shape))
-    dist.all_gather_into_tensor(out.flatten(0, 1) if x.dim() else out, x, group=_resolve_process_group(group))
+    # PyTorch 2.13 renamed the collective; 2.11 has the old name only.
+    gather = dist.all_gather_single if hasattr(dist, "all_gather_single") else dist.all_gather_into_tensor
+    gather(out.flatten(0, 1) if x.dim() else out, x, group=_resolve_process_group(group))
     return out
 
 
@@ -45,7 +47,8 @@ def reduce_scatter(x: Tensor, group: str) -> Tensor:
     """Row r of the sum over ranks of x [P, ...], on rank r: [...]."""
     assert x.is_contiguous() and x.shape[0] == group_size(group), (x.shape, x.stride())
     out = x.new_empty(x.shape[1:])
-    dist.reduce_scatter_tensor(out, x.flatten(0, 1) if out.dim() else x, group=_resolve_process_group(group))
+    scatter = dist.reduce_scatter_single if hasattr(dist, "reduce_scatter_single") else dist.reduce_scatter_tensor
+    scatter(out, x.flatten(0, 1) if out.dim() else x, group=_resolve_process_group(group))
     return out
 
 

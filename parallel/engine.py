@@ -5,9 +5,10 @@ Every engine averages gradients over all dp x sp ranks; longreel.parallel.parall
 
 from __future__ import annotations
 
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointImpl, checkpoint_wrapper
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from longreel.models.dit import DiT
@@ -41,3 +42,19 @@ def apply_engine(model: DiT, mesh: ParallelMesh, config: ParallelConfig) -> nn.M
     for block in model.blocks:
         fully_shard(block, mesh=mesh.flat, mp_policy=mixed, reshard_after_forward=reshard)
     return fully_shard(model, mesh=mesh.flat, mp_policy=mixed, reshard_after_forward=reshard)
+
+
+def full_gradients(module: nn.Module) -> dict[str, Tensor]:
+    """Whole gradients by the model's own parameter names, on every rank: gathered from shards, wrappers' names taken off.
+
+    Raises:
+        ValueError: a parameter has no gradient.
+    """
+    grads = {}
+    for name, parameter in module.named_parameters():
+        if parameter.grad is None:
+            raise ValueError(f"parameter {name} has no gradient; call backward() first")
+        grad = parameter.grad
+        name = name.replace("_checkpoint_wrapped_module.", "").removeprefix("module.")
+        grads[name] = grad.full_tensor() if isinstance(grad, DTensor) else grad
+    return grads

@@ -1,0 +1,269 @@
+"""longreel.parallel.strategies: layouts, gradients and traffic of each strategy against one device."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from unittest import mock
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.library import opcheck
+from torch.utils.flop_counter import FlopCounterMode
+
+from longreel.kernels.numerics import PARALLEL_TOLERANCE, relative_error
+from longreel.models.sequence import AttentionShape, SequenceLengths
+from longreel.parallel.config import ParallelConfig
+from longreel.parallel.mesh import build_mesh
+from longreel.parallel.strategies import FastSeq, Local, Ulysses, build_strategy
+from longreel.parallel.strategies.fastseq import fastseq_attention_op
+from longreel.parallel.strategies.layout import gather_heads, scatter_heads
+from longreel.parallel.strategies.ulysses import ulysses_attention_op
+
+HEADS, HEAD_DIM, TEXT = 8, 8, 6
+WIDTH = HEADS * HEAD_DIM
+TOLERANCE = PARALLEL_TOLERANCE[torch.float64]
+
+
+def build(name: str, degree: int):
+    return build_strategy(ParallelConfig(strategy=name, sp_degree=degree), build_mesh(sp_degree=degree))
+
+
+def padded_lengths(valid: int, degree: int) -> SequenceLengths:
+    return SequenceLengths(valid=valid, padded=-(-valid // degree) * degree)
+
+
+def pad(x: Tensor, lengths: SequenceLengths) -> Tensor:
+    # Padding holds NaN-free garbage: nothing of it may reach a valid row.
+    missing = lengths.padded - x.shape[1]
+    return torch.cat([x, torch.full((x.shape[0], missing, *x.shape[2:]), 7.0, dtype=x.dtype)], dim=1)
+
+
+@contextmanager
+def counted_bytes() -> Iterator[dict[str, int]]:
+    """Bytes this rank hands to other ranks, seen at torch.distributed itself: a witness apart from comm.py."""
+    sent = dict.fromkeys(("all_to_all", "p2p", "all_gather", "reduce_scatter"), 0)
+    real_p2p = dist.batch_isend_irecv
+
+    def size(x: Tensor) -> int:
+        return x.numel() * x.element_size()
+
+    def counting(kind: str, function: Callable, sent_bytes: Callable[[Tensor, Tensor, int], int]) -> Callable:
+        def call(out: Tensor, x: Tensor, *args, group=None, **kwargs):
+            sent[kind] += sent_bytes(out, x, group.size())
+            return function(out, x, *args, group=group, **kwargs)
+
+        return call
+
+    def counting_p2p(operations):
+        sent["p2p"] += sum(size(o.tensor) for o in operations if o.op is dist.isend)
+        return real_p2p(operations)
+
+    rules = {
+        "all_to_all": (("all_to_all_single",), lambda out, x, p: size(x) * (p - 1) // p),
+        "all_gather": (("all_gather_single", "all_gather_into_tensor"), lambda out, x, p: size(x) * (p - 1)),
+        "reduce_scatter": (("reduce_scatter_single", "reduce_scatter_tensor"), lambda out, x, p: size(out) * (p - 1)),
+    }
+    with ExitStack() as stack:
+        stack.enter_context(mock.patch.object(dist, "batch_isend_irecv", counting_p2p))
+        for kind, (names, rule) in rules.items():
+            for name in names:
+                if hasattr(dist, name):
+                    stack.enter_context(mock.patch.object(dist, name, counting(kind, getattr(dist, name), rule)))
+        yield sent
+
+
+def attention_inputs(num_tokens: int, *, cross: bool) -> tuple[Tensor, Tensor, nn.Linear, nn.Linear]:
+    torch.manual_seed(0)
+    x = torch.randn(2, num_tokens, WIDTH, dtype=torch.float64)
+    text = torch.randn(2, TEXT, WIDTH, dtype=torch.float64)
+    query = nn.Linear(WIDTH, WIDTH if cross else 3 * WIDTH, dtype=torch.float64)
+    return x, text, query, nn.Linear(WIDTH, 2 * WIDTH, dtype=torch.float64)
+
+
+def run_attention(sp, x: Tensor, text: Tensor, query: nn.Linear, kv: nn.Linear, valid: int, *, cross: bool) -> Tensor:
+    lengths, text_lengths = padded_lengths(valid, sp.degree), padded_lengths(TEXT, sp.degree)
+    x_local = sp.shard(pad(x, lengths), 1)
+    if cross:
+        text_local = sp.shard(pad(text, text_lengths), 1)
+        return sp.cross_attention(
+            x_local, text_local, query, kv, num_heads=HEADS, lengths=lengths, text_lengths=text_lengths
+        )
+    return sp.self_attention(x_local, query, num_heads=HEADS, lengths=lengths)
+
+
+def layer_errors(name: str, degree: int, num_tokens: int, cross: bool) -> dict[str, float]:
+    """Output, dX and every dW of one attention layer, against Local on one device; each rank returns them."""
+    results = []
+    for sp in (Local(), build(name, degree)):
+        x, text, query, kv = attention_inputs(num_tokens, cross=cross)
+        x.requires_grad_()
+        text.requires_grad_()
+        out = run_attention(sp, x, text, query, kv, num_tokens, cross=cross)
+        whole = sp.unshard(out, 1)[:, :num_tokens]
+        torch.manual_seed(1)
+        # Every rank's loss sees the whole output: unshard's backward sums their gradients.
+        (whole * torch.randn_like(whole)).sum().div(sp.degree).backward()
+        named = {"out": whole.detach(), "dx": x.grad, "dw": query.weight.grad, "db": query.bias.grad}
+        if cross:
+            named |= {"dtext": text.grad, "dkv_w": kv.weight.grad, "dkv_b": kv.bias.grad}
+        results.append(named)
+    reference, parts = results
+    for key in sorted(parts.keys() - {"out"}):
+        dist.all_reduce(parts[key])
+    return {key: relative_error(parts[key], reference[key]) for key in reference}
+
+
+@pytest.mark.parametrize("cross", [False, True], ids=["self", "cross_published"])
+@pytest.mark.parametrize("num_tokens", [13, 24, 3], ids=lambda n: f"S{n}")
+@pytest.mark.parametrize("degree", [1, 2, 4, 8], ids=lambda p: f"P{p}")
+@pytest.mark.parametrize("name", ["ulysses", "fastseq"])
+def test_output_and_gradients_equal_one_device(run_distributed, name, degree, num_tokens, cross):
+    for errors in run_distributed(layer_errors, degree, name, degree, num_tokens, cross):
+        assert max(errors.values()) <= TOLERANCE, errors
+
+
+def traffic_of_layer(name: str, degree: int, batch: int, num_tokens: int, cross: bool) -> tuple:
+    sp = build(name, degree)
+    x, text, query, kv = (v[:batch] if isinstance(v, Tensor) else v for v in attention_inputs(num_tokens, cross=cross))
+    x.requires_grad_()
+    text.requires_grad_()
+    with counted_bytes() as forward:
+        out = run_attention(sp, x, text, query, kv, num_tokens, cross=cross)
+    with counted_bytes() as backward:
+        out.sum().backward()
+    shape = AttentionShape(
+        batch=batch,
+        seq_len=num_tokens,
+        num_heads=HEADS,
+        head_dim=HEAD_DIM,
+        element_size=8,
+        kv_len=TEXT if cross else None,
+    )
+    return sp.traffic(shape), forward, backward
+
+
+@pytest.mark.parametrize("cross", [False, True], ids=["self", "cross_published"])
+@pytest.mark.parametrize("num_tokens", [16, 13], ids=lambda n: f"S{n}")
+@pytest.mark.parametrize("degree", [2, 4, 8], ids=lambda p: f"P{p}")
+@pytest.mark.parametrize("name", ["ulysses", "fastseq"])
+def test_traffic_formula_equals_bytes_passed_to_the_collectives(run_distributed, name, degree, num_tokens, cross):
+    for traffic, forward, backward in run_distributed(traffic_of_layer, degree, name, degree, 2, num_tokens, cross):
+        for formula, seen in ((traffic.forward, forward), (traffic.backward, backward)):
+            assert formula["all_to_all"] == seen["all_to_all"]
+            pairwise = formula.get("all_gather", 0) + formula.get("reduce_scatter", 0)
+            assert pairwise == seen["p2p"]
+            assert seen["all_gather"] == seen["reduce_scatter"] == 0
+
+
+class NamedDegree:
+    """Stands in for a strategy's group where only its size matters."""
+
+    def __init__(self, kind: Callable, degree: int) -> None:
+        self.kind, self.degree = kind, degree
+
+    def forward_gigabytes(self) -> float:
+        shape = AttentionShape(batch=1, seq_len=819_200, num_heads=16, head_dim=72, element_size=2)
+        with mock.patch("longreel.parallel.comm.group_size", return_value=self.degree):
+            return self.kind(group="unused").traffic(shape).forward_bytes / 1e9
+
+
+@pytest.mark.parametrize(
+    ("kind", "degree", "gigabytes"),
+    [
+        (Ulysses, 2, 1.89),
+        (Ulysses, 4, 1.42),
+        (Ulysses, 8, 0.83),
+        (FastSeq, 2, 1.42),
+        (FastSeq, 4, 1.77),
+        (FastSeq, 8, 1.86),
+    ],
+)
+def test_traffic_equals_the_known_table(kind, degree, gigabytes):
+    assert NamedDegree(kind, degree).forward_gigabytes() == pytest.approx(gigabytes, abs=0.006)
+
+
+def layout_round_trip(degree: int) -> bool:
+    mesh = build_mesh(sp_degree=degree)
+    torch.manual_seed(dist.get_rank())
+    x = torch.randn(2, 3, 3, HEADS, HEAD_DIM)
+    heads = scatter_heads(x, mesh.sp_group)
+    everyone = [torch.empty_like(x) for _ in range(degree)]
+    dist.all_gather(everyone, x)
+    own = HEADS // degree
+    mine = torch.cat(everyone, dim=1)[:, :, :, dist.get_rank() * own : (dist.get_rank() + 1) * own]
+    return torch.equal(heads, mine) and torch.equal(gather_heads(heads, mesh.sp_group), x)
+
+
+@pytest.mark.parametrize("degree", [2, 4, 8], ids=lambda p: f"P{p}")
+def test_layout_changes_are_exact_and_inverse(run_distributed, degree):
+    assert all(run_distributed(layout_round_trip, degree, degree))
+
+
+def shard_unshard_gradients(degree: int) -> tuple[bool, bool, bool]:
+    sp = build("ulysses", degree)
+    rank = dist.get_rank()
+    x = torch.arange(4.0 * degree).reshape(1, -1).requires_grad_()
+    part = sp.shard(x, 1)
+    whole = sp.unshard(part, 1)
+    (whole * (rank + 1)).sum().backward()
+    expected = torch.zeros(1, 4 * degree)
+    expected[:, rank * 4 : rank * 4 + 4] = sum(range(1, degree + 1))
+    return torch.equal(whole, x), torch.equal(x.grad, expected), part.shape[1] == 4
+
+
+def test_shard_and_unshard_sum_gradients_without_scaling(run_distributed):
+    assert all(all(r) for r in run_distributed(shard_unshard_gradients, 4, 4))
+
+
+def flops_of_layer(name: str, degree: int) -> float:
+    sp = build(name, degree)
+    x, text, query, kv = attention_inputs(16, cross=False)
+    with FlopCounterMode(display=False) as counter:
+        run_attention(sp, x.requires_grad_(), text, query, kv, 16, cross=False).sum().backward()
+    return counter.get_total_flops()
+
+
+@pytest.mark.parametrize("name", ["ulysses", "fastseq"])
+def test_flops_of_all_ranks_add_up_to_those_of_one_device(run_distributed, name):
+    one_device = run_distributed(flops_of_layer, 1, "local", 1)[0]
+    projection, attention = 3 * 2 * 2 * 16 * WIDTH * 3 * WIDTH, 7 * 2 * 2 * 16 * 16 * WIDTH
+    assert one_device == projection + attention
+    assert sum(run_distributed(flops_of_layer, 4, name, 4)) == one_device
+
+
+def check_ops() -> None:
+    group = build_mesh(sp_degree=dist.get_world_size()).sp_group
+    torch.manual_seed(0)
+
+    def tensor(*shape: int) -> Tensor:
+        return torch.randn(*shape, dtype=torch.float64, requires_grad=True)
+
+    common = (0.3, "torch", group)
+    opcheck(ulysses_attention_op, (tensor(2, 3, 3, 4, 8), None, 5, 5, *common))
+    opcheck(ulysses_attention_op, (tensor(2, 3, 1, 4, 8), tensor(2, 2, 2, 4, 8), 5, 3, *common))
+    x, text = tensor(2, 3, 32), tensor(2, 2, 32)
+    opcheck(fastseq_attention_op, (x, tensor(96, 32), tensor(96), None, None, None, 4, 5, 5, *common))
+    cross = (tensor(32, 32), tensor(32), text, tensor(64, 32), tensor(64))
+    opcheck(fastseq_attention_op, (x, *cross, 4, 5, 3, *common))
+
+
+def test_ops_pass_opcheck(run_distributed):
+    run_distributed(check_ops, 2, timeout=240)
+
+
+def heads_error(name: str) -> str:
+    x, text, query, kv = attention_inputs(12, cross=False)
+    try:
+        run_attention(build(name, 3), x, text, query, kv, 12, cross=False)
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+@pytest.mark.parametrize("name", ["ulysses", "fastseq"])
+def test_indivisible_heads_name_the_degrees_that_work(run_distributed, name):
+    for message in run_distributed(heads_error, 3, name):
+        assert message == "num_heads 8 does not divide by sp_degree 3; degrees that work: 1, 2, 4, 8"

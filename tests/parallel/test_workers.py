@@ -1,0 +1,72 @@
+"""longreel.parallel.workers: what a pool does with results, errors, deaths and hangs."""
+
+from __future__ import annotations
+
+import os
+import time
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from longreel.parallel.workers import WorkerError, WorkerPool
+
+
+def summed(offset: float) -> float:
+    x = torch.full((1,), dist.get_rank() + offset)
+    dist.all_reduce(x)
+    return x.item()
+
+
+def fails_on_rank_1() -> None:
+    if dist.get_rank() == 1:
+        raise ValueError("rank one has had enough")
+    dist.all_reduce(torch.ones(1))
+
+
+def dies_on_rank_1() -> None:
+    if dist.get_rank() == 1:
+        os._exit(7)
+    dist.all_reduce(torch.ones(1))
+
+
+def hangs_on_rank_1() -> None:
+    if dist.get_rank() == 1:
+        time.sleep(60)
+    dist.all_reduce(torch.ones(1))
+
+
+@pytest.fixture(scope="module")
+def pool():
+    with WorkerPool(2) as pool:
+        yield pool
+
+
+def test_results_come_by_rank_and_group_sizes_vary(pool):
+    assert pool.run(summed, 2, 1.0) == [3.0, 3.0]
+    assert pool.run(summed, 1, 1.0) == [1.0]
+
+
+@pytest.mark.parametrize(
+    ("fn", "says"),
+    [
+        (fails_on_rank_1, "rank 1 of 2 failed:.*rank one has had enough"),
+        (dies_on_rank_1, "rank 1 of 2 died with exit code 7"),
+        (hangs_on_rank_1, r"ranks \[1\] of 2 had not finished"),
+    ],
+    ids=["raise", "die", "hang"],
+)
+def test_a_failure_names_its_rank_and_the_pool_goes_on(pool, fn, says):
+    with pytest.raises(WorkerError, match=f"(?s){says}"):
+        pool.run(fn, 2, timeout=1.0)
+    assert pool.run(summed, 2, 0.0) == [1.0, 1.0]
+
+
+def test_more_ranks_than_workers_is_an_error(pool):
+    with pytest.raises(ValueError, match="world_size must be 1 to 2"):
+        pool.run(summed, 3, 0.0)
+
+
+def test_only_module_level_functions_travel(pool):
+    with pytest.raises(ValueError, match="module-level function"):
+        pool.run(lambda: None, 1)
