@@ -20,7 +20,8 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
+from matplotlib.transforms import offset_copy
 
 from longreel.reports import formatting
 from longreel.reports.compare import Baselines, Group, throughput_interval
@@ -28,15 +29,17 @@ from longreel.reports.records import Record
 from longreel.reports.series import Series, build_series
 from longreel.reports.svg import INK, PALETTE, inline, printable
 
-WIDTH = 520.0
+WIDTH = 440.0
 PLOT_HEIGHT = 270.0
-MARGIN_LEFT, MARGIN_RIGHT, MARGIN_X_AXIS = 78.0, 14.0, 48.0
-TITLE_LINE, LEGEND_LINE = 17.0, 19.0
+MARGIN_LEFT, MARGIN_RIGHT, MARGIN_X_AXIS = 76.0, 18.0, 44.0
+TITLE_LINE, LEGEND_LINE = 16.0, 15.0
 LEGEND_COLUMNS = 3
+# Intervals of lines that meet at one length stand beside each other, this many pixels apart.
+DODGE = 2.6
 
 COLOUR_OF = {"local": PALETTE[4], "ulysses": PALETTE[0], "fastseq": PALETTE[1], "ring": PALETTE[2], "usp": PALETTE[3]}
 MARKERS = ("o", "s", "^", "D", "v", "P")
-DASHES = ("-", (0, (6, 2)), (0, (2, 1.5)), (0, (6, 2, 1.5, 2)))
+DASHES = ("-", "-", (0, (6, 2)), (0, (2, 1.5)), (0, (6, 2, 1.5, 2)))
 
 _SETTINGS: dict[Any, Any] = {
     "svg.fonttype": "none",
@@ -99,7 +102,7 @@ def draw_group(group: Group, records: Sequence[Record]) -> list[Drawing]:
         ),
         _Plot(
             name="ratio",
-            title="Throughput over the baseline's",
+            title="Throughput relative to baseline",
             axis="ratio to baseline",
             value=baselines.ratio,
             bounds=baselines.ratio_interval,
@@ -117,7 +120,7 @@ def _draw(plot: _Plot, group: Group, series: Sequence[Series]) -> Drawing | None
     if not shown or (plot.name == "ratio" and all(line.is_baseline for line, _ in shown)):
         return None
     prefix = f"f{hashlib.sha256(repr(group).encode()).hexdigest()[:6]}-{plot.name}"
-    subtitle = textwrap.wrap(printable(group.title), 72)[:3]
+    subtitle = textwrap.wrap(printable(group.title), 66)[:3]
     with rc_context(_SETTINGS | {"svg.hashsalt": prefix}), warnings.catch_warnings():
         # The browser draws the text with its own fonts; what matplotlib's cannot draw does not matter.
         warnings.filterwarnings("ignore", message="Glyph .* missing from")
@@ -131,14 +134,14 @@ def _draw(plot: _Plot, group: Group, series: Sequence[Series]) -> Drawing | None
         _scales(axes, plot, sorted(lengths))
         figure.legend(
             handles=handles,
-            loc="lower left",
-            bbox_to_anchor=(0.01, 0.0),
-            ncols=LEGEND_COLUMNS,
+            loc="upper left",
+            bbox_to_anchor=(0.01, axes.get_position().y0 - MARGIN_X_AXIS / (figure.get_figheight() * 72)),
+            ncols=_legend_columns(shown),
             frameon=False,
-            fontsize=11.0,
-            handlelength=2.6,
-            columnspacing=1.4,
-            labelspacing=0.45,
+            fontsize=10.5,
+            handlelength=2.5,
+            columnspacing=1.2,
+            labelspacing=0.4,
             borderaxespad=0.2,
         )
         text = io.StringIO()
@@ -153,7 +156,7 @@ def _axes(
     plot: _Plot, shown: Sequence[tuple[Series, list[Record]]], subtitle: Sequence[str], label: str
 ) -> tuple[Figure, Axes, list[Line2D]]:
     num_entries = len(shown) + (2 if plot.name == "memory" else 0)
-    legend = LEGEND_LINE * math.ceil(num_entries / LEGEND_COLUMNS) + 8.0
+    legend = LEGEND_LINE * math.ceil(num_entries / _legend_columns(shown)) + 8.0
     heading = TITLE_LINE * (1 + len(subtitle)) + 16.0
     height = heading + PLOT_HEIGHT + MARGIN_X_AXIS + legend
     figure = Figure(figsize=(WIDTH / 72, height / 72))
@@ -164,31 +167,35 @@ def _axes(
     figure.text(0.012, 1 - 15 / height, f"{plot.title} ({label})", fontsize=14.0, fontweight="bold", va="baseline")
     for i, line in enumerate(subtitle, start=1):
         figure.text(0.012, 1 - (16 + TITLE_LINE * i) / height, line, fontsize=11.0, va="baseline", alpha=0.8)
-    handles = [_line(axes, plot, line, points) for line, points in shown]
+    middle = (len(shown) - 1) / 2
+    handles = [_line(figure, axes, plot, line, points, i - middle) for i, (line, points) in enumerate(shown)]
     axes.set_xlabel("tokens per sample", fontsize=11.5)
     axes.set_ylabel(plot.axis, fontsize=11.5)
     return figure, axes, handles
 
 
-def _line(axes: Axes, plot: _Plot, line: Series, points: Sequence[Record]) -> Line2D:
+def _legend_columns(shown: Sequence[tuple[Series, list[Record]]]) -> int:
+    longest = max((len(line.label) for line, _ in shown if not line.is_baseline), default=0)
+    return LEGEND_COLUMNS if longest <= 16 else 2 if longest <= 26 else 1
+
+
+def _line(figure: Figure, axes: Axes, plot: _Plot, line: Series, points: Sequence[Record], place: float) -> Line2D:
     rank = max(0, line.sp_degree.bit_length() - 1)
     colour = INK if line.is_baseline else COLOUR_OF.get(line.strategy, PALETTE[5])
     x, y = [p.seq_len for p in points], [plot.value(p) or math.nan for p in points]
-    bounds = [plot.bounds(p) for p in points]
-    if len(points) > 1 and all(bounds):
-        low, high = zip(*(b for b in bounds if b), strict=True)
-        axes.fill_between(x, low, high, color=colour, alpha=0.1, linewidth=0, zorder=1)
-    else:
-        for at, bound in zip(x, bounds, strict=True):
-            if bound:
-                axes.plot([at, at], bound, color=colour, alpha=0.5, linewidth=3, solid_capstyle="butt", zorder=1)
+    for at, bound in zip(x, map(plot.bounds, points), strict=True):
+        if bound:
+            beside = offset_copy(axes.transData, figure, x=DODGE * place, units="dots")
+            axes.plot([at, at], bound, color=colour, alpha=0.4, linewidth=1.1, transform=beside, zorder=2)
+            # What is drawn beside its place does not count for the axis by itself.
+            axes.update_datalim([(at, bound[0]), (at, bound[1])])
     (drawn,) = axes.plot(
         x,
         y,
         color=colour,
         label=printable(line.label),
         linewidth=2.6 if line.is_baseline else 1.5,
-        linestyle=(0, (4, 1.6)) if line.is_baseline else DASHES[(rank + 3) % len(DASHES)],
+        linestyle=(0, (4, 1.6)) if line.is_baseline else DASHES[rank % len(DASHES)],
         marker="o" if line.is_baseline else MARKERS[rank % len(MARKERS)],
         markersize=4.5,
         markeredgewidth=0,
@@ -280,15 +287,20 @@ def thin(values: Sequence[int], widths: Sequence[float], room: float, low: float
 
 
 def log_ticks(low: float, high: float, *, binary: bool = False) -> list[float]:
-    """Three to eight round values on a log axis from low to high: powers of two, or 1-2-5 steps of each decade."""
-    if binary:
-        first, last = math.ceil(math.log2(low)), math.floor(math.log2(high))
-        if last - first >= 2:
-            step = math.ceil((last - first + 1) / 8)
-            return [2.0**n for n in range(first, last + 1, step)]
-    decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-    choices: list[list[float]] = []
-    for steps in ((1,), (1, 3), (1, 2, 5), (1, 1.5, 2, 3, 5, 7), tuple(n / 10 for n in range(10, 100))):
-        choices.append([s * 10.0**d for d in decades for s in steps if low <= s * 10.0**d <= high])
-    enough = next((c for c in choices if len(c) >= 3), choices[-1])
-    return enough[:: math.ceil(len(enough) / 8)]
+    """Three to eight round values on a log axis from low to high.
+
+    Powers of two where bytes are counted (`binary`) and there are enough of them, else 1-2-5 steps of each decade, or
+    even steps on an axis too short for those; bytes in the unit that suits them.
+    """
+    first, last = math.ceil(math.log2(low)), math.floor(math.log2(high))
+    if binary and last - first >= 2:
+        return [2.0**n for n in range(first, last + 1, math.ceil((last - first + 1) / 8))]
+    unit = formatting.byte_unit(high)[0] if binary else 1
+    if high / low > 4:
+        decades = range(math.floor(math.log10(low / unit)), math.ceil(math.log10(high / unit)) + 1)
+        for steps in ((1,), (1, 3), (1, 2, 5)):
+            ticks = [s * 10.0**d * unit for d in decades for s in steps if low <= s * 10.0**d * unit <= high]
+            if len(ticks) >= 3:
+                return ticks[:: math.ceil(len(ticks) / 8)]
+    even = MaxNLocator(nbins=6, steps=[1, 2, 2.5, 5, 10]).tick_values(low / unit, high / unit)
+    return [float(tick) * unit for tick in even if low <= tick * unit <= high]

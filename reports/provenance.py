@@ -18,7 +18,7 @@ TIME = "time"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Origin:
-    """Records of one environment, commit and command. `facts`: (name, value) pairs, nested names joined by dots."""
+    """Records of one environment, commit and command. `facts`: (name, value) pairs in words."""
 
     num_records: int
     kinds: tuple[str, ...]
@@ -43,11 +43,12 @@ def _origin(records: Sequence[Record]) -> Origin:
     for name in sorted(values, key=lambda n: (_rank(n), n)):
         distinct = sorted(values[name])
         if len(distinct) == 1:
-            facts.append((name, distinct[0]))
+            text = distinct[0]
         elif name == TIME:
-            facts.append((name, f"{distinct[0]} to {distinct[-1]}"))
+            text = f"{distinct[0]} to {distinct[-1]}"
         else:
-            facts.append((name, f"{len(distinct)} different values, see the records"))
+            text = f"{len(distinct)} different values, see the records"
+        facts.append((name.removeprefix("versions.").removeprefix("environment."), text))
     kinds = tuple(dict.fromkeys(Group.of(r).label for r in records))
     return Origin(num_records=len(records), kinds=kinds, facts=tuple(facts))
 

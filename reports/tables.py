@@ -52,6 +52,8 @@ def build_table(records: Sequence[Record], baselines: Baselines) -> Table:
     second, second_name = formatting.time_unit(max((r.step_s for r in records if r.step_s), default=1.0) / 10)
     memory, memory_name = formatting.byte_unit(max((r.peak_memory or 0 for r in records), default=0) / 2)
     sent, sent_name = formatting.byte_unit(max((sum(r.traffic.values()) for r in records), default=0) / 2)
+    tolerances = {r.error["tolerance"] for r in records if "tolerance" in r.error}
+    one_tolerance = len(tolerances) == 1
     columns = (
         Column(name="Length", unit="tokens", about="Tokens per sample"),
         Column(name="Strategy", numeric=False, about="Sequence-parallel strategy"),
@@ -67,7 +69,11 @@ def build_table(records: Sequence[Record], baselines: Baselines) -> Table:
         Column(name="Ratio", unit="× baseline", about="Tokens/s over the baseline's at the same length"),
         Column(name="Memory", unit=memory_name, about="Peak of the rank that holds most"),
         Column(name="Sent", unit=f"{sent_name}/step", about="Bytes one rank sends in a step"),
-        Column(name="Error", about="Largest relative error of loss and gradient against the oracle, and its tolerance"),
+        Column(
+            name="Error",
+            unit=f"≤ {tolerances.pop():.0e}".replace("e-0", "e-") if one_tolerance else "",
+            about="Largest relative error of loss and gradient against the oracle, and its tolerance",
+        ),
     )
 
     def row(r: Record) -> Row:
@@ -94,8 +100,10 @@ def build_table(records: Sequence[Record], baselines: Baselines) -> Table:
             Cell(text=formatting.number(None if r.peak_memory is None else r.peak_memory / memory)),
             Cell(text=formatting.number(sum(r.traffic.values()) / sent if r.traffic else None)),
             Cell(
-                text=formatting.MISSING if worst is None else f"{worst:.1e}",
-                note="" if worst is None or tolerance is None else f"≤ {tolerance:.0e}",
+                text=formatting.MISSING if worst is None else f"{worst:.1e}".replace("e-0", "e-"),
+                note=""
+                if worst is None or tolerance is None or one_tolerance
+                else f"≤ {tolerance:.0e}".replace("e-0", "e-"),
             ),
         )
         return Row(cells=cells, status=r.status, reason=r.reason or "", is_baseline=r is baselines.of(r))
