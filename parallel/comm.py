@@ -15,21 +15,26 @@ from torch import Tensor
 from torch.distributed.distributed_c10d import _resolve_process_group
 
 
+def _named(group: str) -> dist.ProcessGroup:
+    # Newer PyTorch types the name as a NewType of str that older versions do not have.
+    return _resolve_process_group(group)  # type: ignore[arg-type]
+
+
 def group_size(group: str) -> int:
     """P, ranks of the named group."""
-    return _resolve_process_group(group).size()
+    return _named(group).size()
 
 
 def group_rank(group: str) -> int:
     """This process's rank in the named group."""
-    return _resolve_process_group(group).rank()
+    return _named(group).rank()
 
 
 def all_to_all(x: Tensor, group: str) -> Tensor:
     """Row i of x [P, ...] goes to rank i; row j of the result [P, ...] came from rank j."""
     assert x.is_contiguous() and x.shape[0] == group_size(group), (x.shape, x.stride())
     out = x.new_empty(x.shape)
-    dist.all_to_all_single(out, x, group=_resolve_process_group(group))
+    dist.all_to_all_single(out, x, group=_named(group))
     return out
 
 
@@ -39,7 +44,7 @@ def all_gather(x: Tensor, group: str) -> Tensor:
     out = x.new_empty((group_size(group), *x.shape))
     # PyTorch 2.13 renamed the collective; 2.11 has the old name only.
     gather = dist.all_gather_single if hasattr(dist, "all_gather_single") else dist.all_gather_into_tensor
-    gather(out.flatten(0, 1) if x.dim() else out, x, group=_resolve_process_group(group))
+    gather(out.flatten(0, 1) if x.dim() else out, x, group=_named(group))
     return out
 
 
@@ -48,14 +53,14 @@ def reduce_scatter(x: Tensor, group: str) -> Tensor:
     assert x.is_contiguous() and x.shape[0] == group_size(group), (x.shape, x.stride())
     out = x.new_empty(x.shape[1:])
     scatter = dist.reduce_scatter_single if hasattr(dist, "reduce_scatter_single") else dist.reduce_scatter_tensor
-    scatter(out, x.flatten(0, 1) if out.dim() else x, group=_resolve_process_group(group))
+    scatter(out, x.flatten(0, 1) if out.dim() else x, group=_named(group))
     return out
 
 
 def all_reduce_sum(x: Tensor, group: str) -> Tensor:
     """Sum of x over the ranks, a new tensor."""
     out = x.clone(memory_format=torch.contiguous_format)
-    dist.all_reduce(out, group=_resolve_process_group(group))
+    dist.all_reduce(out, group=_named(group))
     return out
 
 
@@ -85,7 +90,7 @@ def start_exchange(send: Tensor, received: Tensor, *, step: int, group: str) -> 
     assert send.is_contiguous()
     assert received.is_contiguous()
     assert send.shape == received.shape
-    pg = _resolve_process_group(group)
+    pg = _named(group)
     size, rank = pg.size(), pg.rank()
     operations = [
         dist.P2POp(dist.isend, send, group=pg, group_peer=(rank + step) % size),

@@ -41,11 +41,12 @@ def apply_engine(model: DiT, mesh: ParallelMesh, config: ParallelConfig) -> nn.M
     reshard = config.engine == "fsdp2-zero3"
     for block in model.blocks:
         fully_shard(block, mesh=mesh.flat, mp_policy=mixed, reshard_after_forward=reshard)
-    return fully_shard(model, mesh=mesh.flat, mp_policy=mixed, reshard_after_forward=reshard)
+    fully_shard(model, mesh=mesh.flat, mp_policy=mixed, reshard_after_forward=reshard)
+    return model
 
 
 def full_gradients(module: nn.Module) -> dict[str, Tensor]:
-    """Whole gradients by the model's own parameter names, on every rank: gathered from shards, wrappers' names taken off.
+    """Whole gradients on every rank, gathered from shards, by the model's own parameter names.
 
     Raises:
         ValueError: a parameter has no gradient.

@@ -159,7 +159,7 @@ class ParallelDiT:
         num_text = rows.lengths.valid - num_video
         local = F.pad(prediction, (0, 0, rows.text[1] - rows.text[0], 0))
         whole = self.strategy.unshard(local, 1)[:, num_text : num_text + num_video]
-        return unpatchify(whole, grid, config.patch_size)
+        return unpatchify(whole, grid, config.patch_size, config.in_channels)
 
     def _rows(self, text: Tensor | None, num_video: int) -> Rows:
         in_sequence = text is not None and self.model_config.conditioning == "in_context"
@@ -189,7 +189,7 @@ class ParallelDiT:
             )
             text_lengths = text_rows.lengths
             text = take_rows(text, *text_rows.video)
-        coords = grid_coords(grid, *rows.video, device=tokens.device)
+        coords = grid_coords(grid, *rows.video, device=tokens.device, dtype=self.loss_dtype)
         return self.module(
             tokens,
             coords,

@@ -16,5 +16,5 @@ def build_strategy(config: ParallelConfig, mesh: ParallelMesh) -> SequenceParall
     """The strategy that config names, over the mesh's `sp` axis."""
     if config.strategy == "local":
         return Local(provider=config.attention_provider)
-    kinds = {"ulysses": Ulysses, "fastseq": FastSeq}
-    return kinds[config.strategy](group=mesh.sp_group, provider=config.attention_provider)
+    kind = Ulysses if config.strategy == "ulysses" else FastSeq
+    return kind(group=mesh.sp_group, provider=config.attention_provider)

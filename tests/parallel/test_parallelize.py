@@ -1,0 +1,266 @@
+"""longreel.parallel.parallelize: loss, dX and every dW of a spread DiT equal those of one device."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from longreel.kernels.numerics import PARALLEL_TOLERANCE, gradient_errors, relative_error
+from longreel.models.config import DiTConfig
+from longreel.models.dit import DiT
+from longreel.models.patches import grid_coords, patchify
+from longreel.models.sequence import SequenceLengths
+from longreel.parallel.config import ParallelConfig
+from longreel.parallel.engine import full_gradients
+from longreel.parallel.mesh import build_mesh
+from longreel.parallel.parallelize import Batch, ParallelDiT, split_rows, take_rows
+from longreel.parallel.strategies import Local
+
+# 45 video tokens, and 51 with the text in the sequence: neither divides by 2, 4 or 8; text does not by 4 or 8.
+LATENT_SHAPE = (3, 6, 10, 4)
+TEXT_TOKENS = 6
+
+CONDITIONINGS: dict[str, dict[str, Any]] = {
+    "adaln": {"conditioning": "adaln"},
+    "cross": {"conditioning": "cross"},
+    "in_context": {"conditioning": "in_context"},
+    "text_only": {"conditioning": "cross", "text_only": True},
+    "published": {"conditioning": "cross", "text_only": True, "cross_layout": "published"},
+    "cross_published": {"conditioning": "cross", "cross_layout": "published"},
+}
+
+
+def tiny_config(conditioning: str, **overrides: Any) -> DiTConfig:
+    fields = {"depth": 2, "hidden_size": 64, "num_heads": 8, "mlp_ratio": 2.0, "text_dim": 16}
+    return DiTConfig(**(fields | {"max_text_tokens": TEXT_TOKENS} | CONDITIONINGS[conditioning] | overrides))
+
+
+def randomised_dit(config: DiTConfig, dtype: torch.dtype) -> DiT:
+    """At initialisation the gates are zero and so is every gradient before the last layer: nothing would be tested."""
+    torch.manual_seed(0)
+    model = DiT(config).to(dtype)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    return model
+
+
+def samples(count: int, dtype: torch.dtype) -> dict[str, Tensor]:
+    torch.manual_seed(1)
+    return {
+        "latents": torch.randn(count, *LATENT_SHAPE, dtype=dtype),
+        "noise": torch.randn(count, *LATENT_SHAPE, dtype=dtype),
+        "timestep": torch.rand(count, dtype=dtype),
+        "text": torch.randn(count, TEXT_TOKENS, 16, dtype=dtype),
+    }
+
+
+def one_device(model: DiT, data: dict[str, Tensor]) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """Loss, gradient of the latents and of every parameter, written out without longreel.parallel's splitting."""
+    model = copy.deepcopy(model)
+    latents = data["latents"].clone().requires_grad_()
+    t = data["timestep"].reshape(-1, 1, 1, 1, 1)
+    noised = patchify((1 - t) * latents + t * data["noise"], model.config.patch_size)
+    grid = model.config.grid(*LATENT_SHAPE[:3])
+    num_tokens = noised.shape[1]
+    in_sequence = TEXT_TOKENS if model.config.conditioning == "in_context" else 0
+    whole = SequenceLengths(valid=num_tokens + in_sequence, padded=num_tokens + in_sequence)
+    prediction = model(
+        noised,
+        grid_coords(grid, 0, num_tokens, dtype=noised.dtype),
+        data["timestep"] * 1000,
+        text=data["text"],
+        sp=Local(provider="torch"),
+        lengths=whole,
+        text_lengths=SequenceLengths(valid=TEXT_TOKENS, padded=TEXT_TOKENS),
+    )
+    target = patchify(data["noise"] - latents, model.config.patch_size)
+    loss = (prediction - target).square().mean()
+    loss.backward()
+    return loss.detach(), latents.grad, {name: p.grad for name, p in model.named_parameters()}
+
+
+def parity(
+    config: DiTConfig, parallel: ParallelConfig, counts: tuple[int, ...], dtype: torch.dtype
+) -> dict[str, float]:
+    """Largest errors of one step against one device; counts[d] samples are on dp rank d."""
+    mesh = build_mesh(sp_degree=parallel.sp_degree)
+    model = randomised_dit(config, dtype)
+    data = samples(sum(counts), dtype)
+    loss0, dx0, grads0 = one_device(model, data)
+
+    first = sum(counts[: mesh.dp_rank])
+    own = {name: value[first : first + counts[mesh.dp_rank]].clone() for name, value in data.items()}
+    own["latents"].requires_grad_()
+    spread = ParallelDiT(model, mesh, parallel)
+    loss = spread.loss(Batch(**own, global_samples=sum(counts)))
+    loss.backward()
+
+    world = dist.get_world_size()
+    dx = torch.zeros_like(dx0)
+    dx[first : first + counts[mesh.dp_rank]] = own["latents"].grad / world
+    dist.all_reduce(dx)
+    total = loss.detach() / world
+    dist.all_reduce(total)
+    errors = gradient_errors(full_gradients(spread.module), grads0)
+    return {"loss": relative_error(total, loss0), "dx": relative_error(dx, dx0), "dw": max(errors.values())}
+
+
+def world_of(parallel: ParallelConfig, dp: int) -> int:
+    return parallel.sp_degree * dp
+
+
+def check(run_distributed, config: DiTConfig, parallel: ParallelConfig, counts: tuple[int, ...], dtype: torch.dtype):
+    for errors in run_distributed(parity, world_of(parallel, len(counts)), config, parallel, counts, dtype):
+        assert max(errors.values()) <= PARALLEL_TOLERANCE[dtype], errors
+
+
+def fp64(strategy: str, degree: int, engine: str = "fsdp2-zero2", policy: str = "none") -> ParallelConfig:
+    return ParallelConfig(
+        strategy=strategy, sp_degree=degree, engine=engine, policy=policy, precision="fp64", attention_provider="torch"
+    )
+
+
+# (P, samples of each dp rank): dp ranks hold different numbers of clips.
+GRID = [(2, (2,)), (2, (2, 1)), (4, (2,)), (4, (1, 2)), (8, (2,))]
+GRID_IDS = [f"P{p}-dp{len(counts)}" for p, counts in GRID]
+
+
+@pytest.mark.parametrize(("degree", "counts"), GRID, ids=GRID_IDS)
+@pytest.mark.parametrize("engine", ["fsdp2-zero2", "ddp"])
+@pytest.mark.parametrize("conditioning", ["adaln", "cross", "in_context"])
+@pytest.mark.parametrize("strategy", ["ulysses", "fastseq"])
+def test_gradients_equal_one_device(run_distributed, strategy, conditioning, engine, degree, counts):
+    check(run_distributed, tiny_config(conditioning), fp64(strategy, degree, engine), counts, torch.float64)
+
+
+@pytest.mark.parametrize("conditioning", ["text_only", "published", "cross_published"])
+@pytest.mark.parametrize("strategy", ["ulysses", "fastseq"])
+def test_gradients_of_the_published_regime_equal_one_device(run_distributed, strategy, conditioning):
+    check(run_distributed, tiny_config(conditioning), fp64(strategy, 4), (1, 2), torch.float64)
+
+
+@pytest.mark.parametrize("policy", ["none", "full"])
+@pytest.mark.parametrize("engine", ["fsdp2-zero2", "fsdp2-zero3", "ddp"])
+@pytest.mark.parametrize(("strategy", "degree"), [("local", 1), ("ulysses", 2), ("fastseq", 2)])
+def test_engines_and_policies_equal_one_device(run_distributed, strategy, degree, engine, policy):
+    check(run_distributed, tiny_config("in_context"), fp64(strategy, degree, engine, policy), (2, 1), torch.float64)
+
+
+@pytest.mark.parametrize("strategy", ["ulysses", "fastseq"])
+def test_fp32_gradients_equal_one_device(run_distributed, strategy):
+    parallel = replace(fp64(strategy, 4), precision="fp32")
+    check(run_distributed, tiny_config("cross"), parallel, (2, 1), torch.float32)
+
+
+@pytest.mark.parametrize("strategy", ["ulysses", "fastseq"])
+def test_a_rank_may_hold_padding_only(run_distributed, strategy):
+    # 9 video tokens on 8 ranks: 2 rows each, ranks 5 to 7 hold none that exists.
+    config = tiny_config("adaln", patch_size=(1, 2, 10))
+    check(run_distributed, config, fp64(strategy, 8), (2,), torch.float64)
+
+
+def bf16_inputs() -> dict[str, Any]:
+    mesh = build_mesh(sp_degree=2)
+    model = randomised_dit(tiny_config("cross"), torch.float32)
+    seen: dict[str, Any] = {}
+    model.time_embed.register_forward_pre_hook(lambda module, args: seen.update(timestep=args[0]))
+    parallel = ParallelConfig(strategy="ulysses", sp_degree=2, precision="bf16")
+    spread = ParallelDiT(model, mesh, parallel)
+    spread.module.register_forward_pre_hook(lambda module, args: seen.update(tokens=args[0], coords=args[1]))
+    spread.module.blocks[0].register_forward_pre_hook(lambda module, args: seen.update(hidden=args[0]))
+    data = samples(2, torch.float32) | {"timestep": torch.tensor([0.999, 0.25])}
+    # A clean sample without noise: what is left of the loss is the target, to fp32 accuracy or not.
+    loss = spread.loss(Batch(**data, global_samples=2))
+    loss.backward()
+    return {
+        "timestep": seen["timestep"].tolist(),
+        "dtypes": {name: value.dtype for name, value in seen.items()},
+        "loss": loss.dtype,
+        "grad": next(spread.parameters()).grad.dtype,
+        "master": next(spread.parameters()).dtype,
+    }
+
+
+def test_bf16_keeps_timesteps_positions_and_targets_in_fp32(run_distributed):
+    for seen in run_distributed(bf16_inputs, 2):
+        assert seen["timestep"] == pytest.approx([999.0, 250.0], abs=1e-3)
+        assert seen["dtypes"] == {
+            "timestep": torch.float32,
+            "tokens": torch.float32,
+            "coords": torch.float32,
+            "hidden": torch.bfloat16,
+        }
+        assert (seen["loss"], seen["grad"], seen["master"]) == (torch.float32,) * 3
+
+
+def zero_output_loss() -> tuple[float, float]:
+    """At initialisation the model predicts zero, so the loss is the mean square of the target alone."""
+    mesh = build_mesh(sp_degree=1)
+    torch.manual_seed(0)
+    model = DiT(tiny_config("adaln"))
+    spread = ParallelDiT(model, mesh, ParallelConfig(precision="bf16"))
+    data = samples(1, torch.float32)
+    loss = spread.loss(Batch(**data, global_samples=1))
+    return loss.item(), (data["noise"] - data["latents"]).double().square().mean().item()
+
+
+def test_bf16_targets_are_not_rounded(run_distributed):
+    # Rounding the target to bf16 moves the loss by 1e-3 of itself.
+    loss, expected = run_distributed(zero_output_loss, 1)[0]
+    assert loss == pytest.approx(expected, rel=1e-6)
+
+
+def whole_velocity(config: DiTConfig, strategy: str, degree: int) -> Tensor:
+    model = randomised_dit(config, torch.float64)
+    parallel = fp64(strategy, degree)
+    data = samples(2, torch.float64)
+    spread = ParallelDiT(model, build_mesh(sp_degree=degree), parallel)
+    return spread.velocity(data["latents"], data["timestep"], data["text"])
+
+
+@pytest.mark.parametrize("conditioning", ["adaln", "in_context", "published"])
+@pytest.mark.parametrize("strategy", ["ulysses", "fastseq"])
+def test_velocity_is_whole_and_equal_on_every_rank(run_distributed, strategy, conditioning):
+    config = tiny_config(conditioning, learn_sigma=conditioning == "adaln")
+    reference = run_distributed(whole_velocity, 1, config, "local", 1)[0]
+    assert reference.shape == (2, *LATENT_SHAPE)
+    for velocity in run_distributed(whole_velocity, 4, config, strategy, 4):
+        assert relative_error(velocity, reference) <= PARALLEL_TOLERANCE[torch.float64]
+
+
+@pytest.mark.parametrize("num_text", [0, 5, 20])
+@pytest.mark.parametrize("num_video", [1, 13, 64])
+@pytest.mark.parametrize("degree", [1, 2, 4, 8])
+def test_rows_cover_the_sequence_once_and_in_equal_parts(num_text, num_video, degree):
+    parts = [split_rows(num_text=num_text, num_video=num_video, degree=degree, rank=r) for r in range(degree)]
+    text = torch.arange(num_text).reshape(1, -1, 1)
+    video = torch.arange(num_video).reshape(1, -1, 1) + 100
+    assert torch.equal(torch.cat([take_rows(text, *p.text) for p in parts], dim=1), text)
+    padded = torch.cat([take_rows(video, *p.video) for p in parts], dim=1)
+    assert torch.equal(padded[:, :num_video], video)
+    assert not padded[:, num_video:].any()
+    sizes = {p.text[1] - p.text[0] + p.video[1] - p.video[0] for p in parts}
+    assert sizes == {parts[0].lengths.padded // degree}
+    assert sum(p.num_video for p in parts) == num_video
+
+
+def mismatched_mesh() -> None:
+    ParallelDiT(DiT(tiny_config("adaln")), build_mesh(sp_degree=1), fp64("ulysses", 2))
+
+
+def indivisible_world() -> None:
+    build_mesh(sp_degree=2)
+
+
+def test_a_mesh_that_does_not_fit_is_an_error(run_distributed):
+    with pytest.raises(RuntimeError, match="ValueError: the mesh has sp_degree 1, the configuration 2"):
+        run_distributed(mismatched_mesh, 2)
+    with pytest.raises(RuntimeError, match="sp_degree 2 does not divide the world size 3; degrees that do: 1, 3"):
+        run_distributed(indivisible_world, 3)
