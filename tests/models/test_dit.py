@@ -143,19 +143,20 @@ def test_both_cross_layouts_compute_the_same(make_model, local_sp, case):
     torch.testing.assert_close(run(model, local_sp, ours), run(other, local_sp, theirs), rtol=0, atol=1e-12)
 
 
-class SplitInContext:
-    """Two ranks' local rows of one in-context sequence, attended to in lockstep by one global attention."""
+class OneRankOfRecorded:
+    """One rank's rows of a recorded whole-sequence run: checks its rows and returns their part of the attention."""
 
     provider, degree = "torch", 2
 
-    def __init__(self, local_sp, keys_values):
-        self.local_sp, self.keys_values = local_sp, keys_values
+    def __init__(self, local_sp, recorded, start):
+        self.local_sp, self.recorded, self.start = local_sp, list(recorded), start
 
     def self_attention(self, x, qkv, *, num_heads, lengths):
-        full = self.keys_values.pop(0)
-        start = 0 if x.shape[1] and torch.equal(x[:, :1], full[:, :1]) else full.shape[1] - x.shape[1]
-        out = self.local_sp.self_attention(full, qkv, num_heads=num_heads, lengths=lengths)
-        return out[:, start : start + x.shape[1]]
+        rows = slice(self.start, self.start + x.shape[1])
+        whole = self.recorded.pop(0)
+        torch.testing.assert_close(x, whole[:, rows], rtol=0, atol=1e-12)
+        whole = torch.cat([whole[:, : rows.start], x, whole[:, rows.stop :]], dim=1)
+        return self.local_sp.self_attention(whole, qkv, num_heads=num_heads, lengths=lengths)[:, rows]
 
 
 @pytest.mark.parametrize("first_rank_rows", [4, NUM_TEXT, 20], ids=["text-cut", "no-text-or-no-video", "video-cut"])
@@ -176,15 +177,15 @@ def test_in_context_rows_of_each_rank_equal_the_whole_sequence(make_model, local
     cut_text = min(first_rank_rows, NUM_TEXT)
     cut_video = max(0, first_rank_rows - NUM_TEXT)
     outs = []
-    for text, video in (
-        (slice(0, cut_text), slice(0, cut_video)),
-        (slice(cut_text, None), slice(cut_video, None)),
+    for start, text, video in (
+        (0, slice(0, cut_text), slice(0, cut_video)),
+        (first_rank_rows, slice(cut_text, None), slice(cut_video, None)),
     ):
         local = dict(
             inputs, tokens=inputs["tokens"][:, video], coords=inputs["coords"][video], text=inputs["text"][:, text]
         )
         local["tokens"] = local["tokens"].clone().requires_grad_()
-        outs.append(run(model, SplitInContext(local_sp, list(seen)), local))
+        outs.append(run(model, OneRankOfRecorded(local_sp, seen, start), local))
         model.zero_grad()
         outs[-1].sum().backward()
         # Every rank takes part in every gradient reduction, with zeros where it holds no rows.
