@@ -28,8 +28,9 @@ GRID_SIZE = 7
 
 def build_diffusers(seed: int):
     """diffusers' model, set up to be the original DiT, every parameter random (gates and last layers too)."""
-    diffusers = pytest.importorskip("diffusers")
-    model = diffusers.DiTTransformer2DModel(
+    from diffusers import DiTTransformer2DModel
+
+    model = DiTTransformer2DModel(
         num_attention_heads=CONFIG.num_heads,
         attention_head_dim=CONFIG.head_dim,
         in_channels=CONFIG.in_channels,
