@@ -31,7 +31,7 @@ from longreel.reports.svg import INK, PALETTE, inline, printable
 
 WIDTH = 440.0
 PLOT_HEIGHT = 270.0
-MARGIN_LEFT, MARGIN_RIGHT, MARGIN_X_AXIS = 76.0, 18.0, 44.0
+MARGIN_LEFT, MARGIN_RIGHT, MARGIN_X_AXIS = 68.0, 22.0, 44.0
 TITLE_LINE, LEGEND_LINE = 16.0, 15.0
 LEGEND_COLUMNS = 3
 # Intervals of lines that meet at one length stand beside each other, this many pixels apart.
@@ -94,7 +94,7 @@ def draw_group(group: Group, records: Sequence[Record]) -> list[Drawing]:
         _Plot(
             name="memory",
             title="Peak memory",
-            axis="of the fullest rank",
+            axis="bytes, rank that holds most",
             value=lambda r: r.peak_memory,
             bounds=lambda r: None,
             tick=lambda v: formatting.in_bytes(v).replace(".00", "").replace(".0", ""),
@@ -103,7 +103,7 @@ def draw_group(group: Group, records: Sequence[Record]) -> list[Drawing]:
         _Plot(
             name="ratio",
             title="Throughput relative to baseline",
-            axis="ratio to baseline",
+            axis="ratio of tokens/s",
             value=baselines.ratio,
             bounds=baselines.ratio_interval,
             tick=lambda v: f"{v:g}×",
@@ -157,7 +157,7 @@ def _axes(
 ) -> tuple[Figure, Axes, list[Line2D]]:
     num_entries = len(shown) + (2 if plot.name == "memory" else 0)
     legend = LEGEND_LINE * math.ceil(num_entries / _legend_columns(shown)) + 8.0
-    heading = TITLE_LINE * (1 + len(subtitle)) + 16.0
+    heading = TITLE_LINE * (2 + len(subtitle)) + 18.0
     height = heading + PLOT_HEIGHT + MARGIN_X_AXIS + legend
     figure = Figure(figsize=(WIDTH / 72, height / 72))
     figure.patch.set_visible(False)
@@ -170,7 +170,8 @@ def _axes(
     middle = (len(shown) - 1) / 2
     handles = [_line(figure, axes, plot, line, points, i - middle) for i, (line, points) in enumerate(shown)]
     axes.set_xlabel("tokens per sample", fontsize=11.5)
-    axes.set_ylabel(plot.axis, fontsize=11.5)
+    # Above the axis, not along it: it reads without turning the head and cannot meet long tick labels.
+    figure.text(0.012, (legend + MARGIN_X_AXIS + PLOT_HEIGHT + 9) / height, plot.axis, fontsize=11.0, va="baseline")
     return figure, axes, handles
 
 

@@ -73,7 +73,7 @@ def append(path: str | os.PathLike[str], record: Record) -> None:
     with open(path, "a+b", buffering=0) as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         size = file.seek(0, os.SEEK_END)
-        size -= _cut_unfinished_line(file, size, path)
+        size, line = _finish_last_line(file, size, line, path)
         try:
             written = file.write(line)
             if written != len(line):
@@ -84,32 +84,45 @@ def append(path: str | os.PathLike[str], record: Record) -> None:
             raise
 
 
-def _cut_unfinished_line(file: io.FileIO, size: int, path: Path) -> int:
-    """Cut off what follows the last newline; the number of bytes that were cut."""
+def _finish_last_line(file: io.FileIO, size: int, line: bytes, path: Path) -> tuple[int, bytes]:
+    """The file's size and the bytes to append, once the last line is whole or gone."""
     if size == 0:
-        return 0
+        return size, line
     file.seek(size - 1)
     if file.read(1) == b"\n":
-        return 0
+        return size, line
     file.seek(0)
-    unfinished = file.read().rpartition(b"\n")[2]
-    warnings.warn(f"{path}: cut off {len(unfinished)} bytes of an unfinished last line", stacklevel=3)
-    file.truncate(size - len(unfinished))
-    return len(unfinished)
+    last = file.read().rpartition(b"\n")[2]
+    if _is_whole(last):
+        return size, b"\n" + line
+    warnings.warn(f"{path}: cut off {len(last)} bytes of an unfinished last line", stacklevel=3)
+    file.truncate(size - len(last))
+    return size - len(last), line
+
+
+def _is_whole(line: bytes) -> bool:
+    """Whether a line without its newline is complete: no proper beginning of a JSON object is itself JSON."""
+    try:
+        json.loads(line)
+    except ValueError:
+        return False
+    return True
 
 
 def load(path: str | os.PathLike[str]) -> list[Record]:
     """All records of a file, in the order they were written.
 
-    A last line without its newline is what a crash left of one: it is dropped with a warning.
+    What a crash left of a last line is dropped with a warning.
 
     Raises:
         ValueError: another line is broken, or of a newer schema; names file and line. OSError: cannot be read.
     """
     path = Path(path)
     lines = path.read_bytes().split(b"\n")
-    unfinished = lines.pop()
-    if unfinished.strip():
+    last = lines.pop()
+    if _is_whole(last):
+        lines.append(last)
+    elif last.strip():
         warnings.warn(f"{path}:{len(lines) + 1}: dropped an unfinished last line", stacklevel=2)
     records = []
     for i, line in enumerate(lines, start=1):

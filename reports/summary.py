@@ -42,7 +42,7 @@ def _group_lines(group: Group, records: Sequence[Record], baselines: Baselines, 
     for seq_len in _spread(sorted({r.seq_len for r in records}), max_lengths):
         at_length = [r for r in records if r.seq_len == seq_len]
         baseline, best = baselines.of(at_length[0]), fastest(at_length)
-        what = "none ran" if baseline is None else baseline.status
+        what: str = "none ran" if baseline is None else baseline.status
         if baseline is not None and baseline.status == "ok":
             what = formatting.number(baseline.tokens_per_s)
         if best is None:

@@ -1,0 +1,98 @@
+from __future__ import annotations
+
+import pytest
+
+from longreel.reports.compare import (
+    Baselines,
+    Group,
+    group_records,
+    headline,
+    ratio_to_baseline,
+    throughput_interval,
+)
+
+
+def test_groups_never_mix_kind_regime_model_device_or_count(make_record):
+    records = [
+        make_record(),
+        make_record(kind="predicted"),
+        make_record(kind="emulated"),
+        make_record(regime="text_only"),
+        make_record(model="dit_s_2"),
+        make_record(device="another CPU"),
+        make_record(num_devices=4),
+    ]
+    groups = group_records(reversed(records))
+    assert all(len(found) == 1 for found in groups.values())
+    assert [g.kind for g in groups] == ["measured"] * 5 + ["emulated", "predicted"]
+
+
+def test_ratio_is_tokens_per_second_over_the_baseline_at_the_same_length(make_record):
+    baseline = make_record(is_baseline=True, step_s=3.0)
+    longer = make_record(is_baseline=True, step_s=99.0, seq_len=2048)
+    elsewhere = make_record(is_baseline=True, step_s=0.1, kind="predicted")
+    record = make_record(strategy="ulysses", sp_degree=2, step_s=1.0)
+    records = [longer, elsewhere, baseline, record]
+    assert ratio_to_baseline(record, records) == pytest.approx(1.5)  # half the samples in a third of the time
+    assert ratio_to_baseline(baseline, records) == 1.0
+    assert ratio_to_baseline(make_record(seq_len=4096), records) is None
+
+
+def test_no_ratio_without_two_valid_figures(make_record):
+    baseline = make_record(is_baseline=True, status="oom")
+    record = make_record(strategy="ulysses", sp_degree=2)
+    assert ratio_to_baseline(record, [baseline, record]) is None
+    wrong = make_record(strategy="ulysses", sp_degree=2, status="wrong", step_s=0.01)
+    assert ratio_to_baseline(wrong, [make_record(is_baseline=True), wrong]) is None
+
+
+def test_of_several_marked_baselines_the_fastest_that_ran_counts(make_record):
+    slow, fast = make_record(is_baseline=True, step_s=4.0), make_record(is_baseline=True, step_s=2.0, policy="none")
+    failed = make_record(is_baseline=True, status="oom", policy="offload")
+    baselines = Baselines([slow, fast, failed])
+    assert baselines.of(slow) is fast
+    assert baselines.ratio(slow) == pytest.approx(0.5)
+
+
+def test_ratio_interval_combines_both_intervals_at_their_worst(make_record):
+    baseline = make_record(is_baseline=True, num_devices=1, step_s=4.0, interval_s=(3.0, 5.0))
+    record = make_record(policy="none", num_devices=1, step_s=2.0, interval_s=(1.0, 2.5))
+    low, high = Baselines([baseline, record]).ratio_interval(record)
+    assert (low, high) == (pytest.approx(3.0 / 2.5), pytest.approx(5.0 / 1.0))
+    assert throughput_interval(record) == (pytest.approx(1024 / 2.5), pytest.approx(1024 / 1.0))
+
+
+def test_headline_compares_at_the_longest_length_of_the_baseline(sweep):
+    predicted = [r for r in sweep if r.kind == "predicted"]
+    line = headline(Group.of(predicted[0]), predicted, Baselines(predicted))
+    assert line.best is not None
+    assert line.baseline is not None
+    assert line.longest is not None
+    assert line.best.seq_len == line.baseline.seq_len == 131072
+    assert line.longest.seq_len == 819200
+    assert line.ratio == pytest.approx(line.best.tokens_per_s / line.baseline.tokens_per_s)
+
+
+@pytest.mark.parametrize(
+    ("step", "interval", "verdict"),
+    [
+        (1.0, (0.9, 1.1), "Faster than the baseline over the whole interval."),
+        (1.9, (1.0, 3.0), "The interval includes 1"),
+        (1.9, None, "no interval was recorded"),
+        (9.0, (8.0, 10.0), "Nothing beats the baseline"),
+    ],
+    ids=["clear", "unclear", "no-interval", "slower"],
+)
+def test_headline_verdict(make_record, step, interval, verdict):
+    records = [
+        make_record(is_baseline=True, num_devices=1),
+        make_record(policy="none", num_devices=1, step_s=step, interval_s=interval),
+    ]
+    assert verdict in headline(Group.of(records[0]), records, Baselines(records)).verdict
+
+
+def test_headline_of_a_group_without_any_figure(make_record):
+    records = [make_record(status="oom", is_baseline=True)]
+    line = headline(Group.of(records[0]), records, Baselines(records))
+    assert line.best is None
+    assert line.verdict == "No configuration has a figure."

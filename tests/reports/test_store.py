@@ -1,0 +1,114 @@
+from __future__ import annotations
+
+import csv
+import json
+import os
+import warnings
+
+import pytest
+
+from longreel.reports import store
+from longreel.reports.records import SCHEMA_VERSION
+
+
+def test_append_then_load_gives_the_records_in_order(tmp_path, sweep):
+    path = tmp_path / "new" / "records.jsonl"
+    for record in sweep:
+        store.append(path, record)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert store.load(path) == sweep
+    assert path.read_text().count("\n") == len(sweep)
+
+
+@pytest.mark.parametrize("keep", [1, 40, -2], ids=["one-byte", "some", "all-but-the-brace"])
+def test_unfinished_last_line_is_dropped_and_the_next_append_is_whole(tmp_path, make_record, keep):
+    path = tmp_path / "records.jsonl"
+    first, second = make_record(), make_record(seq_len=2048)
+    store.append(path, first)
+    path.write_bytes(path.read_bytes() + (second.to_json() + "\n").encode()[:keep])
+    with pytest.warns(UserWarning, match=r"records.jsonl:2: dropped an unfinished last line"):
+        assert store.load(path) == [first]
+    with pytest.warns(UserWarning, match="cut off"):
+        store.append(path, second)
+    assert store.load(path) == [first, second]
+
+
+def test_whole_last_line_without_newline_counts(tmp_path, make_record):
+    path = tmp_path / "records.jsonl"
+    first, second = make_record(), make_record(seq_len=2048)
+    path.write_text(first.to_json())
+    assert store.load(path) == [first]
+    store.append(path, second)
+    assert store.load(path) == [first, second]
+
+
+def test_failed_write_leaves_the_file_as_it_was(tmp_path, make_record, monkeypatch):
+    path = tmp_path / "records.jsonl"
+    store.append(path, make_record())
+    before = path.read_bytes()
+
+    def full_disk(descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full_disk)
+    with pytest.raises(OSError, match="No space left"):
+        store.append(path, make_record(seq_len=2048))
+    assert path.read_bytes() == before
+
+
+def test_record_that_is_not_json_writes_nothing(tmp_path, make_record):
+    path = tmp_path / "records.jsonl"
+    with pytest.raises(ValueError, match="JSON"):
+        store.append(path, make_record(flops=float("nan")))
+    assert not path.exists()
+
+
+@pytest.mark.parametrize("middle", [b'{"kind": "mea', b"[1]", b"\xff\xfe", b"NaN"])
+def test_broken_middle_line_names_file_and_line(tmp_path, make_record, middle):
+    path = tmp_path / "records.jsonl"
+    line = make_record().to_json().encode()
+    path.write_bytes(line + b"\n" + middle + b"\n" + line + b"\n")
+    with pytest.raises(ValueError, match=r"records\.jsonl:2: "):
+        store.load(path)
+
+
+def test_newer_schema_is_an_error_even_in_the_last_line(tmp_path, make_record):
+    path = tmp_path / "records.jsonl"
+    path.write_text(json.dumps(json.loads(make_record().to_json()) | {"schema_version": SCHEMA_VERSION + 1}))
+    with pytest.raises(ValueError, match=r"records\.jsonl:1: record has schema version 2.*newer longreel"):
+        store.load(path)
+
+
+def test_latest_keeps_the_last_word_on_each_point(make_record):
+    failed = make_record(status="error", reason="worker died")
+    other, again = make_record(seq_len=2048), make_record()
+    assert store.latest([failed, other, again]) == [again, other]
+
+
+def test_csv_has_derived_columns_and_empty_cells_where_there_is_no_figure(tmp_path, sweep):
+    path = tmp_path / "records.csv"
+    store.write_csv(sweep, path)
+    with open(path, newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == len(sweep)
+    assert list(rows[0]) == [*store.CSV_FIELDS, *store.CSV_DERIVED]
+    row = next(r for r in rows if r["strategy"] == "ulysses" and r["policy"] == "none" and r["seq_len"] == "2048")
+    assert float(row["step_s"]) == pytest.approx(1.6)
+    assert float(row["step_low_s"]) == pytest.approx(1.52)
+    assert float(row["tokens_per_s"]) == pytest.approx(2048 / 1.6)
+    assert float(row["samples_per_s"]) == pytest.approx(1 / 1.6)
+    # 1 sample in 1.6 s against the baseline's 2 (DP 2) in 4 s.
+    assert float(row["ratio_to_baseline"]) == pytest.approx(1.25)
+    assert int(row["bytes_sent"]) == 1500
+    assert int(row["num_samples"]) == 3
+    wrong = next(r for r in rows if r["status"] == "wrong")
+    assert wrong["tokens_per_s"] == wrong["ratio_to_baseline"] == ""
+    assert wrong["reason"] == "grad off by 3"
+
+
+def test_write_files_writes_none_when_one_cannot_be_written(tmp_path):
+    (tmp_path / "blocked").write_text("a file, not a folder")
+    with pytest.raises(OSError, match="blocked"):
+        store.write_files({tmp_path / "a.txt": "a", tmp_path / "blocked" / "b.txt": "b"})
+    assert [p.name for p in tmp_path.iterdir()] == ["blocked"]
