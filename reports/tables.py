@@ -55,11 +55,10 @@ def build_table(records: Sequence[Record], baselines: Baselines) -> Table:
     tolerances = {r.error["tolerance"] for r in records if "tolerance" in r.error}
     one_tolerance = len(tolerances) == 1
     columns = (
-        Column(name="Length", unit="tokens", about="Tokens per sample"),
+        Column(name="Length", unit="tokens", about="Tokens per sample, × samples per SP group where there are several"),
         Column(name="Strategy", numeric=False, about="Sequence-parallel strategy"),
         Column(name="SP", about="Sequence-parallel degree"),
         Column(name="DP", about="Data-parallel degree"),
-        Column(name="Batch", about="Samples each sequence-parallel group holds in a step"),
         Column(name="Engine", numeric=False, about="Sharding engine"),
         Column(name="Policy", numeric=False, about="Activation policy"),
         Column(name="Attention", numeric=False, about="Attention provider that ran or is assumed"),
@@ -82,11 +81,10 @@ def build_table(records: Sequence[Record], baselines: Baselines) -> Table:
         worst = max((value for name, value in r.error.items() if name != "tolerance"), default=None)
         tolerance = r.error.get("tolerance")
         cells = (
-            Cell(text=f"{r.seq_len:,}"),
+            Cell(text=f"{r.seq_len:,}", note="" if r.batch_per_group == 1 else f"× {r.batch_per_group}"),
             Cell(text=r.strategy),
             Cell(text=str(r.sp_degree)),
             Cell(text=str(r.dp_degree)),
-            Cell(text=str(r.batch_per_group)),
             Cell(text=formatting.engine(r.engine)),
             Cell(text=r.policy),
             Cell(text=r.attention),

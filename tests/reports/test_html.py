@@ -163,3 +163,8 @@ def test_write_report_writes_page_csv_and_figures(tmp_path, sweep):
     figures = sorted(p.name for p in (tmp_path / "out" / "figures").iterdir())
     assert len(figures) == 6
     assert "1-measured-full-2x-cpu-process-throughput.svg" in figures
+
+
+def test_several_samples_per_group_stand_beside_the_length(make_record):
+    page = Page(render([make_record(), make_record(batch_per_group=4)]))
+    assert [row[:2] for row in page.rows[1:]] == [["1,024", "local"], ["1,024", "× 4"]]
