@@ -1,0 +1,54 @@
+# make sweep: benchmark this machine and open a report. make test: every check. Both set themselves up in .venv.
+PYTHON ?= $(shell for p in python3 python3.11 python3.12 python3.13; do \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
+BIN := .venv/bin
+STAMP := .venv/.installed
+
+.PHONY: help setup setup-browser sweep test lint types layers smoke unit slow clean
+
+help:
+	@echo "make sweep          benchmark what this machine can run, predict 8xH800, write out/quick/report.html"
+	@echo "make test           lint, types, import layers, a smoke sweep, tests"
+	@echo "make slow           the tests that take minutes"
+	@echo "make setup          virtual environment in .venv (the others call it)"
+	@echo "make setup-browser  Debian's Chromium, for the tests of the report (needs root)"
+	@echo "make clean          remove .venv and out"
+
+setup: $(STAMP)
+
+$(STAMP): requirements.txt pyproject.toml
+	@test -n "$(PYTHON)" || { echo "error: no Python 3.11 or newer found; name one: make PYTHON=/path/to/python3" >&2; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --requirement requirements.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
+	@touch $@
+
+setup-browser:
+	command -v chromium || { apt-get update --quiet && apt-get install --quiet --yes --no-install-recommends chromium; }
+
+sweep: setup
+	$(BIN)/python bench/sweep.py
+
+test: lint types layers smoke unit
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: setup
+	$(BIN)/mypy
+
+layers: setup
+	$(BIN)/lint-imports
+
+smoke: setup
+	$(BIN)/python bench/sweep.py --preset smoke
+
+unit: setup
+	$(BIN)/pytest
+
+slow: setup
+	$(BIN)/pytest -m slow
+
+clean:
+	rm -rf .venv out
