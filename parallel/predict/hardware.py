@@ -1,0 +1,210 @@
+"""GPUs that steps are predicted for: vendor figures, and the shares of them that software is assumed to reach.
+
+Vendor figures: NVIDIA data sheets of A100, H100, H200, B200 (dense bf16 without sparsity, SXM); H800 is an H100 with
+NVLink at 400 GB/s, H20 an H100 with fewer tensor cores. NVLink totals are halved to bytes per second per direction.
+What is assumed is marked so, with the measurement it leans on; nothing here was measured by this project.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+Provenance = Literal["vendor", "assumed", "measured"]
+
+GiB = 2**30
+TERA = 1e12
+GIGA = 1e9
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Rate:
+    """A figure with the range it is believed to lie in, and where it comes from.
+
+    Args:
+        value, low, high: low <= value <= high, in the unit that the field's name says.
+        provenance: `vendor`, `assumed` or `measured`.
+        source: data sheet, measurement or reasoning, in words.
+    """
+
+    value: float
+    low: float
+    high: float
+    provenance: Provenance
+    source: str
+
+    def __post_init__(self) -> None:
+        if not 0 < self.low <= self.value <= self.high:
+            raise ValueError(f"a rate needs 0 < low <= value <= high, got {self.low}, {self.value}, {self.high}")
+        if self.provenance not in get_args(Provenance):
+            raise ValueError(f"provenance must be one of {', '.join(get_args(Provenance))}; got {self.provenance!r}")
+
+    def scaled(self, factor: float, *, note: str = "") -> Rate:
+        """This rate times a factor that is taken as exact."""
+        source = f"{self.source}; {note}" if note else self.source
+        return Rate(
+            value=self.value * factor,
+            low=self.low * factor,
+            high=self.high * factor,
+            provenance=self.provenance,
+            source=source,
+        )
+
+
+def _assumed(value: float, low: float, high: float, source: str) -> Rate:
+    return Rate(value=value, low=low, high=high, provenance="assumed", source=source)
+
+
+# Shares of the vendor figure.
+MATMUL_SHARE = _assumed(
+    0.70,
+    0.55,
+    0.80,
+    "769-798 of 989 TFLOP/s measured on one H200 for 8192^3 bf16 on random data; DiT shapes are smaller",
+)
+MEMORY_SHARE = _assumed(
+    0.80, 0.65, 0.90, "copy at 4.3 of 4.8 TB/s on one H200; fused normalisation kernels reach 71-87 % of HBM there"
+)
+LINK_SHARE = _assumed(
+    0.75, 0.55, 0.90, "NCCL over NVLink, large messages; includes nothing for contention with compute"
+)
+
+# Seconds.
+COLLECTIVE_LATENCY = _assumed(20e-6, 10e-6, 40e-6, "launch and synchronisation of one NCCL collective inside a node")
+KERNEL_FLOOR = _assumed(6e-6, 3e-6, 12e-6, "shortest time between two kernels launched by eager PyTorch")
+
+# Memory that is not the model's. "80 GB" is taken as 80 GiB, which is what the driver shows within 1 %.
+FIXED_RESERVE_BYTES = int(2.5 * GiB)
+FIXED_RESERVE_SOURCE = "CUDA context 0.5 GiB, driver 0.8 GiB, NCCL buffers 0.7 GiB, cuBLAS workspaces, kernels"
+FRAGMENTATION_SHARE = 0.05
+FRAGMENTATION_SOURCE = "share of the device memory that the caching allocator cannot use"
+
+# Padded head_dim -> (forward, backward) TFLOP/s over padded columns, 16K tokens, H100. 64 and 128 were published
+# (FlashAttention-3 paper, arXiv:2407.08608, figures 5 and 6); 96 is the estimate behind "265 forward and 233 backward
+# useful at head_dim 72", 32 half-way to what softmax alone allows.
+FLASH2_H100_TFLOPS = {32: (200.0, 175.0), 64: (324.0, 291.0), 96: (353.0, 311.0), 128: (370.0, 322.0)}
+FLASH2_SOURCE = "FlashAttention-2 on H100 at 16K tokens as published, interpolated in the padded head_dim"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GPUProfile:
+    """One GPU of a node of equal GPUs.
+
+    Args:
+        name: key of get_profile.
+        matmul_flops: dense bf16 FLOP/s, vendor.
+        hbm_bytes_s: memory bandwidth, vendor.
+        memory_bytes: device memory.
+        link_bytes_s: link bandwidth per direction between any two GPUs of the node, vendor.
+        gpus_per_node: GPUs that these links join.
+        flash_scale: FlashAttention-2 rates relative to H100's, assumed.
+    """
+
+    name: str
+    matmul_flops: float
+    hbm_bytes_s: float
+    memory_bytes: int
+    link_bytes_s: float
+    gpus_per_node: int = 8
+    flash_scale: Rate
+
+    @property
+    def usable_bytes(self) -> int:
+        """Memory left for the model: all but the reserve for context, libraries and fragmentation (assumed)."""
+        return int(self.memory_bytes * (1 - FRAGMENTATION_SHARE)) - FIXED_RESERVE_BYTES
+
+    @property
+    def matmul(self) -> Rate:
+        """FLOP/s of large bf16 matrix products."""
+        return MATMUL_SHARE.scaled(self.matmul_flops, note=f"times {self.name}'s vendor peak")
+
+    @property
+    def memory(self) -> Rate:
+        """Bytes/s that memory-bound kernels move."""
+        return MEMORY_SHARE.scaled(self.hbm_bytes_s, note=f"times {self.name}'s vendor bandwidth")
+
+    @property
+    def link(self) -> Rate:
+        """Bytes/s one GPU sends in a collective."""
+        return LINK_SHARE.scaled(self.link_bytes_s, note=f"times {self.name}'s vendor bandwidth per direction")
+
+    def attention(self, head_dim: int, *, backward: bool) -> Rate:
+        """FLOP/s of flash attention (FlashAttention-2, which SDPA runs), counting head_dim as it is.
+
+        Args:
+            head_dim: D; columns that pad it to a multiple of 32 are computed and not counted.
+            backward: the rate of the backward kernel, otherwise forward.
+
+        Raises:
+            ValueError: head_dim above 128.
+        """
+        padded = -(-head_dim // 32) * 32
+        if padded not in FLASH2_H100_TFLOPS:
+            raise ValueError(f"no flash attention rate for head_dim {head_dim}; it must be between 1 and 128")
+        rate = FLASH2_H100_TFLOPS[padded][int(backward)] * TERA * head_dim / padded
+        return self.flash_scale.scaled(rate, note=f"{FLASH2_SOURCE}; {head_dim} of {padded} columns useful")
+
+
+_HOPPER = _assumed(1.0, 0.80, 1.10, "same tensor cores and clocks as H100")
+
+_PROFILES = (
+    GPUProfile(
+        name="A100",
+        matmul_flops=312 * TERA,
+        hbm_bytes_s=2.04 * TERA,
+        memory_bytes=80 * GiB,
+        link_bytes_s=300 * GIGA,
+        flash_scale=_assumed(0.60, 0.50, 0.65, "FlashAttention-2 paper (arXiv:2307.08691): up to 73 % of 312 TFLOP/s"),
+    ),
+    GPUProfile(
+        name="H800",
+        matmul_flops=989 * TERA,
+        hbm_bytes_s=3.35 * TERA,
+        memory_bytes=80 * GiB,
+        link_bytes_s=200 * GIGA,
+        flash_scale=_HOPPER,
+    ),
+    GPUProfile(
+        name="H100",
+        matmul_flops=989 * TERA,
+        hbm_bytes_s=3.35 * TERA,
+        memory_bytes=80 * GiB,
+        link_bytes_s=450 * GIGA,
+        flash_scale=_HOPPER,
+    ),
+    GPUProfile(
+        name="H20",
+        matmul_flops=148 * TERA,
+        hbm_bytes_s=4.0 * TERA,
+        memory_bytes=96 * GiB,
+        link_bytes_s=450 * GIGA,
+        flash_scale=_assumed(
+            0.22, 0.16, 0.27, "half of 148 TFLOP/s, as FlashAttention-2 is bound by other units on H100"
+        ),
+    ),
+    GPUProfile(
+        name="H200",
+        matmul_flops=989 * TERA,
+        hbm_bytes_s=4.8 * TERA,
+        memory_bytes=141 * GiB,
+        link_bytes_s=450 * GIGA,
+        flash_scale=_HOPPER,
+    ),
+    GPUProfile(
+        name="B200",
+        matmul_flops=2250 * TERA,
+        hbm_bytes_s=8.0 * TERA,
+        memory_bytes=180 * GiB,
+        link_bytes_s=900 * GIGA,
+        flash_scale=_assumed(1.1, 0.80, 1.70, "FlashAttention-2 does not use Blackwell's own tensor-core instructions"),
+    ),
+)
+PROFILES: dict[str, GPUProfile] = {profile.name: profile for profile in _PROFILES}
+
+
+def get_profile(name: str) -> GPUProfile:
+    """The profile of a GPU by name, upper or lower case; ValueError lists those that exist."""
+    profile = PROFILES.get(name.upper())
+    if profile is None:
+        raise ValueError(f"unknown GPU {name!r}; profiles are {', '.join(PROFILES)}")
+    return profile

@@ -1,0 +1,167 @@
+"""What every op of a step costs: FLOPs, bytes of memory traffic, bytes sent, workspace. Shapes only, no time.
+
+Strategy ops (`longreel::ulysses_attention` ...) are opened: their Python body runs on fake tensors, so that the
+exchanges, projections and attention inside are seen one by one, with their buffers. Attention under `sdpa-flash` is
+opened for its buffers and priced as one op. The pointwise ops are taken as one fused kernel each (read the inputs,
+write the results) unless asked to open them too. Bytes of any other op: every argument read, every result written.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+# Private: the Python function behind a torch.library.custom_op. Used in this file only.
+from torch._library.custom_ops import OPDEFS
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
+
+Kind = Literal["matmul", "attention", "memory", "collective"]
+
+_POINTWISE = ("adaln_modulate", "gated_residual", "bias_gelu")
+_FLASH_BACKWARD = "_scaled_dot_product_flash_attention"
+
+
+@dataclass(frozen=True, slots=True)
+class OpCost:
+    """One call of an op, as one rank sees it.
+
+    Args:
+        kind: how it is priced.
+        name: op, without overload.
+        phase: `forward`, `backward` or `optimizer`.
+        scope: the strategy op that it ran inside, or empty.
+        flops: counted by the op's registered formula.
+        bytes: arguments read plus results written; for a collective the bytes this rank sends.
+        group: for a collective, the process group's name. head_dim: for attention.
+    """
+
+    kind: Kind
+    name: str
+    phase: str
+    scope: str
+    flops: int
+    bytes: int
+    group: str = ""
+    head_dim: int = 0
+
+
+class OpLedger:
+    """Observer of a StorageTracker that counts equal op calls.
+
+    Args:
+        open_pointwise: look inside the pointwise ops (eager fp32 temporaries and all) instead of taking them as fused.
+
+    Attributes:
+        costs: calls per OpCost.
+        phase: name that calls are filed under; assign to change it.
+    """
+
+    def __init__(self, *, open_pointwise: bool = False) -> None:
+        self.costs: Counter[OpCost] = Counter()
+        self.phase = "forward"
+        self._open_pointwise = open_pointwise
+        self._open: list[Any] = []
+
+    def body(self, func: Any, args: tuple[Any, ...]) -> Callable[..., Any] | None:
+        """See OpObserver."""
+        if func.namespace != "longreel" or not self._opens(func, args):
+            return None
+        self._open.append(func)
+        return OPDEFS[f"longreel::{_name(func)}"]._init_fn
+
+    def ran(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> int:
+        """See OpObserver."""
+        opened = bool(self._open) and self._open[-1] is func
+        if opened:
+            self._open.pop()
+        priced_outside = any(_is_attention(f) for f in self._open)
+        if not priced_outside and not (opened and not _is_attention(func)):
+            self._price(func, args, kwargs, result)
+        return _workspace(func, args)
+
+    def _opens(self, func: Any, args: tuple[Any, ...]) -> bool:
+        name = _name(func)
+        if _is_attention(func):
+            # A provider that launches a kernel of its own has no body to run on fake tensors.
+            return args[-1] == "sdpa-flash"
+        return self._open_pointwise or not name.startswith(_POINTWISE)
+
+    def _price(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
+        if func.is_view or _name(func) == "_unsafe_view":
+            return
+        scope = next((_name(f) for f in self._open if not _is_attention(f)), "")
+        group, head_dim, flops = "", 0, 0
+        kind: Kind = "memory"
+        if func.namespace == "c10d":
+            sent, group = _sent(func, args)
+            if not sent:
+                return
+            self.costs[OpCost("collective", _name(func), self.phase, scope, 0, sent, group)] += 1
+            return
+        formula = flop_registry.get(func.overloadpacket)
+        if formula is not None:
+            flops = formula(*args, **kwargs, out_val=result)
+            kind = "attention" if _is_attention(func) else "matmul"
+            head_dim = result[0].shape[-1] if kind == "attention" else 0
+        moved = sum(t.numel() * t.element_size() for t in tree_leaves((args, kwargs, result)) if isinstance(t, Tensor))
+        # Allocation alone moves nothing.
+        if moved and not _name(func).startswith(("empty", "new_empty")):
+            self.costs[OpCost(kind, _name(func), self.phase, scope, flops, moved, group, head_dim)] += 1
+
+
+def _name(func: Any) -> str:
+    return func.overloadpacket.__name__
+
+
+def _is_attention(func: Any) -> bool:
+    return func.namespace == "longreel" and _name(func).startswith("attention")
+
+
+def _workspace(func: Any, args: tuple[Any, ...]) -> int:
+    """Bytes a library op holds inside on CUDA and frees before it returns.
+
+    FlashAttention-2's backward sums dQ in fp32 [B, S, H, D padded to a multiple of 32], S rounded up to 128, and keeps
+    one fp32 row sum per query. Other libraries' workspaces are part of the reserve in hardware.py.
+    """
+    name = _name(func)
+    if not (name.startswith(_FLASH_BACKWARD) and name.endswith("backward")):
+        return 0
+    batch, heads, seq_len, head_dim = args[1].shape
+    rows = batch * heads * (-(-seq_len // 128) * 128)
+    return 4 * rows * (-(-head_dim // 32) * 32 + 1)
+
+
+def _sent(func: Any, args: tuple[Any, ...]) -> tuple[int, str]:
+    """Bytes this rank sends to others in a c10d op, and its group's name; 0 for the receiving side."""
+    tensors = [t for t in tree_leaves(args) if isinstance(t, Tensor)]
+    pg = next(a for a in args if isinstance(a, torch.ScriptObject))
+    group = dist.ProcessGroup.unbox(pg)
+    size = group.size()
+    name = _name(func)
+    if name == "send":
+        sent = _bytes(tensors[0])
+    elif name in ("recv_", "barrier"):
+        sent = 0
+    elif name == "_allgather_base_":
+        sent = _bytes(tensors[1]) * (size - 1)
+    elif name == "_reduce_scatter_base_":
+        sent = _bytes(tensors[0]) * (size - 1)
+    elif name == "alltoall_base_":
+        sent = _bytes(tensors[1]) * (size - 1) // size
+    elif name == "allreduce_":
+        # A ring: reduce-scatter, then all-gather.
+        sent = 2 * _bytes(tensors[0]) * (size - 1) // size
+    else:
+        raise ValueError(f"no traffic formula for the collective c10d::{name}; add it to predict/ledger.py")
+    return sent, group.group_name
+
+
+def _bytes(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()

@@ -1,0 +1,206 @@
+"""Prediction of one training step on GPUs that are not there: memory, FLOPs, traffic, time; labelled `predicted`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from functools import lru_cache
+from typing import Any
+
+from longreel.models.config import DiTConfig
+from longreel.parallel.config import ParallelConfig, check_heads
+from longreel.parallel.mesh import build_mesh
+from longreel.parallel.predict.depth import OptimizerTrace, step_at_depth, trace_optimizer
+from longreel.parallel.predict.fake_world import fake_world
+from longreel.parallel.predict.flops import useful_flops
+from longreel.parallel.predict.hardware import (
+    FIXED_RESERVE_BYTES,
+    FIXED_RESERVE_SOURCE,
+    FRAGMENTATION_SHARE,
+    FRAGMENTATION_SOURCE,
+    GPUProfile,
+    get_profile,
+)
+from longreel.parallel.predict.roofline import step_time
+from longreel.parallel.predict.step import StepTrace
+
+# Tokens of one latent frame where only a sequence length is given: 16 x 16 patches, 256x256 pixels through SD-VAE.
+FRAME_SIDE = 16
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PredictionCase:
+    """One point to predict.
+
+    Args:
+        model: the DiT.
+        parallel: strategy, sp_degree, engine, policy. Precision must be bf16; attention `auto` means `sdpa-flash`, what
+            `auto` picks on CUDA.
+        num_gpus: GPUs of one node; dp_degree = num_gpus / sp_degree.
+        target: name of a profile, see longreel.parallel.predict.hardware.
+        seq_len: video tokens of one sample, or
+        latent_size: (T, H, W) latents of one sample. Exactly one of the two.
+        batch_per_group: samples that each SP group holds.
+        fused_pointwise: take adaLN-modulate, gated residual and bias-GELU as one kernel each without temporaries;
+            False follows their eager specification, fp32 temporaries included.
+    """
+
+    model: DiTConfig
+    parallel: ParallelConfig
+    num_gpus: int
+    target: str
+    seq_len: int | None = None
+    latent_size: tuple[int, int, int] | None = None
+    batch_per_group: int = 1
+    fused_pointwise: bool = True
+
+    def __post_init__(self) -> None:
+        if (self.seq_len is None) == (self.latent_size is None):
+            raise ValueError(f"give seq_len or latent_size, one of them; got {self.seq_len} and {self.latent_size}")
+        if self.seq_len is not None and self.seq_len < 1:
+            raise ValueError(f"seq_len must be at least 1, got {self.seq_len}")
+        if self.batch_per_group < 1:
+            raise ValueError(f"batch_per_group must be at least 1, got {self.batch_per_group}")
+        gpus = get_profile(self.target).gpus_per_node
+        if not 1 <= self.num_gpus <= gpus:
+            raise ValueError(f"num_gpus must be 1 to {gpus}, one node of {self.target}, got {self.num_gpus}")
+        if self.parallel.precision != "bf16":
+            raise ValueError(
+                f"precision {self.parallel.precision!r} cannot be predicted: there are rates for bf16 only"
+                + ("; engine 'ddp' has no bf16, use fsdp2-zero2 or -zero3" if self.parallel.engine == "ddp" else "")
+            )
+        if self.parallel.attention_provider not in ("auto", "sdpa-flash"):
+            raise ValueError(
+                f"attention_provider {self.parallel.attention_provider!r} cannot be predicted: there are rates for "
+                "sdpa-flash only; use 'auto' or 'sdpa-flash'"
+            )
+        self.parallel.dp_degree(self.num_gpus)
+        check_heads(self.model.num_heads, self.parallel.sp_degree)
+
+    @property
+    def grid(self) -> tuple[int, int, int]:
+        """Patches (t, h, w): as the latents say, else 16 x 16 per frame where that divides, else one row."""
+        if self.latent_size is not None:
+            return self.model.grid(*self.latent_size)
+        assert self.seq_len is not None
+        frame = FRAME_SIDE**2
+        if self.seq_len % frame == 0:
+            return self.seq_len // frame, FRAME_SIDE, FRAME_SIDE
+        return 1, 1, self.seq_len
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Prediction:
+    """What is expected of one step. Nothing in it was measured.
+
+    Args:
+        kind: `predicted`.
+        memory_bytes: peak of live bytes on the fullest rank. memory_by_phase: the same in forward, backward, optimizer.
+        kept_bytes: live between forward and backward beyond parameters and optimizer state: activations, mostly.
+        memory_limit: bytes of the GPU. usable_bytes: those left after the reserve (assumed).
+        fits: memory_bytes is at most usable_bytes.
+        flops: useful FLOPs of the step over all GPUs. hw_flops: with recomputation and padding.
+        traffic: bytes one rank sends, `sequence.<collective>` and `sharding.<collective>`.
+        step_s, interval_s: seconds and their (low, high); the times stand even where the step does not fit.
+        mfu, hfu: flops and hw_flops over the GPUs' vendor peak for step_s.
+        breakdown: seconds that add up to step_s, by part. hidden: communication seconds behind compute.
+        inputs: every figure used, with provenance (vendor, assumed, measured) and source.
+    """
+
+    kind: str = "predicted"
+    memory_bytes: int
+    memory_by_phase: Mapping[str, int]
+    kept_bytes: int
+    memory_limit: int
+    usable_bytes: int
+    fits: bool
+    flops: float
+    hw_flops: float
+    traffic: Mapping[str, int]
+    step_s: float
+    interval_s: tuple[float, float]
+    mfu: float
+    hfu: float
+    breakdown: Mapping[str, float]
+    hidden: Mapping[str, float]
+    inputs: Mapping[str, Any]
+
+
+def predict_step(case: PredictionCase) -> Prediction:
+    """Predict one training step (forward, backward, AdamW) on one rank of case.num_gpus, without any GPU.
+
+    Args:
+        case: the point. Points that differ in the target only share one fake run.
+
+    Raises:
+        ValueError: a process group is initialised in this process.
+    """
+    profile = get_profile(case.target)
+    parallel = replace(case.parallel, attention_provider="sdpa-flash")
+    trace = _trace(case.model, parallel, case.num_gpus, case.grid, case.batch_per_group, case.fused_pointwise)
+    time = step_time(trace.costs, profile, group_sizes=trace.group_sizes)
+    t, h, w = case.grid
+    samples = case.batch_per_group * case.parallel.dp_degree(case.num_gpus)
+    flops = float(samples * useful_flops(case.model, num_video=t * h * w))
+    hw_flops = trace.flops * case.num_gpus
+    peak_flops = profile.matmul_flops * case.num_gpus * time.seconds
+    return Prediction(
+        memory_bytes=trace.peak,
+        memory_by_phase={phase: round(peak) for phase, peak in trace.peaks.items()},
+        kept_bytes=round(trace.kept),
+        memory_limit=profile.memory_bytes,
+        usable_bytes=profile.usable_bytes,
+        fits=trace.peak <= profile.usable_bytes,
+        flops=flops,
+        hw_flops=hw_flops,
+        traffic=trace.sent(),
+        step_s=time.seconds,
+        interval_s=(time.low, time.high),
+        mfu=flops / peak_flops,
+        hfu=hw_flops / peak_flops,
+        breakdown=time.breakdown,
+        hidden=time.hidden,
+        inputs=_inputs(case, profile) | {name: asdict(rate) for name, rate in time.rates.items()},
+    )
+
+
+@lru_cache(maxsize=1024)
+def _trace(
+    model: DiTConfig, parallel: ParallelConfig, num_gpus: int, grid: tuple[int, int, int], batch: int, fused: bool
+) -> StepTrace:
+    t, h, w = (n * p for n, p in zip(grid, model.patch_size, strict=True))
+    optimizers = _shallow_optimizers(replace(model, depth=1), num_gpus)
+    with fake_world(num_gpus):
+        mesh = build_mesh(sp_degree=parallel.sp_degree)
+        return step_at_depth(
+            model, parallel, mesh, optimizers, latent_size=(t, h, w), batch=batch, open_pointwise=not fused
+        )
+
+
+@lru_cache(maxsize=64)
+def _shallow_optimizers(model: DiTConfig, num_gpus: int) -> tuple[OptimizerTrace, OptimizerTrace]:
+    """At depths 1 and 2; neither the strategy nor ZeRO's stage changes what is sharded."""
+    with fake_world(num_gpus):
+        mesh = build_mesh(sp_degree=1)
+        parallel = ParallelConfig(precision="bf16")
+        return trace_optimizer(model, parallel, mesh), trace_optimizer(replace(model, depth=2), parallel, mesh)
+
+
+def _inputs(case: PredictionCase, profile: GPUProfile) -> dict[str, Any]:
+    def vendor(value: float) -> dict[str, Any]:
+        return {"value": value, "provenance": "vendor", "source": f"{profile.name} data sheet"}
+
+    def assumed(value: Any, source: str) -> dict[str, Any]:
+        return {"value": value, "provenance": "assumed", "source": source}
+
+    pointwise = "one fused kernel each, no temporaries" if case.fused_pointwise else "their eager specification"
+    return {
+        "target": profile.name,
+        "peak_flop_s": vendor(profile.matmul_flops),
+        "memory_bytes": vendor(profile.memory_bytes),
+        "fixed_reserve_bytes": assumed(FIXED_RESERVE_BYTES, FIXED_RESERVE_SOURCE),
+        "fragmentation_share": assumed(FRAGMENTATION_SHARE, FRAGMENTATION_SOURCE),
+        "attention": assumed("sdpa-flash", "FlashAttention-2 as PyTorch runs it, its dQ accumulator included"),
+        "pointwise": assumed(pointwise, "adaLN modulate, gated residual and bias-GELU"),
+        "optimizer": assumed("AdamW foreach", "PyTorch's default on CUDA, fp32 states sharded as the parameters"),
+    }

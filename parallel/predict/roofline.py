@@ -1,0 +1,136 @@
+"""First, readable model of step time: every op at the slower of its arithmetic and its memory traffic.
+
+Time of a call = max(FLOPs / rate, bytes / bandwidth, launch floor); collectives: latency + bytes / link bandwidth. One
+after the other, except where the schedule overlaps:
+- a strategy's all-to-all is waited for: all of it counts (Ulysses; FastSeq's exchange of the output);
+- FastSeq's point-to-point exchange hides behind the projections of the P - 1 chunks in flight, no further:
+  exposed = max(0, exchange - projection * (P - 1) / P);
+- the sharding engine's collectives hide behind the compute of their phase, but for the largest one, which has nothing
+  to hide behind at the start of forward or the end of backward.
+The interval takes every rate at the fast end with this overlap, and every rate at the slow end without any overlap of
+communication. It covers the assumed rates, not what the model leaves out (stragglers, clocks under load, data loading).
+Source: Williams, Waterman and Patterson 2009, Roofline.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from longreel.parallel.predict.hardware import COLLECTIVE_LATENCY, KERNEL_FLOOR, GPUProfile, Rate
+from longreel.parallel.predict.ledger import OpCost
+
+Pace = Literal["expected", "fast", "slow"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StepTime:
+    """Predicted time of one step on one rank, seconds.
+
+    Args:
+        seconds, low, high: the estimate and its interval.
+        breakdown: seconds that add up to `seconds`: matmul, attention, memory, optimizer, and the exposed
+            communication of the sequence exchange and of the sharding engine.
+        hidden: communication seconds that overlap with compute, by the same names.
+        rates: every figure used, with its provenance.
+    """
+
+    seconds: float
+    low: float
+    high: float
+    breakdown: Mapping[str, float]
+    hidden: Mapping[str, float]
+    rates: Mapping[str, Rate]
+
+
+def step_time(costs: Mapping[OpCost, float], profile: GPUProfile, *, group_sizes: Mapping[str, int]) -> StepTime:
+    """Time of one step.
+
+    Args:
+        costs: calls of every op on one rank.
+        profile: the GPU.
+        group_sizes: ranks of every process group that a collective names.
+    """
+    parts, hidden = _parts(costs, profile, group_sizes, "expected", overlap=True)
+    low, _ = _parts(costs, profile, group_sizes, "fast", overlap=True)
+    high, _ = _parts(costs, profile, group_sizes, "slow", overlap=False)
+    return StepTime(
+        seconds=sum(parts.values()),
+        low=sum(low.values()),
+        high=sum(high.values()),
+        breakdown=parts,
+        hidden=hidden,
+        rates=_rates_used(costs, profile),
+    )
+
+
+def _rates_used(costs: Mapping[OpCost, float], profile: GPUProfile) -> dict[str, Rate]:
+    rates = {
+        "matmul_flop_s": profile.matmul,
+        "memory_byte_s": profile.memory,
+        "link_byte_s": profile.link,
+        "collective_latency_s": COLLECTIVE_LATENCY,
+        "kernel_floor_s": KERNEL_FLOOR,
+    }
+    for head_dim in {cost.head_dim for cost in costs if cost.kind == "attention"}:
+        rates["attention_forward_flop_s"] = profile.attention(head_dim, backward=False)
+        rates["attention_backward_flop_s"] = profile.attention(head_dim, backward=True)
+    return rates
+
+
+def _speed(rate: Rate, pace: Pace) -> float:
+    return {"expected": rate.value, "fast": rate.high, "slow": rate.low}[pace]
+
+
+def _delay(seconds: Rate, pace: Pace) -> float:
+    return {"expected": seconds.value, "fast": seconds.low, "slow": seconds.high}[pace]
+
+
+def _op_seconds(cost: OpCost, profile: GPUProfile, pace: Pace) -> float:
+    if cost.kind == "collective":
+        return _delay(COLLECTIVE_LATENCY, pace) + cost.bytes / _speed(profile.link, pace)
+    seconds = max(cost.bytes / _speed(profile.memory, pace), _delay(KERNEL_FLOOR, pace))
+    if cost.kind == "attention":
+        rate = profile.attention(cost.head_dim, backward=cost.name.endswith("backward"))
+        return max(seconds, cost.flops / _speed(rate, pace))
+    if cost.kind == "matmul":
+        return max(seconds, cost.flops / _speed(profile.matmul, pace))
+    return seconds
+
+
+def _parts(
+    costs: Mapping[OpCost, float], profile: GPUProfile, group_sizes: Mapping[str, int], pace: Pace, *, overlap: bool
+) -> tuple[dict[str, float], dict[str, float]]:
+    """Seconds that count and seconds that are hidden, by part."""
+    parts = dict.fromkeys(("matmul", "attention", "memory", "optimizer", "sequence", "sharding"), 0.0)
+    total = {"sequence": 0.0, "sharding": 0.0}
+    compute: dict[str, float] = defaultdict(float)
+    projection: dict[str, float] = defaultdict(float)
+    exchange: dict[tuple[str, int], float] = defaultdict(float)
+    sharding: dict[str, float] = defaultdict(float)
+    largest: dict[str, float] = defaultdict(float)
+    for cost, calls in costs.items():
+        one = _op_seconds(cost, profile, pace)
+        if cost.kind != "collective":
+            parts["optimizer" if cost.phase == "optimizer" else cost.kind] += calls * one
+            compute[cost.phase] += calls * one
+            if cost.kind == "matmul":
+                projection[cost.scope] += calls * one
+            continue
+        total["sequence" if cost.scope else "sharding"] += calls * one
+        if not cost.scope:
+            sharding[cost.phase] += calls * one
+            largest[cost.phase] = max(largest[cost.phase], one)
+        elif cost.name == "send":
+            exchange[cost.scope, group_sizes[cost.group]] += calls * one
+        else:
+            parts["sequence"] += calls * one
+    for (scope, size), seconds in exchange.items():
+        cover = projection[scope] * (size - 1) / size if overlap else 0.0
+        parts["sequence"] += max(0.0, seconds - cover)
+    for phase, seconds in sharding.items():
+        cover = compute[phase] if overlap else 0.0
+        parts["sharding"] += largest[phase] + max(0.0, seconds - largest[phase] - cover)
+    return parts, {name: seconds - parts[name] for name, seconds in total.items()}
