@@ -1,0 +1,145 @@
+"""Checkpoints: model, optimizer and step, sharded over the ranks that write them, readable by any other number.
+
+A checkpoint is a folder `step-000200` that appears complete or not at all: it is written under another name and
+renamed when every rank is done.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import (
+    get_model_state_dict,
+    get_state_dict,
+    set_model_state_dict,
+    set_state_dict,
+)
+from torch.distributed.device_mesh import DeviceMesh
+
+from longreel.parallel.comm import all_reduce_sum
+
+VERSION = 1
+_NAME = re.compile(r"step-(\d{6,})")
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """Complete checkpoints of a run's folder `checkpoints/`, oldest first."""
+    found = [(int(m[1]), path) for path in folder.glob("step-*") if (m := _NAME.fullmatch(path.name))]
+    return [path for _, path in sorted(found)]
+
+
+def find_checkpoint(path: Path) -> Path:
+    """The checkpoint that a path means: itself, or the newest of the run in that folder.
+
+    Raises:
+        ValueError: neither is there.
+    """
+    if (path / "run.json").is_file():
+        return path
+    for folder in (path / "checkpoints", path):
+        if found := checkpoints(folder):
+            return found[-1]
+    raise ValueError(f"{path}: no checkpoint there; give a folder step-NNNNNN or the out folder of a training run")
+
+
+def save_checkpoint(
+    folder: Path,
+    step: int,
+    module: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    config: dict[str, Any],
+    mesh: DeviceMesh,
+) -> Path:
+    """Write a checkpoint; every rank calls it.
+
+    Args:
+        folder: `checkpoints/` of the run. step: optimizer steps done.
+        module, optimizer: as wrapped by any engine; names in the file are those of the plain model.
+        config: the resolved configuration of the run, for JSON.
+        mesh: one axis over all ranks.
+
+    Returns:
+        The checkpoint's folder.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    final, partial = folder / f"step-{step:06d}", folder / f".step-{step:06d}.partial"
+    first = mesh.get_rank() == 0
+    if first:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+    wait_for_all(mesh)
+    model_state, optimizer_state = get_state_dict(module, optimizer)
+    try:
+        dcp.save({"model": model_state, "optimizer": optimizer_state}, checkpoint_id=partial)
+    except dcp.api.CheckpointException as error:
+        raise OSError(f"{final}: cannot write the checkpoint: {_first(error)}") from error
+    if first:
+        run = {"version": VERSION, "step": step, "config": config}
+        (partial / "run.json").write_text(json.dumps(run, indent=1) + "\n", encoding="utf-8")
+        shutil.rmtree(final, ignore_errors=True)
+        partial.rename(final)
+    wait_for_all(mesh)
+    return final
+
+
+def read_run(checkpoint: Path) -> tuple[int, dict[str, Any]]:
+    """(steps done, configuration) of a checkpoint; ValueError if it is not one of this version."""
+    path = checkpoint / "run.json"
+    try:
+        run = json.loads(path.read_text(encoding="utf-8"))
+        version, step, config = run["version"], run["step"], run["config"]
+    except FileNotFoundError as error:
+        raise ValueError(f"{checkpoint}: not a checkpoint, run.json is missing") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path}: damaged: {error}") from error
+    if version != VERSION:
+        raise ValueError(f"{path}: checkpoint version {version}, this version reads {VERSION}")
+    return step, config
+
+
+def load_checkpoint(checkpoint: Path, module: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> None:
+    """Read a checkpoint into a wrapped model and, for resuming, its optimizer; every rank calls it.
+
+    Raises:
+        ValueError: the checkpoint holds another model or is damaged.
+    """
+    try:
+        if optimizer is None:
+            model_state = get_model_state_dict(module)
+            dcp.load({"model": model_state}, checkpoint_id=checkpoint)
+            set_model_state_dict(module, model_state)
+        else:
+            model_state, optimizer_state = get_state_dict(module, optimizer)
+            dcp.load({"model": model_state, "optimizer": optimizer_state}, checkpoint_id=checkpoint)
+            set_state_dict(module, optimizer, model_state_dict=model_state, optim_state_dict=optimizer_state)
+    except (dcp.api.CheckpointException, RuntimeError) as error:
+        raise ValueError(f"{checkpoint}: does not fit this model or is damaged: {_first(error)}") from error
+
+
+def prune_checkpoints(folder: Path, keep: int) -> None:
+    """Delete all but the newest `keep` checkpoints; one rank calls it."""
+    for path in checkpoints(folder)[:-keep]:
+        shutil.rmtree(path)
+
+
+def wait_for_all(mesh: DeviceMesh) -> None:
+    """Return once every rank of the mesh has called it."""
+    token = torch.zeros(1, device=mesh.device_type)
+    total: Tensor = all_reduce_sum(token, mesh.get_group().group_name)
+    total.item()
+
+
+def _first(error: BaseException) -> str:
+    """The reason of the first rank that failed, in one line."""
+    if isinstance(error, dcp.api.CheckpointException) and error.failures:
+        error = next(iter(error.failures.values()))[0]
+    return " ".join(str(error).split())[:300]

@@ -1,0 +1,196 @@
+"""What one training run or one sampling run is: data only, checked on construction, also the command line."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from longreel.models.config import Conditioning, DiTConfig, preset
+from longreel.parallel.config import ParallelConfig
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelChoice:
+    """Which DiT to train on raw pixels.
+
+    Args:
+        preset: name of a preset (`dit-s-2` ... `dit-xl-4`), whose depth, width and heads then count; None takes the
+            three below, a model small enough for a CPU.
+        depth: number of blocks. hidden_size: width. num_heads: attention heads.
+        patch_size: (frames, height, width) of one patch in pixels. A patch of more numbers (3 colours each) than the
+            model is wide cannot be predicted exactly.
+        conditioning: how the caption enters: `adaln`, `cross` or `in_context`.
+        text_dim: width of the byte-level text features. max_text_tokens: bytes of a caption that are read, plus 2.
+    """
+
+    preset: str | None = None
+    depth: int = 2
+    hidden_size: int = 128
+    num_heads: int = 4
+    patch_size: tuple[int, int, int] = (2, 4, 4)
+    conditioning: Conditioning = "cross"
+    text_dim: int = 128
+    max_text_tokens: int = 48
+
+    def __post_init__(self) -> None:
+        self.build()
+
+    def build(self) -> DiTConfig:
+        """The model's configuration; ValueError for an unknown preset or sizes that do not fit."""
+        shared: dict[str, Any] = {
+            "patch_size": tuple(self.patch_size),
+            "in_channels": 3,
+            "conditioning": self.conditioning,
+            "text_dim": self.text_dim,
+            "max_text_tokens": self.max_text_tokens,
+        }
+        if self.preset is not None:
+            return preset(self.preset, **shared)
+        return DiTConfig(depth=self.depth, hidden_size=self.hidden_size, num_heads=self.num_heads, **shared)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainConfig:
+    """Train a video DiT on raw pixels with rectified flow.
+
+    Args:
+        videos: folder of video files. captions: captions file; captions.json in that folder if not given.
+        demo: draw and encode four small clips and train on those instead.
+        out: folder of everything the run writes: metrics.jsonl, checkpoints/, demo/.
+        resume: go on from the newest checkpoint in `out`.
+        steps: optimizer steps, counted from the start of the run, resumed or not.
+        batch_size: samples of one step over all ranks; ranks need not get the same number.
+        num_frames, height, width: size of a clip in frames and pixels.
+        frame_stride: distance of a clip's frames in the video.
+        learning_rate: of AdamW, reached after warmup_steps. betas, weight_decay: of AdamW.
+        caption_dropout: share of samples that train with the empty caption, which guidance needs.
+        seed: of weights, data order, captions, timesteps and noise.
+        checkpoint_every: steps between checkpoints; the last step always gets one. keep: newest checkpoints kept.
+        log_every: steps between lines of metrics.jsonl.
+        model: the DiT. parallel: how it is spread over the ranks.
+    """
+
+    videos: Path | None = None
+    captions: Path | None = None
+    demo: bool = False
+    out: Path = Path("out/train")
+    resume: bool = False
+    steps: int = 300
+    batch_size: int = 4
+    num_frames: int = 8
+    height: int = 32
+    width: int = 32
+    frame_stride: int = 1
+    learning_rate: float = 3e-3
+    warmup_steps: int = 10
+    betas: tuple[float, float] = (0.9, 0.99)
+    weight_decay: float = 0.0
+    caption_dropout: float = 0.1
+    seed: int = 0
+    checkpoint_every: int = 100
+    keep: int = 2
+    log_every: int = 1
+    model: ModelChoice = field(default_factory=ModelChoice)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+
+    def __post_init__(self) -> None:
+        if self.demo == (self.videos is not None):
+            raise ValueError(
+                "give a folder of videos (--videos) or --demo" + (", not both" if self.demo else "; neither was given")
+            )
+        if self.captions is not None and self.demo:
+            raise ValueError("--demo writes its own captions; give --captions only with --videos")
+        for name in (
+            "steps",
+            "batch_size",
+            "num_frames",
+            "height",
+            "width",
+            "frame_stride",
+            "checkpoint_every",
+            "keep",
+            "log_every",
+        ):
+            _at_least(self, name, 1)
+        _at_least(self, "warmup_steps", 0)
+        _at_least(self, "weight_decay", 0)
+        if not self.learning_rate > 0:
+            raise ValueError(f"learning_rate must be positive, got {self.learning_rate}")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"betas must be in [0, 1), got {self.betas}")
+        if not 0 <= self.caption_dropout <= 1:
+            raise ValueError(f"caption_dropout must be in [0, 1], got {self.caption_dropout}")
+        self.model.build().grid(self.num_frames, self.height, self.width)
+
+    @property
+    def tokens_per_sample(self) -> int:
+        """Video tokens of one clip."""
+        t, h, w = self.model.build().grid(self.num_frames, self.height, self.width)
+        return t * h * w
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SampleConfig:
+    """Turn a checkpoint and a prompt into an mp4.
+
+    Args:
+        checkpoint: folder of one checkpoint, or the `out` folder of a run, whose newest one is taken.
+        prompt: caption; the empty one is what guidance steers away from.
+        out: the mp4 file.
+        num_steps: Euler steps from noise to video.
+        guidance: classifier-free guidance scale; 1 is none and costs half.
+        seed: of the noise.
+        num_frames, height, width: size of the video; that of the training clips if not given.
+        fps: frames per second of the file.
+        parallel: how the model is spread over the ranks.
+    """
+
+    checkpoint: Path
+    prompt: str
+    out: Path = Path("clip.mp4")
+    num_steps: int = 50
+    guidance: float = 2.0
+    seed: int = 0
+    num_frames: int | None = None
+    height: int | None = None
+    width: int | None = None
+    fps: float = 8
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+
+    def __post_init__(self) -> None:
+        _at_least(self, "num_steps", 1)
+        for name in ("num_frames", "height", "width"):
+            if getattr(self, name) is not None:
+                _at_least(self, name, 1)
+        for name in ("fps", "guidance"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+        if self.out.suffix != ".mp4":
+            raise ValueError(f"out must be an .mp4 file, got {self.out}")
+
+
+def to_json(config: TrainConfig | SampleConfig) -> dict[str, Any]:
+    """The whole tree as what JSON holds: paths become strings."""
+    return _plain(asdict(config))
+
+
+def model_from_json(data: dict[str, Any]) -> DiTConfig:
+    """The model of a configuration written by to_json; ValueError if it does not fit this version."""
+    try:
+        return ModelChoice(**(data["model"] | {"patch_size": tuple(data["model"]["patch_size"])})).build()
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"the configuration names no model of this version: {error}") from error
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return str(value) if isinstance(value, Path) else value
+
+
+def _at_least(config: object, name: str, least: float) -> None:
+    if not getattr(config, name) >= least:
+        raise ValueError(f"{name} must be at least {least}, got {getattr(config, name)}")

@@ -1,0 +1,12 @@
+"""Train a video DiT: `python parallel/train.py --demo`, or under torchrun on as many ranks as there are."""
+
+from __future__ import annotations
+
+import sys
+
+from longreel.parallel.launch import run_script
+from longreel.parallel.run_config import TrainConfig
+from longreel.parallel.trainer import train
+
+if __name__ == "__main__":
+    sys.exit(run_script(train, TrainConfig, sys.argv[1:]))
