@@ -1,0 +1,44 @@
+"""What every Triton kernel needs around it: is Triton here, does it interpret, and on which device does it launch.
+
+Triton is optional: this module and its callers import it where it is used. TRITON_INTERPRET=1 is read when a kernel is
+defined, so it must be set before the process imports torch.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+
+import torch
+from torch import Tensor
+
+
+def interpreting() -> bool:
+    """True where TRITON_INTERPRET=1 makes Triton run kernels on the CPU, in Python."""
+    if importlib.util.find_spec("triton") is None:
+        return False
+    from triton import knobs
+
+    return bool(knobs.runtime.interpret)
+
+
+def require_triton(device: torch.device) -> None:
+    """Check that Triton kernels can run on tensors of this device.
+
+    Raises:
+        ValueError: Triton is not installed, or the device is not CUDA and the interpreter is off; the message says
+            which and what would work.
+    """
+    if importlib.util.find_spec("triton") is None:
+        raise ValueError("provider 'triton' is missing: the package triton is not installed; pip install 'triton>=3.6'")
+    if device.type == "cuda" or (device.type == "cpu" and interpreting()):
+        return
+    raise ValueError(
+        f"provider 'triton' needs a CUDA device, got tensors on {device}; set TRITON_INTERPRET=1 before Python starts "
+        "to interpret the kernels on the CPU"
+    )
+
+
+def launch_on(tensor: Tensor) -> contextlib.AbstractContextManager[object]:
+    """Makes the tensor's device the current one: Triton launches on the current device, not on its arguments'."""
+    return torch.cuda.device(tensor.device) if tensor.device.type == "cuda" else contextlib.nullcontext()
