@@ -1,0 +1,97 @@
+"""longreel.parallel.batches: a step is the same however its samples are spread over ranks."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from longreel.data.captions import load_captions
+from longreel.data.clips import ClipDataset
+from longreel.data.demo import make_demo_folder
+from longreel.models.text import ByteTextEncoder
+from longreel.parallel.batches import NULL_CAPTION, build_batch, check_same_clips, draw_sample, split_samples
+from longreel.parallel.mesh import build_mesh
+
+
+@pytest.mark.parametrize(("num_samples", "dp"), [(4, 1), (4, 4), (7, 2), (7, 3), (9, 4)])
+def test_split_covers_every_sample_once_and_evenly(num_samples: int, dp: int) -> None:
+    parts = [split_samples(num_samples, dp, rank) for rank in range(dp)]
+    assert [sample for part in parts for sample in part] == list(range(num_samples))
+    assert max(map(len, parts)) - min(map(len, parts)) <= 1
+
+
+def test_split_refuses_ranks_without_samples() -> None:
+    with pytest.raises(ValueError, match="batch_size 3 is less than the 4 data-parallel groups"):
+        split_samples(3, 4, 0)
+
+
+def draw(seed: int = 0, sample: int = 0, step: int = 0, dropout: float = 0.0) -> tuple[str, Any, Any]:
+    return draw_sample(seed, sample, step, captions=("a", "b"), caption_dropout=dropout, size=(2, 3))
+
+
+def test_a_sample_is_its_seed_position_and_step() -> None:
+    first, again = draw(1, 2, 3), draw(1, 2, 3)
+    assert first[0] == again[0]
+    assert torch.equal(first[1], again[1])
+    assert torch.equal(first[2], again[2])
+    for other in (draw(2, 2, 3), draw(1, 3, 3), draw(1, 2, 4)):
+        assert not torch.equal(first[1], other[1])
+        assert not torch.equal(first[2], other[2])
+
+
+def test_captions_are_drawn_evenly_and_dropped_at_the_rate() -> None:
+    counts = Counter(draw(step=step, dropout=0.2)[0] for step in range(2000))
+    assert counts[NULL_CAPTION] / 2000 == pytest.approx(0.2, abs=0.04)
+    assert counts["a"] / 2000 == pytest.approx(0.4, abs=0.05)
+    assert draw(dropout=1.0)[0] == NULL_CAPTION
+
+
+def test_dropout_changes_neither_timestep_nor_noise() -> None:
+    kept, dropped = draw(dropout=0.0), draw(dropout=1.0)
+    assert torch.equal(kept[1], dropped[1])
+    assert torch.equal(kept[2], dropped[2])
+
+
+def test_batches_of_all_groups_are_the_batch_of_one_rank(tmp_path: Path) -> None:
+    captions = make_demo_folder(tmp_path, num_frames=8, size=16)
+    clips = ClipDataset(tmp_path, load_captions(captions), num_frames=4, height=8, width=8)
+    encoder = ByteTextEncoder(8, 16)
+
+    def batch(dp_degree: int, dp_rank: int) -> Any:
+        mesh: Any = SimpleNamespace(dp_degree=dp_degree, dp_rank=dp_rank)
+        device = torch.device("cpu")
+        return build_batch(clips, encoder, seed=3, step=5, batch_size=5, caption_dropout=0.3, mesh=mesh, device=device)
+
+    whole = batch(1, 0)
+    assert whole.latents.shape == (5, 4, 8, 8, 3)
+    for dp_degree in (2, 3):
+        parts = [batch(dp_degree, rank) for rank in range(dp_degree)]
+        for name in ("latents", "noise", "timestep", "text"):
+            assert torch.equal(torch.cat([getattr(part, name) for part in parts]), getattr(whole, name)), name
+        assert {part.global_samples for part in parts} == {5}
+
+
+def clips_of_rank(folders: list[Path]) -> str:
+    mesh = build_mesh(sp_degree=1)
+    folder = folders[mesh.dp_rank]
+    clips = ClipDataset(folder, load_captions(folder / "captions.json"), num_frames=4, height=8, width=8)
+    try:
+        check_same_clips(clips, mesh)
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def test_ranks_that_see_different_videos_are_refused(tmp_path: Path, run_distributed: Any) -> None:
+    whole, partial = tmp_path / "whole", tmp_path / "partial"
+    for folder in (whole, partial):
+        make_demo_folder(folder, num_frames=8, size=16)
+    next(partial.glob("*.mp4")).unlink()
+    for message in run_distributed(clips_of_rank, 2, [whole, partial]):
+        assert "ranks see different videos (clips per rank: 8, 6)" in message
+    assert run_distributed(clips_of_rank, 2, [whole, whole]) == ["", ""]
