@@ -1,0 +1,139 @@
+"""What a measured point runs on every rank: one gated step against the oracle, then timed steps."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from longreel.bench import gate, traffic
+from longreel.bench.cases import Point
+from longreel.bench.process_memory import PeakMemory
+from longreel.models.sequence import AttentionShape
+from longreel.parallel.engine import full_gradients
+from longreel.parallel.mesh import build_mesh
+from longreel.parallel.parallelize import Batch, ParallelDiT
+
+_LEARNING_RATE = 1e-4
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RankResult:
+    """What one rank saw of a point.
+
+    Args:
+        verdict: of the gate, the same on every rank. reason: why there are no samples, None where there are.
+        traffic: bytes sent in one step, by part and collective. traffic_formula: by the strategy's formula.
+        flops: counted in the gate's step, recomputation and padding included.
+        samples_s: step times of the slowest rank. memory: `process` (peak) and `process_before`, bytes.
+        memory_source: what these figures are.
+    """
+
+    verdict: gate.Verdict
+    reason: str | None
+    traffic: dict[str, int]
+    traffic_formula: dict[str, int]
+    flops: int
+    samples_s: tuple[float, ...] = ()
+    memory: dict[str, int]
+    memory_source: str = ""
+
+
+def measure_point(point: Point, oracle_path: str) -> RankResult:
+    """Gate one point, and time it if the gate is open. Every rank of the default group calls this.
+
+    Args:
+        point: the point; num_devices is the size of the group.
+        oracle_path: written by gate.write_oracle for this model, length and seed.
+    """
+    mesh = build_mesh(sp_degree=point.parallel.sp_degree)
+    model = ParallelDiT(gate.build_model(point.model, point.seed), mesh, point.parallel)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=_LEARNING_RATE)
+
+    gate_len = gate.gate_length(point.seq_len, mesh.dp_rank)
+    batch = _batch(point, mesh.dp_rank, gate_len)
+    with traffic.counted_traffic() as counted, FlopCounterMode(display=False) as flops:
+        loss = model.loss(batch)
+        loss.backward()
+    verdict = gate.compare(
+        _mean_over_ranks(loss.detach()), full_gradients(model.module), oracle_path, dp_degree=mesh.dp_degree
+    )
+    shape = AttentionShape(
+        batch=point.batch_per_group,
+        seq_len=gate_len,
+        num_heads=point.model.num_heads,
+        head_dim=point.model.head_dim,
+        element_size=batch.latents.element_size(),
+    )
+    expected = traffic.formula(model.strategy, shape, num_layers=point.model.depth, policy=point.parallel.policy)
+    reason = verdict.reason or traffic.disagreement(counted, expected)
+    if _any_rank(reason is not None):
+        return RankResult(
+            verdict=verdict,
+            reason=reason or "another rank's gate is closed",
+            traffic=dict(counted),
+            traffic_formula=expected,
+            flops=flops.get_total_flops(),
+            memory={},
+        )
+
+    # The gate's step ends here, as a warm-up: the optimizer's states exist from now on.
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    batch = _batch(point, mesh.dp_rank, point.seq_len)
+    memory = PeakMemory()
+    samples = _timed_steps(point, model, optimizer, batch)
+    return RankResult(
+        verdict=verdict,
+        reason=None,
+        traffic=dict(counted),
+        traffic_formula=expected,
+        flops=flops.get_total_flops(),
+        samples_s=samples,
+        memory={"process": memory.read(), "process_before": memory.before},
+        memory_source=memory.source,
+    )
+
+
+def _timed_steps(point: Point, model: ParallelDiT, optimizer: torch.optim.Optimizer, batch: Batch) -> tuple[float, ...]:
+    samples: list[float] = []
+    while len(samples) < point.timing.min_samples or (
+        len(samples) < point.timing.max_samples and sum(samples) < point.timing.budget_s
+    ):
+        dist.barrier()
+        start = time.perf_counter()
+        model.loss(batch).backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        # Every rank keeps the slowest rank's time, so that all stop after the same step.
+        slowest = torch.tensor(time.perf_counter() - start, dtype=torch.float64)
+        dist.all_reduce(slowest, op=dist.ReduceOp.MAX)
+        samples.append(slowest.item())
+    return tuple(samples)
+
+
+def _batch(point: Point, dp_rank: int, seq_len: int) -> Batch:
+    sample = gate.make_sample(point.model, seq_len, index=dp_rank, seed=point.seed)
+    return Batch(
+        latents=sample.latents,
+        noise=sample.noise,
+        timestep=sample.timestep,
+        text=sample.text,
+        global_samples=point.dp_degree,
+    )
+
+
+def _mean_over_ranks(value: Tensor) -> float:
+    total = value.double()
+    dist.all_reduce(total)
+    return total.item() / dist.get_world_size()
+
+
+def _any_rank(flag: bool) -> bool:
+    flags = torch.tensor(float(flag))
+    dist.all_reduce(flags, op=dist.ReduceOp.MAX)
+    return bool(flags.item())

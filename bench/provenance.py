@@ -1,0 +1,86 @@
+"""Where a record comes from: commit, versions, machine, command, time. No path and no name of the machine."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import subprocess
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from pathlib import Path, PurePath
+from typing import Any
+
+_PACKAGES = ("torch", "triton", "numpy")
+_REPOSITORY = Path(__file__).resolve().parents[1]
+
+
+def gather(command: Sequence[str]) -> dict[str, Any]:
+    """Provenance of everything that this process starts; `time` is added per record by `stamped`.
+
+    Args:
+        command: program and arguments, as in sys.argv.
+    """
+    commit = _git("rev-parse", "HEAD")
+    status = _git("status", "--porcelain")
+    return {
+        "command": " ".join(_without_machine(word) for word in ["python", *command]),
+        "commit": commit or "unknown: not a git checkout",
+        "dirty": None if status is None else bool(status),
+        "versions": {"python": platform.python_version()} | {name: _version(name) for name in _PACKAGES},
+        "environment": {
+            "cpu": cpu_model(),
+            "cores": num_cores(),
+            "threads_per_rank": 1,
+            "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+            "platform": f"{platform.system()} {platform.release()}, {platform.machine()}",
+        },
+    }
+
+
+def stamped(provenance: dict[str, Any], **more: Any) -> dict[str, Any]:
+    """The provenance of one record: with the time now (UTC) and what else concerns this record."""
+    return provenance | {"time": datetime.now(UTC).isoformat(timespec="seconds")} | more
+
+
+def num_cores() -> int:
+    """Cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def cpu_model() -> str:
+    """The processor in the maker's words."""
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        for line in info.read_text().splitlines():
+            if line.startswith("model name"):
+                return " ".join(line.partition(":")[2].split())
+    return platform.processor() or platform.machine()
+
+
+def _without_machine(word: str) -> str:
+    """An argument whose path is relative to where the command ran, or only its name."""
+    option, equals, value = word.rpartition("=")
+    path = PurePath(value)
+    if not path.is_absolute():
+        return word
+    here = Path.cwd()
+    short = str(path.relative_to(here)) if path.is_relative_to(here) else path.name
+    return f"{option}{equals}{short}"
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _git(*arguments: str) -> str | None:
+    try:
+        done = subprocess.run(
+            ["git", *arguments], cwd=_REPOSITORY, capture_output=True, text=True, timeout=20, check=False
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
