@@ -234,7 +234,10 @@ def _frames_from(
 
 
 def _picture(frame: av.VideoFrame, height: int, width: int, pixel_aspect: Fraction) -> np.ndarray:
-    """One frame as [H, W, 3] uint8: upright, scaled to cover (height, width), centre kept."""
+    """One frame as [H, W, 3] uint8: upright, scaled to cover (height, width), centre kept.
+
+    Matrix and range of the colours are those the frame is tagged with; one thread, so that no machine differs.
+    """
     quarter_turns = round(frame.rotation / 90) % 4
     if quarter_turns % 2:
         height, width = width, height
@@ -242,14 +245,11 @@ def _picture(frame: av.VideoFrame, height: int, width: int, pixel_aspect: Fracti
     scale = max(Fraction(height, frame.height), width / shown_width)
     cover_height = max(height, round(frame.height * scale))
     cover_width = max(width, round(shown_width * scale))
-    # The range is passed on: without it a full-range file read as limited loses its darkest and brightest levels.
     scaled = frame.reformat(
         width=cover_width,
         height=cover_height,
         format="rgb24",
         interpolation="BICUBIC",
-        src_color_range=frame.color_range,
-        dst_color_range=ColorRange.JPEG,
         threads=1,
     ).to_ndarray()
     top, left = (cover_height - height) // 2, (cover_width - width) // 2

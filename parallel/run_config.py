@@ -15,13 +15,16 @@ class ModelChoice:
     """Which DiT to train on raw pixels.
 
     Args:
-        preset: name of a preset (`dit-s-2` ... `dit-xl-4`), whose depth, width and heads then count; None takes the
-            three below, a model small enough for a CPU.
-        depth: number of blocks. hidden_size: width. num_heads: attention heads.
+        preset: name of a preset (`dit-s-2` ... `dit-xl-4`), whose depth, width and heads then count; without one the
+            three below do, a model small enough for a CPU.
+        depth: number of blocks.
+        hidden_size: width of the model.
+        num_heads: attention heads.
         patch_size: (frames, height, width) of one patch in pixels. A patch of more numbers (3 colours each) than the
             model is wide cannot be predicted exactly.
         conditioning: how the caption enters: `adaln`, `cross` or `in_context`.
-        text_dim: width of the byte-level text features. max_text_tokens: bytes of a caption that are read, plus 2.
+        text_dim: width of the byte-level text features.
+        max_text_tokens: bytes of a caption that are read, plus 2.
     """
 
     preset: str | None = None
@@ -55,20 +58,28 @@ class TrainConfig:
     """Train a video DiT on raw pixels with rectified flow.
 
     Args:
-        videos: folder of video files. captions: captions file; captions.json in that folder if not given.
+        videos: folder of video files.
+        captions: JSON list of {"file", "captions"}; captions.json in the folder of videos if not given.
         demo: draw and encode four small clips and train on those instead.
         out: folder of everything the run writes: metrics.jsonl, checkpoints/, demo/.
         resume: go on from the newest checkpoint in `out`.
         steps: optimizer steps, counted from the start of the run, resumed or not.
         batch_size: samples of one step over all ranks; ranks need not get the same number.
-        num_frames, height, width: size of a clip in frames and pixels.
+        num_frames: frames of a clip.
+        height: of a clip, pixels.
+        width: of a clip, pixels.
         frame_stride: distance of a clip's frames in the video.
-        learning_rate: of AdamW, reached after warmup_steps. betas, weight_decay: of AdamW.
+        learning_rate: of AdamW.
+        warmup_steps: steps over which the learning rate rises to its value.
+        betas: of AdamW.
+        weight_decay: of AdamW.
         caption_dropout: share of samples that train with the empty caption, which guidance needs.
         seed: of weights, data order, captions, timesteps and noise.
-        checkpoint_every: steps between checkpoints; the last step always gets one. keep: newest checkpoints kept.
+        checkpoint_every: steps between checkpoints; the last step always gets one.
+        keep: newest checkpoints kept.
         log_every: steps between lines of metrics.jsonl.
-        model: the DiT. parallel: how it is spread over the ranks.
+        model: which DiT.
+        parallel: how it is spread over the ranks.
     """
 
     videos: Path | None = None
@@ -138,10 +149,12 @@ class SampleConfig:
         checkpoint: folder of one checkpoint, or the `out` folder of a run, whose newest one is taken.
         prompt: caption; the empty one is what guidance steers away from.
         out: the mp4 file.
-        num_steps: Euler steps from noise to video.
+        steps: Euler steps from noise to video.
         guidance: classifier-free guidance scale; 1 is none and costs half.
         seed: of the noise.
-        num_frames, height, width: size of the video; that of the training clips if not given.
+        num_frames: frames of the video; as many as a training clip has if not given.
+        height: pixels, that of the training clips if not given.
+        width: pixels, that of the training clips if not given.
         fps: frames per second of the file.
         parallel: how the model is spread over the ranks.
     """
@@ -149,7 +162,7 @@ class SampleConfig:
     checkpoint: Path
     prompt: str
     out: Path = Path("clip.mp4")
-    num_steps: int = 50
+    steps: int = 50
     guidance: float = 2.0
     seed: int = 0
     num_frames: int | None = None
@@ -159,7 +172,7 @@ class SampleConfig:
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
 
     def __post_init__(self) -> None:
-        _at_least(self, "num_steps", 1)
+        _at_least(self, "steps", 1)
         for name in ("num_frames", "height", "width"):
             if getattr(self, name) is not None:
                 _at_least(self, name, 1)

@@ -57,13 +57,13 @@ def sample_video(config: SampleConfig, device: torch.device, *, progress: Progre
         predicted = model.velocity(repeated, torch.full((len(text),), t, device=device), text=text)
         return guided_velocity(predicted[:1], predicted[1:], config.guidance) if guided else predicted
 
-    task = progress.add_task("sample", total=config.num_steps) if progress else None
+    task = progress.add_task("sample", total=config.steps) if progress else None
 
     def on_step(done: int) -> None:
         if progress is not None and task is not None:
             progress.update(task, completed=done)
 
-    return euler_sample(velocity, noise, config.num_steps, on_step=on_step)[0].float().cpu()
+    return euler_sample(velocity, noise, config.steps, on_step=on_step)[0].float().cpu()
 
 
 def sample(config: SampleConfig, device: torch.device) -> None:

@@ -46,7 +46,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def configured(trained: Path, **overrides: Any) -> SampleConfig:
-    fields = {"checkpoint": trained, "prompt": "a red square", "num_steps": 4, "guidance": 2.0}
+    fields = {"checkpoint": trained, "prompt": "a red square", "steps": 4, "guidance": 2.0}
     return SampleConfig(**(fields | {"parallel": ParallelConfig(precision="fp64")} | overrides))
 
 
@@ -76,7 +76,7 @@ def test_every_rank_has_the_video_of_one(
 
 @pytest.mark.parametrize(
     "change",
-    [{"prompt": "a blue circle"}, {"guidance": 1.0}, {"seed": 1}, {"num_steps": 5}],
+    [{"prompt": "a blue circle"}, {"guidance": 1.0}, {"seed": 1}, {"steps": 5}],
     ids=lambda c: next(iter(c)),
 )
 def test_what_is_asked_for_matters(trained: Path, one_rank: Tensor, change: dict[str, Any]) -> None:

@@ -152,7 +152,7 @@ def test_demo_to_mp4_by_the_scripts(tmp_path: Path) -> None:
     assert trained.returncode == 0, trained.stderr
     assert "32 tokens each" in trained.stderr
     assert "Warning" not in trained.stderr
-    prompt = ["--prompt", "a red square", "--num-steps", "2", "--out", "clips/red.mp4"]
+    prompt = ["--prompt", "a red square", "--steps", "2", "--out", "clips/red.mp4"]
     sampled = script(tmp_path, str(SCRIPTS / "sample.py"), "--checkpoint", "out/train", *prompt)
     assert sampled.returncode == 0, sampled.stderr
     with av.open(str(tmp_path / "clips" / "red.mp4")) as container:
