@@ -30,6 +30,7 @@ from longreel.parallel.predict.step import (
     build_optimizer,
     by_phase,
     costs_by_phase,
+    fake_batch,
     group_sizes,
     run_optimizer,
     run_places,
@@ -113,7 +114,8 @@ def step_at_depth(
     ledger = OpLedger(open_pointwise=open_pointwise)
     with FakeTensorMode(), StorageTracker(ledger) as tracker:
         parallel_model = ParallelDiT(DiT(replace(config, depth=blocks)), mesh, parallel)
-        run = run_places(parallel_model, tracker, ledger, latent_size=latent_size, batch=batch)
+        data = fake_batch(parallel_model, latent_size, batch)
+        run = run_places(parallel_model, tracker, ledger, data)
 
     shallow = optimizer_at_depth(*shallow_optimizers, blocks)
     whole = optimizer_at_depth(*shallow_optimizers, config.depth)
@@ -133,7 +135,7 @@ def step_at_depth(
 
     middle = ("forward 1", f"backward {blocks - 2}")
     repeated = {cost: extra * calls for cost, calls in run.costs.items() if cost.phase in middle}
-    # What backward leaves besides gradients: the step's inputs.
+    # What backward leaves besides gradients: the batch.
     left = run.left - shallow.parameters - shallow.gradients
     return StepTrace(
         peaks=by_phase(peaks) | {"optimizer": whole.peak + left},

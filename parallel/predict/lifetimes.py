@@ -40,8 +40,9 @@ def _is_composite(func: Any) -> bool:
 class StorageTracker(TorchDispatchMode):
     """Dispatch mode that counts live bytes and their peak per phase.
 
-    Enter it inside FakeTensorMode, or alone for real tensors; then every storage created while it is entered counts.
-    Storages that exist before are added with `track`. DTensors are followed by their local tensors.
+    Enter it inside FakeTensorMode, or alone for real tensors. Every storage that an op returns counts, also one from
+    before when an op returns a view of it; others from before are added with `track`. DTensors are followed by their
+    local tensors.
 
     Args:
         observer: see OpObserver; None takes every op as it is, without workspace.
@@ -88,7 +89,7 @@ class StorageTracker(TorchDispatchMode):
                 self._live[key] = 0
                 self._set(key, storage.nbytes())
                 # torch keeps one Python object per storage, so this fires when the storage itself dies.
-                weakref.finalize(storage, self._forget, key)
+                weakref.finalize(storage, self._forget, key).atexit = False
 
     def _mark(self, live: int) -> None:
         if live > self.peaks.get(self._phase, -1):

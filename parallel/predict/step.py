@@ -112,7 +112,9 @@ def trace_step(
         optimizer = build_optimizer(parallel_model)
         allocate_state(optimizer)
         state = tracker.current
-        places = run_places(parallel_model, tracker, ledger, latent_size=latent_size, batch=batch)
+        # The training loop holds its batch until the step is over.
+        data = fake_batch(parallel_model, latent_size, batch)
+        places = run_places(parallel_model, tracker, ledger, data)
         optimizer_peak, optimizer_costs = run_optimizer(optimizer, tracker, ledger)
     return StepTrace(
         peaks=by_phase(places.peaks) | {"optimizer": optimizer_peak},
@@ -152,14 +154,7 @@ def run_optimizer(
     return tracker.peaks["optimizer"], ledger.costs.copy()
 
 
-def run_places(
-    parallel_model: ParallelDiT,
-    tracker: StorageTracker,
-    ledger: OpLedger,
-    *,
-    latent_size: tuple[int, int, int],
-    batch: int,
-) -> Places:
+def run_places(parallel_model: ParallelDiT, tracker: StorageTracker, ledger: OpLedger, batch: Batch) -> Places:
     """One forward and backward of a wrapped model, inside the tracker's context."""
     starts: dict[str, int] = {}
 
@@ -171,7 +166,7 @@ def run_places(
     ledger.costs.clear()
     _call_at_places(parallel_model.module.blocks, enter)  # type: ignore[arg-type]
     enter("forward start")
-    loss = parallel_model.loss(_fake_batch(parallel_model, latent_size, batch))
+    loss = parallel_model.loss(batch)
     kept = tracker.current
     enter("backward start")
     loss.backward()
@@ -195,7 +190,8 @@ def _call_at_places(blocks: nn.ModuleList, enter: Any) -> None:
         block.register_forward_hook(after)
 
 
-def _fake_batch(parallel_model: ParallelDiT, latent_size: tuple[int, int, int], batch: int) -> Batch:
+def fake_batch(parallel_model: ParallelDiT, latent_size: tuple[int, int, int], batch: int) -> Batch:
+    """Inputs of one SP group: `batch` samples of latents (T, H, W), with the conditions that the model takes."""
     config = parallel_model.model_config
     shape = (batch, *latent_size, config.in_channels)
     return Batch(

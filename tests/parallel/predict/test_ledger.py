@@ -1,0 +1,98 @@
+"""Opened strategy ops: what they send and compute inside equals their own formulas."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from longreel.kernels import attention_packed, bias_gelu
+from longreel.models.sequence import AttentionShape, SequenceLengths
+from longreel.parallel.config import ParallelConfig
+from longreel.parallel.mesh import build_mesh
+from longreel.parallel.predict.fake_world import fake_world
+from longreel.parallel.predict.ledger import OpLedger
+from longreel.parallel.predict.lifetimes import StorageTracker
+from longreel.parallel.strategies import build_strategy
+
+HEADS, HEAD_DIM, VALID = 8, 16, 1021
+
+
+@pytest.fixture(params=[2, 4, 8])
+def degree(request: pytest.FixtureRequest) -> Iterator[int]:
+    with fake_world(8):
+        yield request.param
+
+
+@pytest.mark.parametrize("strategy", ["ulysses", "fastseq"])
+def test_bytes_sent_and_flops_inside_equal_the_formulas(strategy: str, degree: int) -> None:
+    config = ParallelConfig(strategy=strategy, sp_degree=degree, attention_provider="sdpa-flash")  # type: ignore[arg-type]
+    sp = build_strategy(config, build_mesh(sp_degree=degree))
+    width, rows = HEADS * HEAD_DIM, -(-VALID // degree)
+    ledger = OpLedger()
+    with FakeTensorMode():
+        x = torch.empty(2, rows, width, dtype=torch.bfloat16, requires_grad=True)
+        qkv = nn.Linear(width, 3 * width, dtype=torch.bfloat16)
+        lengths = SequenceLengths(valid=VALID, padded=rows * degree)
+        with StorageTracker(ledger):
+            ledger.phase = "forward"
+            out = sp.self_attention(x, qkv, num_heads=HEADS, lengths=lengths)
+            ledger.phase = "backward"
+            out.sum().backward()
+        with FlopCounterMode(display=False) as counter:
+            sp.self_attention(x, qkv, num_heads=HEADS, lengths=lengths).sum().backward()
+    traffic = sp.traffic(AttentionShape(batch=2, seq_len=VALID, num_heads=HEADS, head_dim=HEAD_DIM, element_size=2))
+    for phase, sent in (("forward", traffic.forward_bytes), ("backward", traffic.backward_bytes)):
+        assert sent == sum(c.bytes * n for c, n in ledger.costs.items() if c.kind == "collective" and c.phase == phase)
+    assert sum(cost.flops * calls for cost, calls in ledger.costs.items()) == counter.get_total_flops()
+
+
+def test_attention_is_one_op_whose_buffers_show() -> None:
+    ledger = OpLedger()
+    with FakeTensorMode(), StorageTracker(ledger) as tracker:
+        qkv = torch.empty(1, 256, 3, 2, 72, dtype=torch.bfloat16)
+        out, lse = attention_packed(qkv, provider="sdpa-flash")
+        held = tracker.current
+    (cost,) = (c for c in ledger.costs if c.kind == "attention")
+    assert (cost.name, cost.flops, cost.head_dim) == ("attention_packed", 4 * 256 * 256 * 2 * 72, 72)
+    assert cost.bytes == sum(t.numel() * t.element_size() for t in (qkv, out, lse))
+    assert [c.name for c in ledger.costs if c.bytes and c.kind == "memory"] == []
+    # The provider writes each segment's result into a buffer of its own.
+    assert tracker.peak == held + out.numel() * 2 + lse.numel() * 4
+
+
+@pytest.mark.parametrize(("head_dim", "padded"), [(64, 64), (72, 96)])
+def test_backward_of_flash_attention_by_hand(head_dim: int, padded: int) -> None:
+    with FakeTensorMode(), StorageTracker(OpLedger()) as tracker:
+        qkv = torch.empty(1, 256, 3, 2, head_dim, dtype=torch.bfloat16, requires_grad=True)
+        out, _ = attention_packed(qkv, provider="sdpa-flash")
+        tracker.phase = "backward"
+        out.backward(torch.empty_like(out))
+    rows = 256 * 2
+    # bf16: q, k, v, out, its gradient, gradients as the kernel gives them and as the op returns them.
+    # fp32: lse, the accumulator of dQ and its row sums.
+    assert tracker.peaks["backward"] == 11 * rows * head_dim * 2 + 4 * rows * (1 + padded + 1)
+
+
+@pytest.mark.parametrize(("opened", "peak"), [(False, 2), (True, 9)], ids=["fused", "eager"])
+def test_pointwise_ops_are_fused_unless_opened(opened: bool, peak: int) -> None:
+    with FakeTensorMode(), StorageTracker(OpLedger(open_pointwise=opened)) as tracker:
+        x, bias = torch.empty(64, 1024, dtype=torch.bfloat16), torch.empty(1024, dtype=torch.bfloat16)
+        y = bias_gelu(x, bias)
+    assert y.shape == x.shape
+    tensors = tracker.peak / (x.numel() * 2)
+    assert tensors == pytest.approx(peak, abs=0.5) if not opened else tensors > peak
+
+
+def test_unknown_collective_is_an_error_not_a_zero() -> None:
+    with (
+        fake_world(2),
+        FakeTensorMode(),
+        StorageTracker(OpLedger()),
+        pytest.raises(ValueError, match="c10d::broadcast_"),
+    ):
+        torch.distributed.broadcast(torch.empty(4), src=0)
