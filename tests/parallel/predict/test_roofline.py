@@ -1,0 +1,87 @@
+"""Step time of hand-made costs, by hand."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from longreel.parallel.predict.hardware import COLLECTIVE_LATENCY, KERNEL_FLOOR, get_profile
+from longreel.parallel.predict.ledger import OpCost
+from longreel.parallel.predict.roofline import StepTime, step_time
+
+H800 = get_profile("H800")
+GROUPS = {"sp": 4, "all": 8}
+
+
+def _time(costs: dict[OpCost, int]) -> StepTime:
+    return step_time(costs, H800, group_sizes=GROUPS)
+
+
+def _op(kind: str, name: str = "mm", **fields: Any) -> OpCost:
+    return OpCost(**({"kind": kind, "name": name, "phase": "forward", "scope": "", "flops": 0, "bytes": 0} | fields))
+
+
+def test_an_op_takes_the_slower_of_arithmetic_and_memory() -> None:
+    busy = _time({_op("matmul", flops=10**12, bytes=10**6): 3})
+    assert busy.breakdown["matmul"] == pytest.approx(3 * 1e12 / H800.matmul.value)
+    starved = _time({_op("matmul", flops=10**6, bytes=10**10): 1})
+    assert starved.breakdown["matmul"] == pytest.approx(1e10 / H800.memory.value)
+    tiny = _time({_op("memory", bytes=4): 5})
+    assert tiny.seconds == pytest.approx(5 * KERNEL_FLOOR.value)
+
+
+def test_attention_has_rates_of_its_own() -> None:
+    forward = _op("attention", "attention_packed", flops=10**13, head_dim=72)
+    backward = _op("attention", "attention_packed_backward", flops=10**13, head_dim=72)
+    assert _time({forward: 1}).seconds == pytest.approx(1e13 / H800.attention(72, backward=False).value)
+    assert _time({backward: 1}).seconds == pytest.approx(1e13 / H800.attention(72, backward=True).value)
+
+
+def test_ulysses_waits_for_its_exchange() -> None:
+    exchange = _op("collective", "alltoall_base_", scope="ulysses_attention", bytes=10**9, group="sp")
+    time = _time({exchange: 2, _op("matmul", scope="ulysses_attention", flops=10**15): 1})
+    assert time.breakdown["sequence"] == pytest.approx(2 * (COLLECTIVE_LATENCY.value + 1e9 / H800.link.value))
+    assert time.hidden["sequence"] == 0
+
+
+def test_fastseq_hides_its_exchange_behind_the_projections_in_flight() -> None:
+    sends = {_op("collective", "send", scope="fastseq_attention", bytes=10**9, group="sp"): 3}
+    exchange = 3 * (COLLECTIVE_LATENCY.value + 1e9 / H800.link.value)
+    flops = int(0.5 * exchange * H800.matmul.value) // 4
+    projections = {_op("matmul", scope="fastseq_attention", flops=flops): 4}
+    time = _time(sends | projections)
+    # Half as long as the exchange, of which three projections of four run while chunks are in flight.
+    assert time.breakdown["sequence"] == pytest.approx(exchange * (1 - 0.5 * 3 / 4), rel=1e-6)
+    assert time.hidden["sequence"] == pytest.approx(exchange * 0.5 * 3 / 4, rel=1e-6)
+    # Another op's matrix products hide nothing.
+    elsewhere = {_op("matmul", scope="", flops=flops): 4}
+    assert _time(sends | elsewhere).breakdown["sequence"] == pytest.approx(exchange)
+
+
+def test_sharding_hides_behind_compute_but_for_one_collective() -> None:
+    gathers = {_op("collective", "_allgather_base_", bytes=10**9, group="all"): 4}
+    one = COLLECTIVE_LATENCY.value + 1e9 / H800.link.value
+    long = _time(gathers | {_op("matmul", flops=10**15): 1})
+    assert long.breakdown["sharding"] == pytest.approx(one)
+    assert long.hidden["sharding"] == pytest.approx(3 * one)
+    # Compute of another phase covers nothing.
+    other = _time(gathers | {_op("matmul", flops=10**15, phase="backward"): 1})
+    assert other.breakdown["sharding"] == pytest.approx(4 * one)
+
+
+def test_interval_and_breakdown() -> None:
+    costs = {
+        _op("matmul", flops=10**13): 1,
+        _op("memory", "add", bytes=10**9, phase="optimizer"): 1,
+        _op("collective", "send", scope="fastseq_attention", bytes=10**9, group="sp"): 1,
+        _op("collective", "_reduce_scatter_base_", bytes=10**8, group="all"): 2,
+    }
+    time = _time(costs)
+    assert time.low < time.seconds < time.high
+    assert sum(time.breakdown.values()) == pytest.approx(time.seconds)
+    assert time.breakdown["optimizer"] == pytest.approx(1e9 / H800.memory.value)
+    # Slow: every rate at its low end, nothing overlaps.
+    slow_wire = 3 * COLLECTIVE_LATENCY.high + 1.2e9 / H800.link.low
+    assert time.high == pytest.approx(1e13 / H800.matmul.low + 1e9 / H800.memory.low + slow_wire)
+    assert {rate.provenance for rate in time.rates.values()} == {"assumed"}
