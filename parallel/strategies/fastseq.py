@@ -189,6 +189,8 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
     ctx.has_bias, ctx.has_text, ctx.has_kv_bias = bias is not None, text is not None, kv_bias is not None
     ctx.save_for_backward(x, weight, text, kv_weight, *output[1:])
     ctx.mark_non_differentiable(*output[1:])
+    # Zeros for the gradients of what backward reuses would be as large as q, k, v and o.
+    ctx.set_materialize_grads(False)
 
 
 def _grad(ctx: Any, dout: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
