@@ -1,12 +1,14 @@
 """The memory-bound ops of a DiT block, as custom ops: adaLN modulate, gated residual, bias + GELU.
 
 Bytes moved, fused, with n = B S C elements of e bytes: adaLN 2 n e forward, 3 n e backward; gated residual 3 n e and
-3 n e; bias-GELU 2 n e and 3 n e. Statistics in fp32 (fp64 for fp64 inputs).
+3 n e; bias-GELU 2 n e and 3 n e. Statistics in fp32 (fp64 for fp64 inputs). A gated residual fused with
+the adaLN after it: residual_adaln.py.
 Source: Peebles and Xie 2022, DiT (arXiv:2212.09748), adaLN-zero block.
 """
 
 from __future__ import annotations
 
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -14,46 +16,101 @@ from torch import Tensor
 
 from longreel.kernels import reference
 from longreel.kernels.checks import check_modulation, check_same
+from longreel.kernels.triton_common import require_triton
+
+PROVIDERS = ("torch", "triton")
+_TRITON_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+def resolve_pointwise_provider(provider: str, x: Tensor) -> str:
+    """The implementation that runs a memory-bound op on x: what `auto` picks, or the named one.
+
+    Args:
+        provider: `auto` (the eager specification, until measured figures choose), `torch` or `triton`.
+        x: the op's first tensor; its device and dtype decide what can run.
+
+    Raises:
+        ValueError: the name is unknown, or Triton cannot run here; the message says why and what would work.
+    """
+    if provider == "auto":
+        return "torch"
+    if provider not in PROVIDERS:
+        raise ValueError(f"unknown pointwise provider {provider!r}; providers are auto, {', '.join(PROVIDERS)}")
+    if provider == "triton":
+        require_triton(x.device)
+        if x.dtype not in _TRITON_DTYPES:
+            raise ValueError(
+                f"provider 'triton' takes bfloat16, float16 and float32, got {x.dtype}; use provider 'torch'"
+            )
+    return provider
+
+
+# Triton is optional, so its kernels are imported by the call that wants them. Their launchers are named as the
+# specifications.
+def _adaln(provider: str) -> ModuleType:
+    if provider == "triton":
+        from longreel.kernels import triton_adaln
+
+        return triton_adaln
+    return reference
+
+
+def _residual(provider: str) -> ModuleType:
+    if provider == "triton":
+        from longreel.kernels import triton_residual
+
+        return triton_residual
+    return reference
+
+
+def _gelu(provider: str) -> ModuleType:
+    if provider == "triton":
+        from longreel.kernels import triton_gelu
+
+        return triton_gelu
+    return reference
 
 
 @torch.library.custom_op("longreel::adaln_modulate", mutates_args=())
 def adaln_modulate_op(
-    x: Tensor, shift: Tensor, scale: Tensor, eps: float, cu_seqlens: Tensor | None
+    x: Tensor, shift: Tensor, scale: Tensor, eps: float, cu_seqlens: Tensor | None, provider: str
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Forward op: (y, mean, rstd); see adaln_modulate()."""
-    return reference.adaln_modulate_fwd(x, shift, scale, eps, cu_seqlens)
+    return _adaln(provider).adaln_modulate_fwd(x, shift, scale, eps, cu_seqlens)
 
 
 @torch.library.custom_op("longreel::adaln_modulate_backward", mutates_args=())
 def adaln_modulate_backward_op(
-    dy: Tensor, x: Tensor, scale: Tensor, mean: Tensor, rstd: Tensor, cu_seqlens: Tensor | None
+    dy: Tensor, x: Tensor, scale: Tensor, mean: Tensor, rstd: Tensor, cu_seqlens: Tensor | None, provider: str
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Backward op: (dx, dshift, dscale)."""
-    return reference.adaln_modulate_bwd(dy, x, scale, mean, rstd, cu_seqlens)
+    return _adaln(provider).adaln_modulate_bwd(dy, x, scale, mean, rstd, cu_seqlens)
 
 
 @torch.library.custom_op("longreel::gated_residual", mutates_args=())
-def gated_residual_op(x: Tensor, y: Tensor, gate: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+def gated_residual_op(x: Tensor, y: Tensor, gate: Tensor, cu_seqlens: Tensor | None, provider: str) -> Tensor:
     """Forward op; see gated_residual()."""
-    return reference.gated_residual_fwd(x, y, gate, cu_seqlens)
+    return _residual(provider).gated_residual_fwd(x, y, gate, cu_seqlens)
 
 
 @torch.library.custom_op("longreel::gated_residual_backward", mutates_args=())
-def gated_residual_backward_op(dz: Tensor, y: Tensor, gate: Tensor, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor]:
+def gated_residual_backward_op(
+    dz: Tensor, y: Tensor, gate: Tensor, cu_seqlens: Tensor | None, provider: str
+) -> tuple[Tensor, Tensor]:
     """Backward op: (dy, dgate)."""
-    return reference.gated_residual_bwd(dz, y, gate, cu_seqlens)
+    return _residual(provider).gated_residual_bwd(dz, y, gate, cu_seqlens)
 
 
 @torch.library.custom_op("longreel::bias_gelu", mutates_args=())
-def bias_gelu_op(x: Tensor, bias: Tensor) -> Tensor:
+def bias_gelu_op(x: Tensor, bias: Tensor, provider: str) -> Tensor:
     """Forward op; see bias_gelu()."""
-    return reference.bias_gelu_fwd(x, bias)
+    return _gelu(provider).bias_gelu_fwd(x, bias)
 
 
 @torch.library.custom_op("longreel::bias_gelu_backward", mutates_args=())
-def bias_gelu_backward_op(dy: Tensor, x: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+def bias_gelu_backward_op(dy: Tensor, x: Tensor, bias: Tensor, provider: str) -> tuple[Tensor, Tensor]:
     """Backward op: (dx, dbias)."""
-    return reference.bias_gelu_bwd(dy, x, bias)
+    return _gelu(provider).bias_gelu_bwd(dy, x, bias)
 
 
 @adaln_modulate_op.register_fake
@@ -78,54 +135,61 @@ def _(dz: Tensor, y: Tensor, gate: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
 
 
 @bias_gelu_op.register_fake
-def _(x: Tensor, bias: Tensor) -> Tensor:
+def _(x: Tensor, *_: Any) -> Tensor:
     return x.new_empty(x.shape)
 
 
 @bias_gelu_backward_op.register_fake
-def _(dy: Tensor, x: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+def _(dy: Tensor, x: Tensor, bias: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     return x.new_empty(x.shape), bias.new_empty(bias.shape)
 
 
 def _save_adaln(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    x, _, scale, _, cu_seqlens = inputs
+    x, _, scale, _, cu_seqlens, ctx.provider = inputs
     ctx.save_for_backward(x, scale, *output[1:], cu_seqlens)
     ctx.mark_non_differentiable(*output[1:])
 
 
 def _adaln_grad(ctx: Any, dy: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
     x, scale, mean, rstd, cu_seqlens = ctx.saved_tensors
-    return *adaln_modulate_backward_op(dy, x, scale, mean, rstd, cu_seqlens), None, None
+    return *adaln_modulate_backward_op(dy, x, scale, mean, rstd, cu_seqlens, ctx.provider), None, None, None
 
 
 adaln_modulate_op.register_autograd(_adaln_grad, setup_context=_save_adaln)
 
 
 def _save_gated(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    _, y, gate, cu_seqlens = inputs
+    _, y, gate, cu_seqlens, ctx.provider = inputs
     ctx.save_for_backward(y, gate, cu_seqlens)
 
 
 def _gated_grad(ctx: Any, dz: Tensor) -> tuple[Tensor | None, ...]:
-    return dz, *gated_residual_backward_op(dz, *ctx.saved_tensors), None
+    return dz, *gated_residual_backward_op(dz, *ctx.saved_tensors, ctx.provider), None, None
 
 
 gated_residual_op.register_autograd(_gated_grad, setup_context=_save_gated)
 
 
 def _save_gelu(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs)
+    *tensors, ctx.provider = inputs
+    ctx.save_for_backward(*tensors)
 
 
-def _gelu_grad(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor]:
-    return bias_gelu_backward_op(dy, *ctx.saved_tensors)
+def _gelu_grad(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    return *bias_gelu_backward_op(dy, *ctx.saved_tensors, ctx.provider), None
 
 
 bias_gelu_op.register_autograd(_gelu_grad, setup_context=_save_gelu)
 
 
 def adaln_modulate(
-    x: Tensor, shift: Tensor, scale: Tensor, *, eps: float = 1e-6, cu_seqlens: Tensor | None = None
+    x: Tensor,
+    shift: Tensor,
+    scale: Tensor,
+    *,
+    eps: float = 1e-6,
+    cu_seqlens: Tensor | None = None,
+    provider: str = "auto",
 ) -> Tensor:
     """LayerNorm(x) * (1 + scale) + shift, LayerNorm over C without affine.
 
@@ -134,52 +198,57 @@ def adaln_modulate(
         shift, scale: [B, C], or [N, C] for the N segments of a packed sequence.
         eps: added to the variance.
         cu_seqlens: [N + 1] offsets of packed segments (B = 1), or None.
+        provider: see resolve_pointwise_provider.
 
     Returns:
         [B, S, C] in x's dtype.
 
     Raises:
-        ValueError: shapes, dtypes, devices or offsets that do not fit.
+        ValueError: shapes, dtypes, devices or offsets that do not fit, or a provider that cannot run.
     """
     check_modulation("shift", shift, x, cu_seqlens)
     check_modulation("scale", scale, x, cu_seqlens)
-    return adaln_modulate_op(x, shift, scale, eps, cu_seqlens)[0]
+    return adaln_modulate_op(x, shift, scale, eps, cu_seqlens, resolve_pointwise_provider(provider, x))[0]
 
 
-def gated_residual(x: Tensor, y: Tensor, gate: Tensor, *, cu_seqlens: Tensor | None = None) -> Tensor:
+def gated_residual(
+    x: Tensor, y: Tensor, gate: Tensor, *, cu_seqlens: Tensor | None = None, provider: str = "auto"
+) -> Tensor:
     """x + gate * y.
 
     Args:
         x, y: [B, S, C].
         gate: [B, C], or [N, C] for the N segments of a packed sequence.
         cu_seqlens: [N + 1] offsets of packed segments (B = 1), or None.
+        provider: see resolve_pointwise_provider.
 
     Returns:
         [B, S, C] in x's dtype.
 
     Raises:
-        ValueError: shapes, dtypes, devices or offsets that do not fit.
+        ValueError: shapes, dtypes, devices or offsets that do not fit, or a provider that cannot run.
     """
     check_same("y", y, "x", x)
     if y.shape != x.shape:
         raise ValueError(f"y {list(y.shape)} must have x's shape {list(x.shape)}")
     check_modulation("gate", gate, x, cu_seqlens)
-    return gated_residual_op(x, y, gate, cu_seqlens)
+    return gated_residual_op(x, y, gate, cu_seqlens, resolve_pointwise_provider(provider, x))
 
 
-def bias_gelu(x: Tensor, bias: Tensor) -> Tensor:
+def bias_gelu(x: Tensor, bias: Tensor, *, provider: str = "auto") -> Tensor:
     """gelu_tanh(x + bias); backward needs x and bias only.
 
     Args:
         x: [..., C]. bias: [C].
+        provider: see resolve_pointwise_provider.
 
     Returns:
         [..., C] in x's dtype.
 
     Raises:
-        ValueError: shapes, dtypes or devices that do not fit.
+        ValueError: shapes, dtypes or devices that do not fit, or a provider that cannot run.
     """
     check_same("bias", bias, "x", x)
     if list(bias.shape) != [x.shape[-1]]:
         raise ValueError(f"bias must be [{x.shape[-1]}] for x {list(x.shape)}, got {list(bias.shape)}")
-    return bias_gelu_op(x, bias)
+    return bias_gelu_op(x, bias, resolve_pointwise_provider(provider, x))

@@ -109,6 +109,54 @@ def _blocks(
     ]
 
 
+def merge_attention_fwd(out1: Tensor, lse1: Tensor, out2: Tensor, lse2: Tensor) -> tuple[Tensor, Tensor]:
+    """Attention over two disjoint sets of keys from the attention over each: w1 = sigmoid(lse1 - lse2), w2 = 1 - w1.
+
+    A side whose lse is -inf saw no key: its weight is 0 whatever its out holds. Both -inf: out 0, lse -inf.
+
+    Args:
+        out1, out2: [B, S, H, D]. lse1, lse2: [B, H, S] in compute_dtype.
+
+    Returns:
+        out = w1 out1 + w2 out2 in out1's dtype; lse = log(exp(lse1) + exp(lse2)).
+    """
+    w1, w2 = _merge_weights(lse1, lse2)
+    b_out1, b_out2 = _upcast(_seen(out1, lse1), _seen(out2, lse2))
+    # logaddexp gives -inf for two -inf.
+    return (_per_row(w1) * b_out1 + _per_row(w2) * b_out2).to(out1.dtype), torch.logaddexp(lse1, lse2)
+
+
+def merge_attention_bwd(
+    dout: Tensor, dlse: Tensor | None, out1: Tensor, lse1: Tensor, out2: Tensor, lse2: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of merge_attention_fwd: dout_i = w_i dout and dlse_i = w_i (dlse +- w_j dout . (out1 - out2)).
+
+    Everything of a side whose lse is -inf is 0.
+    """
+    w1, w2 = _merge_weights(lse1, lse2)
+    b_dout, b_out1, b_out2 = _upcast(dout, _seen(out1, lse1), _seen(out2, lse2))
+    shift = w1 * w2 * (b_dout * (b_out1 - b_out2)).sum(-1).transpose(1, 2)
+    dlse1, dlse2 = shift, -shift
+    if dlse is not None:
+        dlse1, dlse2 = dlse1 + w1 * dlse, dlse2 + w2 * dlse
+    return (_per_row(w1) * b_dout).to(out1.dtype), dlse1, (_per_row(w2) * b_dout).to(out2.dtype), dlse2
+
+
+def _merge_weights(lse1: Tensor, lse2: Tensor) -> tuple[Tensor, Tensor]:
+    # -inf - -inf is NaN, and then neither side counts.
+    difference = lse1 - lse2
+    none = (lse1 == float("-inf")) & (lse2 == float("-inf"))
+    return torch.sigmoid(difference).masked_fill(none, 0.0), torch.sigmoid(-difference).masked_fill(none, 0.0)
+
+
+def _per_row(value: Tensor) -> Tensor:
+    return value.transpose(1, 2).unsqueeze(-1)
+
+
+def _seen(out: Tensor, lse: Tensor) -> Tensor:
+    return out.masked_fill(_per_row(lse == float("-inf")), 0.0)
+
+
 def adaln_modulate_fwd(
     x: Tensor, shift: Tensor, scale: Tensor, eps: float, cu_seqlens: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -153,6 +201,37 @@ def gated_residual_bwd(dz: Tensor, y: Tensor, gate: Tensor, cu_seqlens: Tensor |
     b_dz, b_y, b_gate = _upcast(dz, y, gate)
     dy = per_token(b_gate, y, cu_seqlens) * b_dz
     return dy.to(y.dtype), sum_tokens(b_dz * b_y, gate, cu_seqlens).to(gate.dtype)
+
+
+def gated_residual_adaln_fwd(
+    x: Tensor, y: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, eps: float, cu_seqlens: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """z = x + gate * y, rounded, and adaln_modulate_fwd of that z.
+
+    Returns:
+        z and modulated [B, S, C]; mean and rstd of z [B, S] in compute_dtype.
+    """
+    z = gated_residual_fwd(x, y, gate, cu_seqlens)
+    return z, *adaln_modulate_fwd(z, shift, scale, eps, cu_seqlens)
+
+
+def gated_residual_adaln_bwd(
+    dz: Tensor,
+    dmodulated: Tensor,
+    y: Tensor,
+    z: Tensor,
+    gate: Tensor,
+    scale: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    cu_seqlens: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of gated_residual_adaln_fwd: dx and dy [B, S, C]; dgate, dshift and dscale like gate."""
+    b_dz, b_dmodulated, b_y, b_z, b_gate, b_scale = _upcast(dz, dmodulated, y, z, gate, scale)
+    dnorm, dshift, dscale = adaln_modulate_bwd(b_dmodulated, b_z, b_scale, mean, rstd, cu_seqlens)
+    dx = b_dz + dnorm
+    dy, dgate = gated_residual_bwd(dx, b_y, b_gate, cu_seqlens)
+    return tuple(t.to(z.dtype) for t in (dx, dy, dgate, dshift, dscale))  # type: ignore[return-value]
 
 
 _GELU_SCALE = 0.7978845608028654  # sqrt(2 / pi)

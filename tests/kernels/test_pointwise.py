@@ -77,12 +77,12 @@ def test_gradcheck_and_compile(name):
 
 def test_ops_pass_opcheck():
     x, y, shift, scale = tensors(X, X, ROW, ROW)
-    opcheck(adaln_modulate_op, (x, shift, scale, 1e-6, None))
-    opcheck(gated_residual_op, (x, y, scale, None))
-    opcheck(bias_gelu_op, (x, tensors((WIDTH,))[0]))
+    opcheck(adaln_modulate_op, (x, shift, scale, 1e-6, None, "torch"))
+    opcheck(gated_residual_op, (x, y, scale, None, "torch"))
+    opcheck(bias_gelu_op, (x, tensors((WIDTH,))[0], "torch"))
     packed, rows = tensors((1, 6, WIDTH), (3, WIDTH))
-    opcheck(adaln_modulate_op, (packed, rows, rows.detach().clone(), 1e-6, torch.tensor([0, 2, 2, 6])))
-    opcheck(gated_residual_op, (packed, packed.detach().clone(), rows, torch.tensor([0, 2, 2, 6])))
+    opcheck(adaln_modulate_op, (packed, rows, rows.detach().clone(), 1e-6, torch.tensor([0, 2, 2, 6]), "torch"))
+    opcheck(gated_residual_op, (packed, packed.detach().clone(), rows, torch.tensor([0, 2, 2, 6]), "torch"))
 
 
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64], ids=str)
