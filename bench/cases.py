@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
@@ -82,15 +83,6 @@ class Point:
             return str(error)
         return None
 
-    @property
-    def label(self) -> str:
-        """In a few words, for progress lines."""
-        p = self.parallel
-        return (
-            f"{self.kind} {self.regime} {self.seq_len:,} tokens, {self.num_devices} devices: {p.strategy} "
-            f"SP {p.sp_degree} DP {self.dp_degree}, policy {p.policy}"
-        )
-
     def config(self) -> dict[str, Any]:
         """The resolved configuration, as it goes into the record."""
         resolved: dict[str, Any] = {"model": asdict(self.model), "parallel": asdict(self.parallel), "seed": self.seed}
@@ -98,7 +90,8 @@ class Point:
             resolved["timing"] = asdict(self.timing)
         else:
             resolved["target"] = self.target
-        return resolved
+        # As JSON gives it back: lists instead of tuples.
+        return json.loads(json.dumps(resolved))
 
     def record(self, status: Status, *, provenance: dict[str, Any], **outcome: Any) -> Record:
         """The record of this point with what became of it."""

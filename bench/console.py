@@ -17,8 +17,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from longreel.bench import provenance
+from longreel.bench.cases import Sweep
 from longreel.bench.options import SweepConfig
-from longreel.bench.run import num_points, run_sweep
+from longreel.bench.run import num_points, pool_width, run_sweep
 from longreel.parallel.workers import WorkerPool
 from longreel.reports import formatting, store
 from longreel.reports.html import write_report
@@ -29,34 +30,58 @@ RECORDS = "records.jsonl"
 
 
 def run(command: Sequence[str]) -> int:
-    """Run `command` (program, then arguments); 0, or 2 after an `error:` line about what the user got wrong."""
+    """Run a command line.
+
+    Args:
+        command: program, then arguments.
+
+    Returns:
+        0; 2 after one `error:` line on stderr about what the user got wrong; 130 when interrupted.
+    """
     try:
         config = parse(command[1:])
         sweep = config.resolve()
         prepare_folder(config.folder)
+        if (config.folder / RECORDS).exists():
+            store.load(config.folder / RECORDS)
     except (ValueError, OSError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+        return _complain(error)
+    try:
+        _sweep(sweep, config.folder, command)
+    except OSError as error:
+        return _complain(error)
+    except KeyboardInterrupt:
+        print(f"interrupted; finished points are in {config.folder / RECORDS}", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _complain(error: Exception) -> int:
+    print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+    return 2
+
+
+def _sweep(sweep: Sweep, folder: Path, command: Sequence[str]) -> None:
     start = time.monotonic()
     origin = provenance.gather(command)
-    records_file = config.folder / RECORDS
+    records_file = folder / RECORDS
     console = Console(highlight=False, soft_wrap=True)
-    num_ranks = max([provenance.num_cores(), *(rank for grid in sweep.measured for rank in grid.ranks)])
-    with WorkerPool(num_ranks) as pool, _progress(console) as progress:
+    num_workers = max([pool_width(sweep), *(ranks for grid in sweep.measured for ranks in grid.ranks)])
+    with WorkerPool(num_workers) as pool, _progress(console) as progress:
         task = progress.add_task("starting workers", total=num_points(sweep))
         for record in run_sweep(sweep, pool, origin):
             store.append(records_file, record)
-            progress.console.print(point_line(record), style=None if record.status == "ok" else "yellow")
+            style = None if record.status == "ok" else "yellow"
+            progress.console.print(point_line(record), style=style, markup=False)
             progress.update(task, advance=1, description=f"{record.kind} {formatting.length(record.seq_len)}")
         progress.update(task, description="done", total=progress.tasks[0].completed)
     records = of_origin(store.load(records_file), origin)
-    page = write_report(config.folder, records, title=f"Longreel sweep: {sweep.name}", source_files=[RECORDS])
+    page = write_report(folder, records, title=f"Longreel sweep: {sweep.name}", source_files=[RECORDS])
     console.print()
     for line in summary_lines(records):
         console.print(line, markup=False)
     console.print(f"\n{time.monotonic() - start:.0f} s. Report: {page}", markup=False)
-    console.print(f"Records: {records_file}, {config.folder / 'records.csv'}", markup=False)
-    return 0
+    console.print(f"Records: {records_file}, {folder / 'records.csv'}", markup=False)
 
 
 def parse(arguments: Sequence[str]) -> SweepConfig:
@@ -68,10 +93,19 @@ def parse(arguments: Sequence[str]) -> SweepConfig:
     except SystemExit as stop:
         if not stop.code:
             raise
-        inside = [line.strip("│ \n") for line in framed.getvalue().splitlines() if line.startswith("│")]
-        rule = next((i for i, line in enumerate(inside) if set(line) == {"─"}), len(inside))
-        message = re.sub(r"^Error parsing [\w-]+: ", "", " ".join(inside[:rule])) or framed.getvalue()
-        raise ValueError(f"{message} (see --help)") from None
+        raise ValueError(f"{_unframed(framed.getvalue())} (see --help)") from None
+
+
+def _unframed(text: str) -> str:
+    """The message in tyro's box: what follows the first rule (or the edge that holds the title), up to the next."""
+    sections: list[list[str]] = [[]]
+    for line in text.splitlines():
+        if re.search("─{4}|-{9}", line):
+            sections.append([])
+        else:
+            sections[-1].append(line.strip("│ "))
+    message = " ".join(" ".join(sections[1 if len(sections) > 1 else 0]).split())
+    return message.partition(" Got errors:")[0]
 
 
 def prepare_folder(folder: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import warnings
 from dataclasses import dataclass
 
 import torch
@@ -50,6 +51,7 @@ def measure_point(point: Point, oracle_path: str) -> RankResult:
         point: the point; num_devices is the size of the group.
         oracle_path: written by gate.write_oracle for this model, length and seed.
     """
+    silence_fsdp()
     mesh = build_mesh(sp_degree=point.parallel.sp_degree)
     model = ParallelDiT(gate.build_model(point.model, point.seed), mesh, point.parallel)
     optimizer = torch.optim.AdamW(model.parameters(), lr=_LEARNING_RATE)
@@ -97,6 +99,11 @@ def measure_point(point: Point, oracle_path: str) -> RankResult:
         memory={"process": memory.read(), "process_before": memory.before},
         memory_source=memory.source,
     )
+
+
+def silence_fsdp() -> None:
+    """Take off a warning about in-place use of the model's output, which the loss does not make."""
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
 
 
 def _timed_steps(point: Point, model: ParallelDiT, optimizer: torch.optim.Optimizer, batch: Batch) -> tuple[float, ...]:

@@ -10,6 +10,7 @@ from typing import Any, get_args
 from longreel.bench.cases import (
     PRESETS,
     MeasuredGrid,
+    Point,
     PredictedGrid,
     Sweep,
     measured_points,
@@ -35,17 +36,22 @@ class SweepConfig:
         mode: `measured`, `predicted`, or `auto` for both.
         out: folder of report.html, records.jsonl and records.csv; out/<preset> if not given.
         seq_lens: lengths in tokens, such as 1k,2k,8192 (k is 1,024), of all points.
-        measured_lens, predicted_lens: lengths of these points only. max_len: leave longer measured points out, and go
-            on in powers of two up to it.
-        strategies: of local, ulysses, fastseq. `local` is the baseline.
-        sp_degrees: sequence-parallel degrees.
-        ranks: numbers of processes of the measured points.
-        depth, hidden_size, num_heads: of the measured DiT.
-        model: preset of the predicted DiT. target: GPU. gpus: GPUs of the node.
+        measured_lens: lengths of measured points only.
+        predicted_lens: lengths of predicted points only.
+        max_len: longest measured length, such as 16k: leaves longer ones out, or goes on to it in powers of two.
+        strategies: some of local (the baseline), ulysses, fastseq.
+        sp_degrees: sequence-parallel degrees, such as 2,4.
+        ranks: numbers of processes of measured points, such as 1,2,4.
+        depth: blocks of the measured DiT.
+        hidden_size: width of the measured DiT.
+        num_heads: attention heads of the measured DiT.
+        model: preset of the predicted DiT, such as dit-xl-2.
+        target: GPU that is predicted for, such as H800.
+        gpus: GPUs of the predicted node.
         policies: activation policies of predicted points: none, full.
-        regimes: of predicted points: full, text_only.
+        regimes: regimes of predicted points: full, text_only.
         every_policy: predict every policy at every length, not only where it can matter.
-        point_timeout: seconds for one point.
+        point_timeout: seconds that one point may take.
     """
 
     preset: str = "quick"
@@ -69,9 +75,6 @@ class SweepConfig:
     every_policy: bool = False
     point_timeout: float | None = None
 
-    def __post_init__(self) -> None:
-        self.resolve()
-
     @property
     def folder(self) -> Path:
         """Where the sweep writes."""
@@ -94,7 +97,7 @@ class SweepConfig:
             measured=measured if self.mode != "predicted" else (),
             predicted=predicted if self.mode != "measured" else (),
         )
-        _check_possible(sweep)
+        _check_possible(sweep, asked_ranks=_counts("ranks", self.ranks) or ())
         return sweep
 
     def _measured(self, grid: MeasuredGrid) -> MeasuredGrid:
@@ -182,29 +185,62 @@ def _counts(option: str, text: str | None) -> tuple[int, ...] | None:
     return tuple(sorted({int(word) for word in words}))
 
 
-def _check_possible(sweep: Sweep) -> None:
-    """ValueError where degrees and ranks leave nothing, or only points that cannot run."""
-    for grid in sweep.measured:
-        _check_degrees(grid.strategies, grid.sp_degrees, grid.ranks, "ranks")
-        _check_any(measured_points(grid, device=""))
-    for predicted in sweep.predicted:
-        _check_degrees(predicted.strategies, predicted.sp_degrees, (predicted.num_gpus,), "gpus")
-        _check_any([point for group in predicted_points(predicted) for point in group])
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Worlds:
+    """Into what a grid may split its devices: `option` sets the worlds, `must_split` are those asked for by name."""
+
+    option: str
+    worlds: tuple[int, ...]
+    must_split: tuple[int, ...]
+    sp_degrees: tuple[int, ...]
+    points: list[Point]
 
 
-def _check_degrees(strategies: tuple[str, ...], degrees: tuple[int, ...], worlds: tuple[int, ...], option: str) -> None:
-    if all(strategy == "local" for strategy in strategies):
+def _check_possible(sweep: Sweep, *, asked_ranks: tuple[int, ...]) -> None:
+    """ValueError where degrees and ranks leave nothing to split, or only points that cannot run."""
+    found = [
+        _Worlds(
+            option="ranks",
+            worlds=grid.ranks,
+            must_split=asked_ranks,
+            sp_degrees=grid.sp_degrees,
+            points=measured_points(grid, device=""),
+        )
+        for grid in sweep.measured
+    ] + [
+        _Worlds(
+            option="gpus",
+            worlds=(grid.num_gpus,),
+            must_split=(grid.num_gpus,),
+            sp_degrees=grid.sp_degrees,
+            points=[point for group in predicted_points(grid) for point in group],
+        )
+        for grid in sweep.predicted
+    ]
+    strategies = {name for grid in sweep.measured for name in grid.strategies}
+    strategies |= {name for grid in sweep.predicted for name in grid.strategies}
+    if strategies == {"local"}:
         return
-    for degree in degrees:
-        if all(world % degree for world in worlds):
-            works = sorted({d for world in worlds for d in range(1, world + 1) if world % d == 0})
-            raise ValueError(
-                f"sp_degrees: {degree} divides none of {option} {', '.join(map(str, worlds))}; degrees that do: "
-                f"{', '.join(map(str, works))}"
-            )
+    everywhere = [world for grid in found for world in grid.worlds]
+    for grid in found:
+        for world in grid.must_split:
+            if world > 1 and all(world % degree for degree in grid.sp_degrees):
+                degrees = ", ".join(map(str, grid.sp_degrees))
+                raise ValueError(
+                    f"{grid.option}: {world} is not a multiple of any SP degree ({degrees}); sp_degrees that divide "
+                    f"it: {_divisors(world)}"
+                )
+        for degree in grid.sp_degrees:
+            if all(world % degree for world in everywhere):
+                raise ValueError(
+                    f"sp_degrees: {degree} divides none of {grid.option} {', '.join(map(str, grid.worlds))}; degrees "
+                    f"that do: {_divisors(*grid.worlds)}"
+                )
+        reasons = [point.impossible for point in grid.points if point.parallel.strategy != "local"]
+        # Where only some points are impossible, they become rows with their reason.
+        if reasons and all(reasons):
+            raise ValueError(reasons[0])
 
 
-def _check_any(points: list) -> None:
-    split = [point for point in points if point.parallel.strategy != "local"]
-    if split and all(point.impossible for point in split):
-        raise ValueError(split[0].impossible)
+def _divisors(*worlds: int) -> str:
+    return ", ".join(map(str, sorted({d for world in worlds for d in range(1, world + 1) if world % d == 0})))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Sequence
-from dataclasses import asdict
 from typing import Any
 
 from longreel.bench.cases import Point
@@ -93,8 +92,3 @@ def _figure(value: Any) -> str:
     if "low" in value:
         words += f" ({value['low']:.4g} to {value['high']:.4g})"
     return f"{words}, {value['provenance']}: {value['source']}"
-
-
-def prediction_dict(prediction: Prediction) -> dict[str, Any]:
-    """A prediction as plain data, to travel between processes."""
-    return {name: dict(v) if hasattr(v, "keys") else v for name, v in asdict(prediction).items()}

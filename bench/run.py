@@ -12,12 +12,15 @@ import torch.distributed as dist
 
 from longreel.bench import gate
 from longreel.bench.cases import MeasuredGrid, Point, PredictedGrid, Sweep, measured_points, predicted_points
-from longreel.bench.measure import measure_point
+from longreel.bench.measure import measure_point, silence_fsdp
 from longreel.bench.outcome import measured_record, predicted_record
 from longreel.bench.provenance import num_cores, stamped
 from longreel.parallel.predict.predict import Prediction, PredictionCase, predict_step
 from longreel.parallel.workers import WorkerError, WorkerPool
 from longreel.reports.records import Record, Status
+
+# Workers take seconds to start and a prediction a second: more of them would not pay.
+MAX_PREDICTORS = 8
 
 Work = Callable[[Sequence[Point]], list[Record]]
 
@@ -73,15 +76,26 @@ def _out_of_memory(reason: str) -> bool:
 def measured(grid: MeasuredGrid, pool: WorkerPool, provenance: dict[str, Any], *, device: str) -> Iterator[Record]:
     """Records of a grid's measured points, the oracle of each length computed once."""
     with tempfile.TemporaryDirectory(prefix="longreel-oracle-") as folder:
+        no_oracle: dict[int, WorkerError] = {}
+
+        def oracle_of(point: Point) -> str:
+            path = Path(folder) / f"{point.seq_len}.pt"
+            if point.seq_len in no_oracle:
+                raise no_oracle[point.seq_len]
+            if not path.exists():
+                arguments = point.model, point.seq_len, max(grid.ranks), point.seed, str(path)
+                try:
+                    pool.run(gate.write_oracle, 1, *arguments, timeout=grid.point_timeout_s)
+                except WorkerError as error:
+                    # Once per length: every point of it would wait as long for the same.
+                    no_oracle[point.seq_len] = type(error)(f"no oracle to compare with: {error}")
+                    raise no_oracle[point.seq_len] from error
+            return str(path)
 
         def work(batch: Sequence[Point]) -> list[Record]:
             (point,) = batch
-            path = Path(folder) / f"{point.seq_len}.pt"
-            if not path.exists():
-                max_dp = max(grid.ranks)
-                arguments = point.model, point.seq_len, max_dp, point.seed, str(path)
-                pool.run(gate.write_oracle, 1, *arguments, timeout=grid.point_timeout_s)
-            ranks = pool.run(measure_point, point.num_devices, point, str(path), timeout=grid.point_timeout_s)
+            path = oracle_of(point)
+            ranks = pool.run(measure_point, point.num_devices, point, path, timeout=grid.point_timeout_s)
             return [measured_record(point, ranks, provenance)]
 
         yield from run_points(([point] for point in measured_points(grid, device=device)), work, provenance)
@@ -140,7 +154,10 @@ def _case(point: Point) -> PredictionCase:
 def predict_share(cases: Sequence[PredictionCase]) -> Prediction:
     """In a worker: predict this rank's one of the cases. Prediction needs a process group of its own."""
     rank = dist.get_rank()
+    # A rank that leaves while others still connect would fail them.
+    dist.barrier()
     dist.destroy_process_group()
+    silence_fsdp()
     try:
         return predict_step(cases[rank])
     finally:
@@ -161,4 +178,9 @@ def run_sweep(sweep: Sweep, pool: WorkerPool, provenance: dict[str, Any]) -> Ite
     for grid in sweep.measured:
         yield from measured(grid, pool, provenance, device=device)
     for predicted_grid in sweep.predicted:
-        yield from predicted(predicted_grid, pool, provenance, width=cores)
+        yield from predicted(predicted_grid, pool, provenance, width=pool_width(sweep))
+
+
+def pool_width(sweep: Sweep) -> int:
+    """Workers that predict at the same time."""
+    return min(num_cores(), MAX_PREDICTORS) if sweep.predicted else 1

@@ -1,0 +1,166 @@
+"""longreel.bench.gate and measure: the right strategies pass, wrong ones get no timing."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from unittest import mock
+
+import pytest
+import torch
+from torch import Tensor
+
+from longreel.bench import gate
+from longreel.bench.cases import MeasuredGrid, Point, Timing, measured_points, small_dit
+from longreel.bench.measure import RankResult, measure_point
+from longreel.models.sequence import SequenceLengths, Traffic
+from longreel.parallel import parallelize
+from longreel.parallel.strategies import Local, Ulysses, build_strategy
+
+SEQ_LEN = 90
+MODEL = small_dit(depth=1, hidden_size=32, num_heads=4)
+TIMING = Timing(min_samples=2, max_samples=2, budget_s=0.0)
+
+
+def point(strategy: str, *, ranks: int, degree: int, seq_len: int = SEQ_LEN) -> Point:
+    grid = MeasuredGrid(seq_lens=(seq_len,), ranks=(ranks,), sp_degrees=(degree,), model=MODEL)
+    found = [p for p in measured_points(grid, device="CPU") if p.parallel.strategy == strategy]
+    return replace(found[0], timing=TIMING)
+
+
+@pytest.fixture(scope="module")
+def oracle_file(tmp_path_factory) -> str:
+    path = tmp_path_factory.mktemp("oracle") / "oracle.pt"
+    gate.write_oracle(MODEL, SEQ_LEN, 2, 0, str(path))
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    ("strategy", "ranks", "degree"),
+    [("local", 1, 1), ("local", 2, 1), ("ulysses", 2, 2), ("fastseq", 2, 2), ("fastseq", 4, 2)],
+    ids=["local-1", "local-dp2", "ulysses-sp2", "fastseq-sp2", "fastseq-dp2-sp2"],
+)
+def test_right_strategies_pass_and_are_timed(run_distributed, oracle_file, strategy, ranks, degree) -> None:
+    results: list[RankResult] = run_distributed(
+        measure_point, ranks, point(strategy, ranks=ranks, degree=degree), oracle_file
+    )
+    for result in results:
+        assert result.reason is None
+        assert 0 < result.verdict.grad < 1e-5
+        assert result.verdict.loss < 1e-5
+        assert len(result.samples_s) == 2
+        assert min(result.samples_s) > 0
+        assert result.memory["process"] >= result.memory["process_before"] > 2**20
+    # One time per step, that of the slowest rank, on every rank.
+    assert len({result.samples_s for result in results}) == 1
+    first = results[0]
+    sequence = sum(sent for name, sent in first.traffic.items() if name.startswith("sequence."))
+    assert sequence == sum(first.traffic_formula.values())
+    assert (sequence > 0) == (degree > 1)
+    assert (sum(first.traffic.values()) > sequence) == (ranks > 1)
+
+
+class ScaledGradient(Ulysses):
+    """Attention's gradient is off by a part in a thousand."""
+
+    def self_attention(self, x: Tensor, qkv, *, num_heads: int, lengths: SequenceLengths) -> Tensor:
+        out = super().self_attention(x, qkv, num_heads=num_heads, lengths=lengths)
+        out.register_hook(lambda grad: grad * 1.001)
+        return out
+
+
+class ScaledOutput(Ulysses):
+    """Attention's output is off by a part in a hundred."""
+
+    def self_attention(self, x: Tensor, qkv, *, num_heads: int, lengths: SequenceLengths) -> Tensor:
+        out = super().self_attention(x, qkv, num_heads=num_heads, lengths=lengths)
+        return out * 1.01
+
+
+class NotANumber(Ulysses):
+    """Attention gives NaN."""
+
+    def self_attention(self, x: Tensor, qkv, *, num_heads: int, lengths: SequenceLengths) -> Tensor:
+        out = super().self_attention(x, qkv, num_heads=num_heads, lengths=lengths)
+        return out * float("nan")
+
+
+class WrongFormula(Ulysses):
+    """The formula forgets the output's exchange."""
+
+    def traffic(self, shape) -> Traffic:
+        whole = super().traffic(shape)
+        return Traffic(forward={"all_to_all": whole.forward_bytes * 3 // 4}, backward=whole.backward)
+
+
+FAULTS = {cls.__name__: cls for cls in (ScaledGradient, ScaledOutput, NotANumber, WrongFormula)}
+
+
+def measure_with_fault(fault: str, wrong: Point, path: str) -> RankResult:
+    """measure_point with a wrong strategy in place of Ulysses (in a worker)."""
+
+    def build(config, mesh):
+        right = build_strategy(config, mesh)
+        return FAULTS[fault](group=right.group, provider=right.provider)
+
+    with mock.patch.object(parallelize, "build_strategy", build):
+        return measure_point(wrong, path)
+
+
+@pytest.mark.parametrize(
+    ("fault", "reason"),
+    [
+        ("ScaledGradient", "gradient of"),
+        ("ScaledOutput", "loss differs"),
+        ("NotANumber", "loss differs"),
+        ("WrongFormula", "formula"),
+    ],
+)
+def test_wrong_strategies_get_a_reason_and_no_timing(run_distributed, oracle_file, fault, reason) -> None:
+    results = run_distributed(measure_with_fault, 2, fault, point("ulysses", ranks=2, degree=2), oracle_file)
+    for result in results:
+        assert reason in result.reason
+        assert result.samples_s == ()
+        assert result.memory == {}
+
+
+def measure_with_unshared_gradients(wrong: Point, path: str) -> RankResult:
+    """measure_point with the second group on the first one's sample: data parallelism over no data (in a worker)."""
+    real = gate.make_sample
+
+    def same(config, seq_len, *, index, seed):
+        return real(config, seq_len, index=0, seed=seed)
+
+    with mock.patch.object(gate, "make_sample", same):
+        return measure_point(wrong, path)
+
+
+def test_groups_of_equal_data_are_wrong(run_distributed, oracle_file) -> None:
+    results = run_distributed(measure_with_unshared_gradients, 2, point("local", ranks=2, degree=1), oracle_file)
+    assert all("differs" in result.reason for result in results)
+
+
+def test_oracle_in_blocks_is_eager_attention_of_the_whole(monkeypatch) -> None:
+    seq_len = 2 * gate._QUERY_BLOCK + 3
+    loss, grads = gate.oracle(MODEL, seq_len, index=0, seed=3)
+    monkeypatch.setattr(gate, "EagerLocal", lambda: Local(provider="torch"))
+    whole_loss, whole = gate.oracle(MODEL, seq_len, index=0, seed=3)
+    assert loss == pytest.approx(whole_loss, rel=1e-6)
+    verdict_errors = gate.gradient_errors(grads, whole)
+    assert max(verdict_errors.values()) < 1e-5
+
+
+def test_no_gradient_of_the_gate_is_zero_but_the_key_bias(tmp_path: Path) -> None:
+    _, grads = gate.oracle(MODEL, SEQ_LEN, index=0, seed=0)
+    assert all(torch.linalg.vector_norm(grad) > 0 for grad in grads.values())
+
+
+def test_verdict_of_a_different_gradient_names_it(oracle_file) -> None:
+    losses, groups = torch.load(oracle_file, weights_only=True)
+    grads = {name: value.clone() for name, value in groups[0].items()}
+    assert gate.compare(losses[0], grads, oracle_file, dp_degree=1).reason is None
+    grads["blocks.0.fc2.weight"] *= 1 + 1e-4
+    reason = gate.compare(losses[0], grads, oracle_file, dp_degree=1).reason
+    assert reason is not None
+    assert "blocks.0.fc2.weight" in reason
+    assert "1e-05" in reason

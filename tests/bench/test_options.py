@@ -1,0 +1,159 @@
+"""longreel.bench.options and the command line: what a user gets wrong is one line, exit status 2, nothing written."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from longreel.bench.cases import measured_points, predicted_points
+from longreel.bench.options import SweepConfig, parse_lengths
+from longreel.bench.sweep import main
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--preset", "slow"], ["'slow'", "quick", "thorough"]),
+        (["--mode", "guessed"], ["'guessed'", "auto", "measured", "predicted"]),
+        (["--strategies", "local,ringo"], ["'ringo'", "local", "ulysses", "fastseq"]),
+        (["--policies", "half"], ["'half'", "none", "full"]),
+        (["--regimes", "video"], ["'video'", "full", "text_only"]),
+        (["--num-heads", "2", "--sp-degrees", "4"], ["num_heads 2", "sp_degree 4", "1, 2"]),
+        (["--num-heads", "3"], ["hidden_size 128", "num_heads 3"]),
+        (["--mode", "predicted", "--model", "dit-s-2", "--sp-degrees", "4"], ["num_heads 6", "1, 2, 3, 6"]),
+        (["--ranks", "3"], ["ranks: 3", "2, 4", "1, 3"]),
+        (["--ranks", "6", "--sp-degrees", "4"], ["ranks: 6", "1, 2, 3, 6"]),
+        (["--gpus", "6", "--sp-degrees", "4", "--mode", "predicted"], ["gpus: 6", "1, 2, 3, 6"]),
+        (["--gpus", "9"], ["gpus", "1 to 8", "9"]),
+        (["--sp-degrees", "2,3"], ["sp_degrees: 3", "1, 2, 4"]),
+        (["--sp-degrees", "2,x"], ["sp_degrees", "'x'"]),
+        (["--ranks", "0"], ["ranks", "'0'"]),
+        (["--seq-lens", "1k,2x"], ["seq_lens", "'2x'", "2k"]),
+        (["--seq-lens", ""], ["seq_lens", "''"]),
+        (["--measured-lens", "0"], ["measured_lens", "'0'"]),
+        (["--max-len", "many"], ["max_len", "'many'"]),
+        (["--model", "dit-xxl"], ["'dit-xxl'", "dit-xl-2"]),
+        (["--target", "H9000"], ["'H9000'", "H800"]),
+        (["--point-timeout", "-1"], ["point_timeout", "-1"]),
+        (["--no-such-option"], ["--no-such-option"]),
+        (["--gpus", "eight"], ["--gpus", "eight"]),
+    ],
+    ids=lambda value: "-".join(value)[:40] if isinstance(value, list) else None,
+)
+def test_bad_input_is_one_line_and_writes_nothing(capsys, tmp_path, monkeypatch, arguments, said) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(arguments) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith("error: ")
+    assert captured.err.count("\n") == 1
+    for words in said:
+        assert words in captured.err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_folder_that_is_a_file(capsys, tmp_path: Path) -> None:
+    file = tmp_path / "taken"
+    file.write_text("mine")
+    assert main(["--out", str(file)]) == 2
+    assert "taken" in capsys.readouterr().err
+    assert file.read_text() == "mine"
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_folder_without_permission(capsys, tmp_path: Path) -> None:
+    tmp_path.chmod(0o500)
+    assert main(["--out", str(tmp_path / "new")]) == 2
+    assert "cannot write" in capsys.readouterr().err
+
+
+def test_folder_below_a_file_and_a_folder_that_takes_no_files(capsys, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    assert main(["--out", str(tmp_path / "file" / "below")]) == 2
+    assert "cannot write" in capsys.readouterr().err
+    assert main(["--out", "/proc/self"]) == 2
+    assert "cannot write" in capsys.readouterr().err
+
+
+def test_broken_records_in_the_folder_are_named_before_any_work(capsys, tmp_path: Path) -> None:
+    (tmp_path / "records.jsonl").write_text("{}\n")
+    assert main(["--out", str(tmp_path)]) == 2
+    error = capsys.readouterr().err
+    assert "records.jsonl:1" in error
+    assert error.count("\n") == 1
+    assert (tmp_path / "records.jsonl").read_text() == "{}\n"
+
+
+def test_script_runs_without_an_install(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, str(REPOSITORY / "bench" / "sweep.py"), "--preset", "nope"],
+        env={name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+        | {"PYTHONPATH": str(REPOSITORY / "src")},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 2
+    assert done.stderr == "error: unknown preset 'nope'; there are quick, thorough\n"
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("text", "lengths"),
+    [("1k,2k,8192", (1024, 2048, 8192)), ("8192, 1K", (1024, 8192)), ("300", (300,)), ("1k,1024", (1024,))],
+)
+def test_lengths(text, lengths) -> None:
+    assert parse_lengths("seq_lens", text) == lengths
+
+
+def test_quick_measures_every_strategy_next_to_its_baseline() -> None:
+    (grid,) = SweepConfig().resolve().measured
+    points = measured_points(grid, device="CPU")
+    seen = {(p.seq_len, p.num_devices, p.parallel.strategy, p.parallel.sp_degree) for p in points}
+    assert len(seen) == len(points)
+    for seq_len in (1024, 2048, 4096, 8192):
+        for ranks in (1, 2, 4):
+            assert (seq_len, ranks, "local", 1) in seen
+        for degree in (2, 4):
+            for strategy in ("ulysses", "fastseq"):
+                assert (seq_len, degree, strategy, degree) in seen
+    assert all(p.is_baseline == (p.parallel.strategy == "local") for p in points)
+    # Points of one length and one number of ranks run one after the other, the baseline first.
+    places = [(p.seq_len, p.num_devices) for p in points]
+    assert places == sorted(places)
+    assert all(p.parallel.attention_provider == "sdpa-flash" for p in points)
+
+
+def test_quick_predicts_both_regimes_at_the_published_lengths() -> None:
+    full, text_only = SweepConfig().resolve().predicted
+    assert len(full.seq_lens) == 8
+    assert {614_400, 819_200} <= set(full.seq_lens) & set(text_only.seq_lens)
+    for grid in (full, text_only):
+        points = [point for group in predicted_points(grid) for point in group]
+        spreads = {(p.parallel.strategy, p.parallel.sp_degree) for p in points}
+        assert spreads == {("local", 1), *((s, d) for s in ("ulysses", "fastseq") for d in (2, 4, 8))}
+        assert {p.regime for p in points} == {grid.regime}
+        assert {p.num_devices for p in points} == {8}
+    assert text_only.dit.cross_layout == "published"
+    assert text_only.dit.max_text_tokens == 20
+
+
+def test_max_len_goes_on_in_powers_of_two_or_cuts_off() -> None:
+    assert SweepConfig(max_len="16k").resolve().measured[0].seq_lens == (1024, 2048, 4096, 8192, 16_384)
+    assert SweepConfig(max_len="2k").resolve().measured[0].seq_lens == (1024, 2048)
+
+
+def test_degree_that_some_heads_forbid_becomes_points_with_a_reason() -> None:
+    (grid,) = SweepConfig(num_heads=2, mode="measured").resolve().measured
+    points = measured_points(grid, device="CPU")
+    impossible = [p for p in points if p.impossible]
+    assert {p.parallel.sp_degree for p in impossible} == {4}
+    assert "degrees that work: 1, 2" in impossible[0].impossible

@@ -1,0 +1,106 @@
+"""longreel.bench.outcome: results to records."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from longreel.bench.cases import MeasuredGrid, PredictedGrid, measured_points, predicted_points, small_dit
+from longreel.bench.gate import Verdict
+from longreel.bench.measure import RankResult
+from longreel.bench.outcome import measured_record, predicted_record, quantile
+from longreel.parallel.predict.predict import Prediction
+from longreel.reports.records import Record
+
+PROVENANCE = {"commit": "c", "environment": {}}
+GiB = 2**30
+PREDICTION = Prediction(
+    memory_bytes=90 * GiB,
+    memory_by_phase={"forward": 90 * GiB},
+    kept_bytes=1,
+    memory_limit=80 * GiB,
+    usable_bytes=73 * GiB,
+    fits=False,
+    flops=3.0,
+    hw_flops=4.0,
+    traffic={"sequence.all_to_all": 5},
+    step_s=2.0,
+    interval_s=(1.5, 2.5),
+    mfu=0.3,
+    hfu=0.4,
+    breakdown={},
+    hidden={},
+    inputs={"link": {"value": 1.5e11, "low": 1e11, "high": 2e11, "provenance": "assumed", "source": "a guess"}},
+)
+
+
+def rank_result(**changes) -> RankResult:
+    fields = {
+        "verdict": Verdict(loss=1e-8, grad=2e-7, parameter="final.proj.bias"),
+        "reason": None,
+        "traffic": {"sequence.send": 7},
+        "traffic_formula": {"all_gather": 7},
+        "flops": 100,
+        "samples_s": (3.0, 1.0, 2.0),
+        "memory": {"process": 500, "process_before": 400},
+        "memory_source": "VmHWM",
+    }
+    return RankResult(**(fields | changes))
+
+
+@pytest.fixture
+def measured():
+    grid = MeasuredGrid(seq_lens=(64,), ranks=(4,), sp_degrees=(2,), model=small_dit())
+    return next(p for p in measured_points(grid, device="CPU") if p.parallel.strategy == "fastseq")
+
+
+def test_measured_point_keeps_every_sample_and_the_fullest_rank(measured) -> None:
+    ranks = [rank_result(), rank_result(memory={"process": 900, "process_before": 300}), rank_result(), rank_result()]
+    record = measured_record(measured, ranks, PROVENANCE)
+    assert record.status == "ok"
+    assert record.samples_s == (3.0, 1.0, 2.0)
+    assert record.step_s == 2.0
+    assert record.interval_s == pytest.approx((1.4, 2.6))
+    assert record.memory == {"process": 900, "process_before": 300}
+    assert record.error == {"loss": 1e-8, "grad": 2e-7, "tolerance": 1e-5}
+    assert record.traffic == {"sequence.send": 7}
+    assert record.provenance["traffic_formula"] == {"all_gather": 7}
+    assert record.provenance["memory_source"] == "VmHWM"
+    # SP 2 x DP 2: two groups, of which the first one's ranks were counted.
+    assert record.hw_flops == 400
+    assert record.tokens_per_s == 64 * 2 / 2.0
+    assert Record.from_json(record.to_json()) == record
+
+
+def test_closed_gate_leaves_no_figure(measured) -> None:
+    bad = Verdict(loss=float("inf"), grad=1.0, parameter="x")
+    ranks = [rank_result(verdict=bad, reason=bad.reason, samples_s=(), memory={})] * 4
+    record = measured_record(measured, ranks, PROVENANCE)
+    assert record.status == "wrong"
+    assert record.step_s is None
+    assert record.samples_s == ()
+    assert "loss differs" in record.reason
+    assert Record.from_json(record.to_json()) == record
+
+
+def test_prediction_that_does_not_fit_is_oom_with_the_figures() -> None:
+    point = predicted_points(PredictedGrid(regime="full", seq_lens=(64,)))[0][0]
+    record = predicted_record(point, PREDICTION, PROVENANCE)
+    assert (record.kind, record.status, record.step_s) == ("predicted", "oom", None)
+    assert record.reason == "needs 90.0 GiB of 73.0 GiB usable (80 GiB H800 less the reserve)"
+    assert record.memory == {"allocated": 90 * GiB}
+    assert record.memory_limit == 80 * GiB
+    fitting = predicted_record(point, replace(PREDICTION, fits=True), PROVENANCE)
+    assert fitting.status == "ok"
+    assert fitting.step_s == 2.0
+    assert fitting.interval_s == (1.5, 2.5)
+    assert fitting.provenance["inputs"] == {"link": "1.5e+11 (1e+11 to 2e+11), assumed: a guess"}
+    assert Record.from_json(fitting.to_json()) == fitting
+
+
+@pytest.mark.parametrize("q", [0.0, 0.2, 0.5, 0.8, 1.0])
+@pytest.mark.parametrize("samples", [(4.0,), (1.0, 2.0), (5.0, 1.0, 4.0, 2.0, 9.0)], ids=len)
+def test_quantile_is_numpys(samples, q) -> None:
+    assert quantile(samples, q) == pytest.approx(np.quantile(samples, q))

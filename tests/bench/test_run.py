@@ -1,0 +1,156 @@
+"""longreel.bench.run: a point that fails is a row, and the sweep goes on."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Sequence
+
+import pytest
+import torch.distributed as dist
+
+from longreel.bench.cases import MeasuredGrid, Point, PredictedGrid, measured_points, predicted_points, small_dit
+from longreel.bench.run import _Wanted, one_line, predict_share, run_points
+from longreel.parallel.predict.predict import PredictionCase
+from longreel.parallel.workers import WorkerError, WorkerPool
+from longreel.reports.records import Record
+
+TIMEOUT_S = 10.0
+PROVENANCE = {"commit": "c", "environment": {}}
+
+
+@pytest.fixture(scope="module")
+def points() -> list[Point]:
+    grid = MeasuredGrid(seq_lens=(64,), ranks=(2,), sp_degrees=(2,), model=small_dit())
+    return measured_points(grid, device="CPU")
+
+
+@pytest.fixture(scope="module")
+def pool():
+    with WorkerPool(2) as pool:
+        yield pool
+
+
+def behave(how: str) -> int:
+    """In a worker: do as told, in rank 1 only."""
+    if dist.get_rank() == 1:
+        if how == "raise":
+            raise ValueError("no such luck")
+        if how == "crash":
+            os._exit(7)
+        if how == "hang":
+            time.sleep(60)
+    return os.getpid()
+
+
+@pytest.mark.parametrize(
+    ("how", "status", "reason"),
+    [
+        ("raise", "error", "rank 1 of 2 failed: ValueError: no such luck (test_run.py:"),
+        ("crash", "error", "rank 1 of 2 died with exit code 7"),
+        ("hang", "error", "did not finish within 10 s"),
+    ],
+)
+def test_failure_is_a_row_and_the_next_point_runs(pool, points, how, status, reason) -> None:
+    told = iter([how, "work", "work"])
+
+    def work(batch: Sequence[Point]) -> list[Record]:
+        pool.run(behave, 2, next(told), timeout=TIMEOUT_S)
+        return [point.record("ok", step_s=1.0, provenance=PROVENANCE) for point in batch]
+
+    records = list(run_points([[point] for point in points], work, PROVENANCE))
+    assert [r.status for r in records] == [status, "ok", "ok"]
+    assert reason in records[0].reason
+    assert "\n" not in records[0].reason
+    assert [r.strategy for r in records] == [p.parallel.strategy for p in points]
+    assert all(Record.from_json(r.to_json()) == r for r in records)
+
+
+def test_allocation_that_failed_is_out_of_memory(points) -> None:
+    def work(batch: Sequence[Point]) -> list[Record]:
+        raise WorkerError(
+            "rank 0 of 1 failed:\nTraceback (most recent call last):\n"
+            "RuntimeError: [enforce fail] . DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes."
+        )
+
+    (record,) = run_points([points[:1]], work, PROVENANCE)
+    assert record.status == "oom"
+    assert "9 bytes" in record.reason
+
+
+def test_batch_that_fails_costs_only_the_point_at_fault(points) -> None:
+    calls: list[int] = []
+
+    def work(batch: Sequence[Point]) -> list[Record]:
+        calls.append(len(batch))
+        if points[1] in batch:
+            raise WorkerError("rank 0 of 1 died with exit code 9")
+        return [point.record("ok", step_s=1.0, provenance=PROVENANCE) for point in batch]
+
+    records = list(run_points([points], work, PROVENANCE))
+    assert [r.status for r in records] == ["ok", "error", "ok"]
+    assert calls == [3, 1, 1, 1]
+
+
+def test_impossible_points_are_skipped_with_their_reason_and_never_run() -> None:
+    grid = MeasuredGrid(seq_lens=(64,), ranks=(4,), sp_degrees=(4,), model=small_dit(num_heads=2))
+
+    def work(batch: Sequence[Point]) -> list[Record]:
+        assert all(point.parallel.strategy == "local" for point in batch)
+        return [point.record("ok", step_s=1.0, provenance=PROVENANCE) for point in batch]
+
+    records = list(run_points([measured_points(grid, device="CPU")], work, PROVENANCE))
+    assert sorted((r.strategy, r.status) for r in records) == [
+        ("fastseq", "skipped"),
+        ("local", "ok"),
+        ("ulysses", "skipped"),
+    ]
+    assert all("degrees that work: 1, 2" in r.reason for r in records if r.status == "skipped")
+
+
+def test_one_line_names_the_outermost_exception() -> None:
+    trace = (
+        "rank 0 of 2 failed:\nTraceback (most recent call last):\n"
+        '  File "/home/me/a.py", line 3, in f\n    g()\n'
+        '  File "/home/me/b.py", line 9, in g\n    raise KeyError(1)\n'
+        "torch.distributed.DistBackendError: peer gone\nframe #0: c10::foo\n\n"
+        "rank 1 of 2 failed:\nTraceback (most recent call last):\n"
+        '  File "/home/me/z.py", line 1, in f\nValueError: second\n'
+    )
+    assert one_line(WorkerError(trace)) == (
+        "rank 0 of 2 failed: torch.distributed.DistBackendError: peer gone (b.py:9)"
+    )
+
+
+def test_quick_predictions_leave_out_what_says_nothing_new() -> None:
+    grid = PredictedGrid(regime="full", seq_lens=(1, 2, 3), strategies=("local",))
+    wanted = _Wanted(every_policy=False)
+    ran = []
+    for group in predicted_points(grid):
+        for point in group:
+            if wanted(point):
+                ran.append((point.seq_len, point.parallel.policy))
+                fits = point.parallel.policy == "full" or point.seq_len < 2
+                outcome = {"step_s": 1.0} if fits else {"reason": "needs more"}
+                wanted.saw(point.record("ok" if fits else "oom", provenance=PROVENANCE, **outcome))
+    assert ran == [(1, "none"), (2, "none"), (2, "full"), (3, "full")]
+
+
+def test_recomputation_alone_is_predicted_everywhere() -> None:
+    grid = PredictedGrid(regime="full", seq_lens=(1, 2), strategies=("local",), policies=("full",))
+    wanted = _Wanted(every_policy=False)
+    assert all(wanted(point) for group in predicted_points(grid) for point in group)
+
+
+def test_predictions_run_beside_each_other_in_workers(pool, points) -> None:
+    grid = PredictedGrid(regime="full", seq_lens=(512,), strategies=("ulysses",), sp_degrees=(2, 4), model="dit-s-2")
+    cases = [
+        PredictionCase(model=p.model, parallel=p.parallel, num_gpus=8, target="H800", seq_len=p.seq_len)
+        for p in predicted_points(grid)[0]
+        if p.parallel.sp_degree == 2
+    ]
+    first, second = pool.run(predict_share, 2, [cases[0], cases[0]], timeout=120.0)
+    assert first == second
+    assert first.memory_bytes > 0
+    # The workers still serve.
+    assert len(pool.run(behave, 2, "work", timeout=20.0)) == 2
