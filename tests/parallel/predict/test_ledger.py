@@ -61,8 +61,8 @@ def test_attention_is_one_op_whose_buffers_show() -> None:
     assert (cost.name, cost.flops, cost.head_dim) == ("attention_packed", 4 * 256 * 256 * 2 * 72, 72)
     assert cost.bytes == sum(t.numel() * t.element_size() for t in (qkv, out, lse))
     assert [c.name for c in ledger.costs if c.bytes and c.kind == "memory"] == []
-    # The provider writes each segment's result into a buffer of its own.
-    assert tracker.peak == held + out.numel() * 2 + lse.numel() * 4
+    # The provider hands its result on without a copy; its lse, laid out otherwise, is copied once.
+    assert tracker.peak == held + lse.numel() * 4
 
 
 @pytest.mark.parametrize(("head_dim", "padded"), [(64, 64), (72, 96)])
@@ -73,9 +73,11 @@ def test_backward_of_flash_attention_by_hand(head_dim: int, padded: int) -> None
         tracker.phase = "backward"
         out.backward(torch.empty_like(out))
     rows = 256 * 2
-    # bf16: q, k, v, out, its gradient, gradients as the kernel gives them and as the op returns them.
-    # fp32: lse, the accumulator of dQ and its row sums.
-    assert tracker.peaks["backward"] == 11 * rows * head_dim * 2 + 4 * rows * (1 + padded + 1)
+    # bf16: q, k, v, out, its gradient and the kernel's three; fp32: lse, the accumulator of dQ and its row sums.
+    in_kernel = 8 * rows * head_dim * 2 + 4 * rows * (1 + padded + 1)
+    # Afterwards the three gradients stand beside the one that the op returns.
+    stacking = 11 * rows * head_dim * 2 + 4 * rows
+    assert tracker.peaks["backward"] == max(in_kernel, stacking)
 
 
 @pytest.mark.parametrize(("opened", "peak"), [(False, 2), (True, 9)], ids=["fused", "eager"])
