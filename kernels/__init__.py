@@ -1,7 +1,9 @@
 """Ops of the DiT: each a custom op `longreel::<op>` with an eager specification in longreel.kernels.reference."""
 
 from longreel.kernels.attention import attention, attention_packed, resolve_attention_provider
-from longreel.kernels.pointwise import adaln_modulate, bias_gelu, gated_residual
+from longreel.kernels.lse_merge import merge_attention
+from longreel.kernels.pointwise import adaln_modulate, bias_gelu, gated_residual, resolve_pointwise_provider
+from longreel.kernels.residual_adaln import gated_residual_adaln
 
 __all__ = [
     "adaln_modulate",
@@ -9,5 +11,8 @@ __all__ = [
     "attention_packed",
     "bias_gelu",
     "gated_residual",
+    "gated_residual_adaln",
+    "merge_attention",
     "resolve_attention_provider",
+    "resolve_pointwise_provider",
 ]

@@ -123,7 +123,8 @@ def merge_attention_fwd(out1: Tensor, lse1: Tensor, out2: Tensor, lse2: Tensor) 
     w1, w2 = _merge_weights(lse1, lse2)
     b_out1, b_out2 = _upcast(_seen(out1, lse1), _seen(out2, lse2))
     # logaddexp gives -inf for two -inf.
-    return (_per_row(w1) * b_out1 + _per_row(w2) * b_out2).to(out1.dtype), torch.logaddexp(lse1, lse2)
+    out = (_per_row(w1) * b_out1 + _per_row(w2) * b_out2).to(out1.dtype)
+    return out.contiguous(), torch.logaddexp(lse1, lse2).contiguous()
 
 
 def merge_attention_bwd(
@@ -139,7 +140,8 @@ def merge_attention_bwd(
     dlse1, dlse2 = shift, -shift
     if dlse is not None:
         dlse1, dlse2 = dlse1 + w1 * dlse, dlse2 + w2 * dlse
-    return (_per_row(w1) * b_dout).to(out1.dtype), dlse1, (_per_row(w2) * b_dout).to(out2.dtype), dlse2
+    dout1, dout2 = ((_per_row(w) * b_dout).to(out1.dtype) for w in (w1, w2))
+    return dout1.contiguous(), dlse1.contiguous(), dout2.contiguous(), dlse2.contiguous()
 
 
 def _merge_weights(lse1: Tensor, lse2: Tensor) -> tuple[Tensor, Tensor]:
@@ -173,7 +175,7 @@ def adaln_modulate_fwd(
     centred = b_x - mean.unsqueeze(-1)
     rstd = torch.rsqrt(centred.square().mean(-1) + eps)
     y = centred * rstd.unsqueeze(-1) * (1 + per_token(b_scale, x, cu_seqlens)) + per_token(b_shift, x, cu_seqlens)
-    return y.to(x.dtype), mean, rstd
+    return y.to(x.dtype).contiguous(), mean.contiguous(), rstd.contiguous()
 
 
 def adaln_modulate_bwd(
@@ -187,20 +189,21 @@ def adaln_modulate_bwd(
     dx = (dnormed - dnormed.mean(-1, keepdim=True) - normed * inner) * rstd.unsqueeze(-1)
     dshift = sum_tokens(b_dy, scale, cu_seqlens)
     dscale = sum_tokens(b_dy * normed, scale, cu_seqlens)
-    return dx.to(x.dtype), dshift.to(scale.dtype), dscale.to(scale.dtype)
+    return dx.to(x.dtype).contiguous(), dshift.to(scale.dtype).contiguous(), dscale.to(scale.dtype).contiguous()
 
 
 def gated_residual_fwd(x: Tensor, y: Tensor, gate: Tensor, cu_seqlens: Tensor | None) -> Tensor:
     """x + gate * y. x, y: [B, S, C]; gate: [B, C], or [N, C] with cu_seqlens."""
     b_x, b_y, b_gate = _upcast(x, y, gate)
-    return (b_x + per_token(b_gate, x, cu_seqlens) * b_y).to(x.dtype)
+    return (b_x + per_token(b_gate, x, cu_seqlens) * b_y).to(x.dtype).contiguous()
 
 
 def gated_residual_bwd(dz: Tensor, y: Tensor, gate: Tensor, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor]:
     """Gradients of gated_residual_fwd: dy [B, S, C] and dgate like gate (dx is dz itself)."""
     b_dz, b_y, b_gate = _upcast(dz, y, gate)
     dy = per_token(b_gate, y, cu_seqlens) * b_dz
-    return dy.to(y.dtype), sum_tokens(b_dz * b_y, gate, cu_seqlens).to(gate.dtype)
+    dgate = sum_tokens(b_dz * b_y, gate, cu_seqlens)
+    return dy.to(y.dtype).contiguous(), dgate.to(gate.dtype).contiguous()
 
 
 def gated_residual_adaln_fwd(
@@ -227,11 +230,14 @@ def gated_residual_adaln_bwd(
     cu_seqlens: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of gated_residual_adaln_fwd: dx and dy [B, S, C]; dgate, dshift and dscale like gate."""
-    b_dz, b_dmodulated, b_y, b_z, b_gate, b_scale = _upcast(dz, dmodulated, y, z, gate, scale)
-    dnorm, dshift, dscale = adaln_modulate_bwd(b_dmodulated, b_z, b_scale, mean, rstd, cu_seqlens)
-    dx = b_dz + dnorm
-    dy, dgate = gated_residual_bwd(dx, b_y, b_gate, cu_seqlens)
-    return tuple(t.to(z.dtype) for t in (dx, dy, dgate, dshift, dscale))  # type: ignore[return-value]
+    # Unrounded between the two ops, so upcast first.
+    dtype = compute_dtype(z.dtype)
+    dnorm, dshift, dscale = adaln_modulate_bwd(
+        dmodulated.to(dtype), z.to(dtype), scale.to(dtype), mean, rstd, cu_seqlens
+    )
+    dx = dnorm + dz
+    dy, dgate = gated_residual_bwd(dx, y.to(dtype), gate.to(dtype), cu_seqlens)
+    return tuple(t.to(z.dtype).contiguous() for t in (dx, dy, dgate, dshift, dscale))  # type: ignore[return-value]
 
 
 _GELU_SCALE = 0.7978845608028654  # sqrt(2 / pi)
@@ -242,7 +248,7 @@ def bias_gelu_fwd(x: Tensor, bias: Tensor) -> Tensor:
     """gelu_tanh(x + bias). x: [..., C], bias: [C]. Source: Hendrycks and Gimpel 2016, tanh form."""
     u, b = _upcast(x, bias)
     u = u + b
-    return (0.5 * u * (1 + torch.tanh(_GELU_SCALE * (u + _GELU_CUBIC * u**3)))).to(x.dtype)
+    return (0.5 * u * (1 + torch.tanh(_GELU_SCALE * (u + _GELU_CUBIC * u**3)))).to(x.dtype).contiguous()
 
 
 def bias_gelu_bwd(dy: Tensor, x: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
@@ -252,7 +258,7 @@ def bias_gelu_bwd(dy: Tensor, x: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
     t = torch.tanh(_GELU_SCALE * (u + _GELU_CUBIC * u**3))
     slope = 0.5 * (1 + t) + 0.5 * u * (1 - t * t) * _GELU_SCALE * (1 + 3 * _GELU_CUBIC * u * u)
     dx = b_dy * slope
-    return dx.to(x.dtype), dx.flatten(0, -2).sum(0).to(bias.dtype)
+    return dx.to(x.dtype).contiguous(), dx.flatten(0, -2).sum(0).to(bias.dtype)
 
 
 def per_token(value: Tensor, x: Tensor, cu_seqlens: Tensor | None) -> Tensor:

@@ -134,10 +134,10 @@ def merge_attention_fwd(out1: Tensor, lse1: Tensor, out2: Tensor, lse2: Tensor) 
     out1, lse1, out2, lse2 = (t.contiguous() for t in (out1, lse1, out2, lse2))
     out, lse = torch.empty_like(out1), torch.empty_like(lse1)
     if out.numel():
-        tile = _tile(out1)
+        options = row_options(out1.shape[-1])
         with launch_on(out1):
-            merge_attention_fwd_kernel[(triton.cdiv(lse.numel(), tile["ROWS"]),)](
-                out1, lse1, out2, lse2, out, lse, lse.numel(), out1.shape[1], out1.shape[2], **tile
+            merge_attention_fwd_kernel[(triton.cdiv(lse.numel(), options["ROWS"]),)](
+                out1, lse1, out2, lse2, out, lse, lse.numel(), out1.shape[1], out1.shape[2], **options
             )
     return out, lse
 
@@ -149,9 +149,9 @@ def merge_attention_bwd(
     dout, out1, lse1, out2, lse2 = (t.contiguous() for t in (dout, out1, lse1, out2, lse2))
     grads = tuple(torch.empty_like(t) for t in (out1, lse1, out2, lse2))
     if out1.numel():
-        tile = _tile(out1)
+        options = row_options(out1.shape[-1])
         with launch_on(out1):
-            merge_attention_bwd_kernel[(triton.cdiv(lse1.numel(), tile["ROWS"]),)](
+            merge_attention_bwd_kernel[(triton.cdiv(lse1.numel(), options["ROWS"]),)](
                 dout,
                 None if dlse is None else dlse.contiguous(),
                 out1,
@@ -162,13 +162,13 @@ def merge_attention_bwd(
                 lse1.numel(),
                 out1.shape[1],
                 out1.shape[2],
-                **tile,
+                **options,
             )
     dout1, dlse1, dout2, dlse2 = grads
     return dout1, dlse1, dout2, dlse2
 
 
-def _tile(out: Tensor) -> dict[str, int]:
-    head_dim = out.shape[-1]
+def row_options(head_dim: int) -> dict[str, int]:
+    """Launch options of a program whose blocks are rows of this many columns."""
     main, tail = split_columns(head_dim)
     return {"ROWS": max(1, TILE // main), "D": head_dim, "MAIN": main, "TAIL": tail, "num_warps": 4}

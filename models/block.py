@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from longreel.kernels import adaln_modulate, attention, bias_gelu, gated_residual
+from longreel.kernels import adaln_modulate, attention, bias_gelu, gated_residual, gated_residual_adaln
 from longreel.models.config import DiTConfig
 from longreel.models.sequence import SequenceLengths, SequenceParallel
 
@@ -99,14 +99,17 @@ class DiTBlock(nn.Module):
         modulated = adaln_modulate(x, shift_a, scale_a)
         if self.text_only:
             attended = self._attend_text(modulated, text, sp=sp, lengths=lengths, text_lengths=text_lengths)
-            x = gated_residual(x, attended, gate_a)
         else:
             heads = sp.self_attention(modulated, self.qkv, num_heads=self.num_heads, lengths=lengths)
-            x = gated_residual(x, self.proj(heads), gate_a)
-            if self.cross is not None:
-                x = x + self._attend_text(x, text, sp=sp, lengths=lengths, text_lengths=text_lengths)
+            attended = self.proj(heads)
+        if self.text_only or self.cross is None:
+            x, modulated = gated_residual_adaln(x, attended, gate_a, shift_m, scale_m)
+        else:
+            x = gated_residual(x, attended, gate_a)
+            x = x + self._attend_text(x, text, sp=sp, lengths=lengths, text_lengths=text_lengths)
+            modulated = adaln_modulate(x, shift_m, scale_m)
         # The bias joins the GELU's pass over the hidden layer instead of the GEMM's epilogue.
-        hidden = F.linear(adaln_modulate(x, shift_m, scale_m), self.fc1.weight)
+        hidden = F.linear(modulated, self.fc1.weight)
         return gated_residual(x, self.fc2(bias_gelu(hidden, self.fc1.bias)), gate_m)
 
     def _attend_text(

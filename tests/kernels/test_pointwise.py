@@ -8,9 +8,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.library import opcheck
 
-from longreel.kernels import adaln_modulate, bias_gelu, gated_residual
+from longreel.kernels import adaln_modulate, bias_gelu, gated_residual, gated_residual_adaln, resolve_pointwise_provider
 from longreel.kernels.numerics import KERNEL_ERROR_FACTOR, relative_error
 from longreel.kernels.pointwise import adaln_modulate_op, bias_gelu_op, gated_residual_op
+from longreel.kernels.residual_adaln import gated_residual_adaln_op
 
 BATCH, TOKENS, WIDTH = 2, 5, 24
 
@@ -28,6 +29,11 @@ def gated_eager(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
     return x + gate.unsqueeze(1) * y
 
 
+def fused_eager(x: Tensor, y: Tensor, gate: Tensor, shift: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    z = gated_eager(x, y, gate)
+    return z, adaln_eager(z, shift, scale)
+
+
 def gelu_eager(x: Tensor, bias: Tensor) -> Tensor:
     return F.gelu(x + bias, approximate="tanh")
 
@@ -36,14 +42,20 @@ X, ROW = (BATCH, TOKENS, WIDTH), (BATCH, WIDTH)
 OPS = {
     "adaln": (adaln_modulate, adaln_eager, (X, ROW, ROW)),
     "gated": (gated_residual, gated_eager, (X, X, ROW)),
+    "fused": (gated_residual_adaln, fused_eager, (X, X, ROW, ROW, ROW)),
     "gelu": (bias_gelu, gelu_eager, (X, (WIDTH,))),
 }
 
 
 def with_grads(fn, inputs: list[Tensor]) -> list[Tensor]:
     torch.manual_seed(1)
-    out = fn(*inputs)
-    return [out.detach(), *torch.autograd.grad((out * torch.randn(out.shape, dtype=out.dtype)).sum(), inputs)]
+    outs = as_tuple(fn(*inputs))
+    grads = torch.autograd.grad(outs, inputs, [torch.randn(out.shape, dtype=out.dtype) for out in outs])
+    return [*(out.detach() for out in outs), *grads]
+
+
+def as_tuple(value: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return (value,) if isinstance(value, Tensor) else value
 
 
 @pytest.mark.usefixtures("poisoned_empty")
@@ -72,17 +84,60 @@ def test_gradcheck_and_compile(name):
     inputs = tensors(*shapes)
     assert torch.autograd.gradcheck(op, inputs)
     compiled = torch.compile(op, backend="aot_eager", fullgraph=True)
-    assert torch.equal(compiled(*inputs), op(*inputs))
+    for a, b in zip(as_tuple(compiled(*inputs)), as_tuple(op(*inputs)), strict=True):
+        assert torch.equal(a, b)
 
 
 def test_ops_pass_opcheck():
     x, y, shift, scale = tensors(X, X, ROW, ROW)
     opcheck(adaln_modulate_op, (x, shift, scale, 1e-6, None, "torch"))
     opcheck(gated_residual_op, (x, y, scale, None, "torch"))
+    opcheck(gated_residual_adaln_op, (x, y, *tensors(ROW, ROW, ROW), 1e-6, None, "torch"))
     opcheck(bias_gelu_op, (x, tensors((WIDTH,))[0], "torch"))
     packed, rows = tensors((1, 6, WIDTH), (3, WIDTH))
     opcheck(adaln_modulate_op, (packed, rows, rows.detach().clone(), 1e-6, torch.tensor([0, 2, 2, 6]), "torch"))
     opcheck(gated_residual_op, (packed, packed.detach().clone(), rows, torch.tensor([0, 2, 2, 6]), "torch"))
+
+
+def test_results_are_contiguous_whatever_lies_in_the_inputs():
+    x, y, shift, scale = tensors(X, X, ROW, ROW)
+    x, y = (t.detach().transpose(0, 1).contiguous().transpose(0, 1).requires_grad_() for t in (x, y))
+    rows = [t.detach().T.contiguous().T.requires_grad_() for t in (shift, scale)]
+    opcheck(adaln_modulate_op, (x, *rows, 1e-6, None, "torch"))
+    opcheck(gated_residual_op, (x, y, rows[0], None, "torch"))
+    opcheck(gated_residual_adaln_op, (x, y, *rows, shift, 1e-6, None, "torch"))
+    opcheck(bias_gelu_op, (x, tensors((WIDTH,))[0], "torch"))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
+def test_fused_op_is_the_two_ops(dtype):
+    x, y, gate, shift, scale = tensors(X, X, ROW, ROW, ROW, dtype=dtype)
+
+    def apart(*inputs: Tensor) -> tuple[Tensor, Tensor]:
+        z = gated_residual(*inputs[:3])
+        return z, adaln_modulate(z, *inputs[3:])
+
+    fused = with_grads(gated_residual_adaln, [x, y, gate, shift, scale])
+    pair = with_grads(apart, [x, y, gate, shift, scale])
+    # Apart, the gradient of z is rounded twice on its way.
+    for name, a, b in zip(("z", "modulated", "dx", "dy", "dgate", "dshift", "dscale"), fused, pair, strict=True):
+        if name in ("z", "modulated", "dshift", "dscale"):
+            assert torch.equal(a, b), name
+        assert relative_error(a, b) <= 2 * torch.finfo(dtype).eps, name
+
+
+def test_auto_is_the_specification_and_providers_are_named():
+    x = torch.randn(1, 2, 8)
+    assert resolve_pointwise_provider("auto", x) == resolve_pointwise_provider("torch", x) == "torch"
+    with pytest.raises(ValueError, match="unknown pointwise provider 'cuda'; providers are auto, torch, triton"):
+        resolve_pointwise_provider("cuda", x)
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_triton_on_cpu_is_an_error_with_its_reason(name):
+    op, _, shapes = OPS[name]
+    with pytest.raises(ValueError, match="needs a CUDA device, got tensors on cpu; set TRITON_INTERPRET=1"):
+        op(*tensors(*shapes, dtype=torch.float32), provider="triton")
 
 
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64], ids=str)
@@ -117,6 +172,8 @@ def test_packed_segments_use_their_own_row(dtype):
         (lambda x, row: adaln_modulate(x, row, row, cu_seqlens=torch.tensor([0, 5])), "x has batch 2"),
         (lambda x, row: gated_residual(x, x[:, :2], row), r"y \[2, 2, 24\] must have x's shape \[2, 5, 24\]"),
         (lambda x, row: gated_residual(x[:1], x[:1], row, cu_seqlens=torch.tensor([0, 2, 4])), "end at the length 5"),
+        (lambda x, row: gated_residual_adaln(x, x[:1], row, row, row), r"y \[1, 5, 24\] must have x's shape"),
+        (lambda x, row: gated_residual_adaln(x, x, row, row[:1], row), r"shift must be \[2, 24\]"),
         (lambda x, row: bias_gelu(x, row), r"bias must be \[24\]"),
     ],
 )
