@@ -8,6 +8,7 @@ Source: Dao 2023, FlashAttention-2 (arXiv:2307.08691), equations for the backwar
 
 from __future__ import annotations
 
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -15,17 +16,18 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from longreel.kernels import reference, sdpa
-from longreel.kernels.checks import check_cu_seqlens, check_head_dim, check_same
+from longreel.kernels.checks import check_cu_seqlens, check_head_dim, check_same, check_triton_dtype
+from longreel.kernels.triton_common import require_triton
 
-PROVIDERS = ("torch", "sdpa-flash")
-_NOT_YET = {"triton": "the Triton attention kernel is not part of this version"}
+PROVIDERS = ("torch", "sdpa-flash", "triton")
 
 
 def resolve_attention_provider(provider: str, device: torch.device) -> str:
     """The implementation that runs for this request: what `auto` picks, or the named one.
 
     Args:
-        provider: `auto` (sdpa-flash on CUDA, the eager specification elsewhere), `torch` or `sdpa-flash`.
+        provider: `auto` (sdpa-flash on CUDA, the eager specification elsewhere), `torch`, `sdpa-flash` or `triton`
+            (CUDA, or CPU under TRITON_INTERPRET=1).
         device: where the tensors live.
 
     Raises:
@@ -33,13 +35,21 @@ def resolve_attention_provider(provider: str, device: torch.device) -> str:
     """
     if provider == "auto":
         return "sdpa-flash" if device.type == "cuda" else "torch"
-    if provider in _NOT_YET:
-        raise ValueError(
-            f"attention provider {provider!r} is missing: {_NOT_YET[provider]}; use {', '.join(PROVIDERS)}"
-        )
     if provider not in PROVIDERS:
         raise ValueError(f"unknown attention provider {provider!r}; providers are auto, {', '.join(PROVIDERS)}")
+    if provider == "triton":
+        require_triton(device)
     return provider
+
+
+def _implementation(provider: str) -> ModuleType:
+    """The module whose attention_fwd and attention_bwd run for a resolved provider."""
+    if provider == "triton":
+        # Triton is optional, and importing the kernels takes time.
+        from longreel.kernels import triton_attention
+
+        return triton_attention
+    return sdpa if provider == "sdpa-flash" else reference
 
 
 @torch.library.custom_op("longreel::attention", mutates_args=())
@@ -53,8 +63,8 @@ def attention_op(
     provider: str,
 ) -> tuple[Tensor, Tensor]:
     """Forward op; see attention()."""
-    forward = sdpa.attention_fwd if provider == "sdpa-flash" else reference.attention_fwd
-    return forward(q, k, v, softmax_scale, cu_seqlens_q, cu_seqlens_k)
+    out, lse = _implementation(provider).attention_fwd(q, k, v, softmax_scale, cu_seqlens_q, cu_seqlens_k)
+    return out, lse
 
 
 @torch.library.custom_op("longreel::attention_backward", mutates_args=())
@@ -72,8 +82,10 @@ def attention_backward_op(
     provider: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Backward op: (dq, dk, dv), contiguous."""
-    backward = sdpa.attention_bwd if provider == "sdpa-flash" else reference.attention_bwd
-    return backward(dout, dlse, q, k, v, out, lse, softmax_scale, cu_seqlens_q, cu_seqlens_k)
+    dq, dk, dv = _implementation(provider).attention_bwd(
+        dout, dlse, q, k, v, out, lse, softmax_scale, cu_seqlens_q, cu_seqlens_k
+    )
+    return dq, dk, dv
 
 
 @torch.library.custom_op("longreel::attention_packed", mutates_args=())
@@ -95,7 +107,11 @@ def attention_packed_backward_op(
     cu_seqlens: Tensor | None,
     provider: str,
 ) -> Tensor:
-    """Backward op: dqkv [B, S, 3, H, D], one tensor."""
+    """Backward op: dqkv [B, S, 3, H, D], one tensor; the Triton kernels write it in place, others stack it."""
+    if provider == "triton":
+        from longreel.kernels import triton_attention
+
+        return triton_attention.attention_packed_bwd(dout, dlse, qkv, out, lse, softmax_scale, cu_seqlens)
     grads = attention_backward_op(dout, dlse, *qkv.unbind(2), out, lse, softmax_scale, cu_seqlens, cu_seqlens, provider)
     return torch.stack(grads, dim=2)
 
@@ -206,7 +222,7 @@ def attention(
         k, v: [B, T, H, D]; T may differ from S and may be 0 (out 0, lse -inf, gradients 0).
         softmax_scale: factor of the scores, D ** -0.5 when None.
         cu_seqlens_q, cu_seqlens_k: [N + 1] offsets of packed sequences (B = 1), both or none.
-        provider: see resolve_attention_provider.
+        provider: see resolve_attention_provider; `triton` computes in bf16, fp16 and fp32.
 
     Returns:
         out [B, S, H, D] and lse [B, H, S] (fp32, or fp64 for fp64 inputs).
@@ -233,7 +249,10 @@ def attention(
         check_cu_seqlens("cu_seqlens_q", cu_seqlens_q, q.shape[1])
         check_cu_seqlens("cu_seqlens_k", cu_seqlens_k, k.shape[1], rows=cu_seqlens_q.numel() - 1)
     scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
-    return attention_op(q, k, v, scale, cu_seqlens_q, cu_seqlens_k, resolve_attention_provider(provider, q.device))
+    provider = resolve_attention_provider(provider, q.device)
+    if provider == "triton":
+        check_triton_dtype("q", q.dtype)
+    return attention_op(q, k, v, scale, cu_seqlens_q, cu_seqlens_k, provider)
 
 
 def attention_packed(
@@ -266,4 +285,7 @@ def attention_packed(
             raise ValueError(f"cu_seqlens packs sequences into batch 1, but qkv has batch {qkv.shape[0]}")
         check_cu_seqlens("cu_seqlens", cu_seqlens, qkv.shape[1])
     scale = qkv.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
-    return attention_packed_op(qkv, scale, cu_seqlens, resolve_attention_provider(provider, qkv.device))
+    provider = resolve_attention_provider(provider, qkv.device)
+    if provider == "triton":
+        check_triton_dtype("qkv", qkv.dtype)
+    return attention_packed_op(qkv, scale, cu_seqlens, provider)

@@ -6,8 +6,14 @@ import itertools
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 MAX_HEAD_DIM = 128
+TRITON_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+# Offsets on a device that were read and found right, with their version and length: reading waits for the device, so
+# it happens once per tensor and not once per layer.
+_checked: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
 def check_same(name: str, tensor: Tensor, ref_name: str, ref: Tensor) -> None:
@@ -24,8 +30,18 @@ def check_head_dim(name: str, head_dim: int) -> None:
         raise ValueError(f"{name} has head_dim {head_dim}; it must be a multiple of 8, at most {MAX_HEAD_DIM}")
 
 
+def check_triton_dtype(name: str, dtype: torch.dtype) -> None:
+    """ValueError for a dtype that the Triton attention kernels do not compute in."""
+    if dtype not in TRITON_DTYPES:
+        names = ", ".join(str(d) for d in TRITON_DTYPES)
+        raise ValueError(f"{name} has dtype {dtype}; provider 'triton' computes in {names}; use provider 'torch'")
+
+
 def check_cu_seqlens(name: str, cu_seqlens: Tensor, length: int, rows: int | None = None) -> None:
     """ValueError unless cu_seqlens is an integer vector that starts at 0, never falls and ends at length.
+
+    The values of a tensor on a device are read, which waits for it, the first time the tensor is seen; later calls
+    look at its version only.
 
     Args:
         rows: number of segments there must be, where another argument fixes it.
@@ -39,9 +55,15 @@ def check_cu_seqlens(name: str, cu_seqlens: Tensor, length: int, rows: int | Non
     # Traced and fake tensors have no values to read.
     if torch.compiler.is_compiling() or isinstance(cu_seqlens, torch._subclasses.FakeTensor):
         return
+    remembered = cu_seqlens.device.type != "cpu" and not cu_seqlens.is_inference()
+    seen = (cu_seqlens._version, length) if remembered else None
+    if seen is not None and _checked.get(cu_seqlens) == seen:
+        return
     bounds = cu_seqlens.tolist()
     if bounds[0] != 0 or bounds[-1] != length or any(b < a for a, b in itertools.pairwise(bounds)):
         raise ValueError(f"{name} must start at 0, never fall and end at the length {length}, got {bounds}")
+    if seen is not None:
+        _checked[cu_seqlens] = seen
 
 
 def check_modulation(name: str, value: Tensor, x: Tensor, cu_seqlens: Tensor | None) -> None:

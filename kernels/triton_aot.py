@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 _POINTERS = {
     torch.bfloat16: "*bf16",
@@ -74,9 +75,10 @@ def compile_kernel(
 
     Args:
         kernel: a @triton.jit function, defined with the interpreter off.
-        arguments: a value for every parameter. For a pointer its torch.dtype (taken as 16-byte aligned); an int gets
-            the type and the divisibility by 16 that its value has in a launch; the kernel's tl.constexpr parameters
-            and None are compiled in.
+        arguments: a value for every parameter. For a pointer a tensor (meta tensors will do, taken as starting at 16
+            bytes unless their storage offset says otherwise) or its torch.dtype; an int gets the type and the
+            divisibility by 16 that its value has in a launch; the kernel's tl.constexpr parameters and None are
+            compiled in.
         num_warps, num_stages: launch options. options: further ones, as maxnreg.
         capability: 90 for sm_90.
 
@@ -128,13 +130,15 @@ def _argument_type(value: Any) -> tuple[str, bool]:
     """Triton's type name of a launch argument, and whether it counts as divisible by 16."""
     if isinstance(value, torch.dtype):
         return _POINTERS[value], True
+    if isinstance(value, Tensor):
+        return _POINTERS[value.dtype], value.storage_offset() * value.element_size() % 16 == 0
     if isinstance(value, bool):
         return "i1", False
     if isinstance(value, int):
         return ("i32" if -(2**31) <= value < 2**31 else "i64"), value % 16 == 0
     if isinstance(value, float):
         return "fp32", False
-    raise ValueError(f"argument {value!r} is neither a dtype (pointer), an int, a float nor a bool")
+    raise ValueError(f"argument {value!r} is neither a tensor or dtype (pointer), an int, a float nor a bool")
 
 
 def _cuobjdump(flag: str, cubin: bytes) -> str:

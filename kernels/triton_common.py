@@ -23,12 +23,14 @@ def interpreting() -> bool:
 
 
 def require_triton(device: torch.device) -> None:
-    """Check that Triton kernels can run on tensors of this device.
+    """Check that Triton kernels can run on tensors of this device. Traced code is checked when it launches.
 
     Raises:
         ValueError: Triton is not installed, or the device is not CUDA and the interpreter is off; the message says
             which and what would work.
     """
+    if torch.compiler.is_compiling():
+        return
     if importlib.util.find_spec("triton") is None:
         raise ValueError("provider 'triton' is missing: the package triton is not installed; pip install 'triton>=3.6'")
     if device.type == "cuda" or (device.type == "cpu" and interpreting()):
@@ -40,5 +42,12 @@ def require_triton(device: torch.device) -> None:
 
 
 def launch_on(tensor: Tensor) -> contextlib.AbstractContextManager[object]:
-    """Makes the tensor's device the current one: Triton launches on the current device, not on its arguments'."""
-    return torch.cuda.device(tensor.device) if tensor.device.type == "cuda" else contextlib.nullcontext()
+    """Makes the tensor's device the current one: Triton launches on the current device, not on its arguments'.
+
+    Raises:
+        ValueError: as require_triton.
+    """
+    if tensor.device.type == "cuda":
+        return torch.cuda.device(tensor.device)
+    require_triton(tensor.device)
+    return contextlib.nullcontext()
