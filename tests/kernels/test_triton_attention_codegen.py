@@ -1,0 +1,123 @@
+"""The Triton attention kernels as compiled for Hopper at their production tiles, without a GPU."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from typing import Any
+
+import pytest
+import torch
+
+triton = pytest.importorskip("triton")
+import triton.language as tl  # noqa: E402
+
+KERNELS = ("attention_fwd_kernel", "attention_delta_kernel", "attention_dkdv_kernel", "attention_dq_kernel")
+# lse and delta are one fp32 per row: their copies are 4 bytes wide, at most.
+ROW_BYTES = 4
+
+
+def launches(head_dim: int, dtype: torch.dtype, *, packed: bool = False, heads: int = 16) -> dict[str, Any]:
+    """The launches of attention_packed at 819,200 tokens, forward and backward, by kernel, on meta tensors."""
+    from longreel.kernels.triton_attention import plan_backward, plan_forward
+
+    length = 819_200
+    qkv = torch.empty(1, length, 3, heads, head_dim, dtype=dtype, device="meta")
+    out = qkv.new_empty(1, length, heads, head_dim)
+    lse = qkv.new_empty(1, heads, length, dtype=torch.float32)
+    cu = torch.empty(9, dtype=torch.int32, device="meta") if packed else None
+    views = qkv.unbind(2)
+    plans = [
+        plan_forward(*views, out, lse, 0.1, cu, cu),
+        *plan_backward(torch.empty_like(qkv).unbind(2), out, None, views, out, lse, lse, 0.1, cu, cu),
+    ]
+    return {plan.kernel.__name__: plan for plan in plans}
+
+
+def compiled(compile_kernel, plan: Any) -> Any:
+    return compile_kernel(
+        plan.kernel, plan.arguments, num_warps=plan.num_warps, num_stages=plan.num_stages, options=plan.options
+    )
+
+
+def copy_widths(ptx: str) -> Counter[int]:
+    """Bytes of every asynchronous copy from global to shared memory."""
+    sizes = re.findall(r"cp\.async\.c[ag]\.shared\.global \[[^\]]*\], \[[^\]]*\], (0x[0-9a-f]+|\d+)", ptx)
+    return Counter(int(size, 0) for size in sizes)
+
+
+def load_widths(ptx: str) -> Counter[int]:
+    """Bytes a thread gets from every load of global memory."""
+    found = re.findall(r"ld\.global\S*?(?:\.v(\d))?\.[bfus](\d+)\s", ptx)
+    return Counter(int(count or 1) * int(bits) // 8 for count, bits in found)
+
+
+def check_no_32_bit_products(ttir: str) -> None:
+    """Before the compiler optimises: an index times a stride is 64-bit where there is no 32-bit product at all."""
+    products = [
+        line.strip() for line in ttir.splitlines() if re.search(r"arith\.muli .*: (tensor<[\dx]+x)?i32\b", line)
+    ]
+    assert not products, products
+    assert re.search(r"arith\.muli .*: (tensor<[\dx]+x)?i64\b", ttir), "no product at all: look at the pattern"
+
+
+@pytest.mark.parametrize("name", KERNELS)
+@pytest.mark.parametrize("head_dim", [64, 72, 128])
+def test_compiled_for_hopper(compile_kernel, head_dim, name):
+    plan = launches(head_dim, torch.bfloat16)[name]
+    kernel = compiled(compile_kernel, plan)
+    assert kernel.local_bytes == 0
+    assert kernel.spills == 0
+    assert kernel.programs_per_sm() >= plan.planned_programs
+    check_no_32_bit_products(kernel.ttir)
+    loads, copies = load_widths(kernel.ptx), copy_widths(kernel.ptx)
+    if name == "attention_delta_kernel":
+        assert set(loads) == {16}
+        return
+    assert "wgmma.mma_async.sync" in kernel.ptx
+    assert copies[16] > 0
+    narrow = set(copies) - {16, ROW_BYTES} if name == "attention_dkdv_kernel" else set(copies) - {16}
+    # 16 columns of 64 rows are 8 bytes for each of 256 threads; every other tile gives a thread 16.
+    spread = head_dim == 72 and plan.num_warps == 8
+    assert narrow <= ({8} if spread else set())
+    # Rows outside the loop: q, and the ragged last tile. Below 8 bytes only values per row are left.
+    assert not {1, 2} & set(loads)
+
+
+def test_head_dim_72_computes_80_columns(compile_kernel):
+    kernel = compiled(compile_kernel, launches(72, torch.bfloat16)["attention_fwd_kernel"])
+    shapes = set(re.findall(r"wgmma\.mma_async\.sync\.aligned\.m64n(\d+)k16", kernel.ptx))
+    # Scores of 64 keys from 64 + 16 columns, and 64 + 16 columns of output: nothing is padded to 128.
+    assert shapes == {"64", "16"}
+
+
+def test_without_the_unit_of_strides_loads_would_be_narrow(compile_kernel):
+    plan = launches(72, torch.bfloat16)["attention_fwd_kernel"]
+    strides = {name: value * 8 for name, value in plan.arguments.items() if name.startswith("s_")}
+    plan.arguments.update(strides, ALIGN=1)
+    kernel = compiled(compile_kernel, plan)
+    assert min(load_widths(kernel.ptx) + copy_widths(kernel.ptx)) < 8 or 16 not in copy_widths(kernel.ptx)
+
+
+@triton.jit
+def narrow_index_kernel(x, stride, BLOCK: tl.constexpr):
+    o_x = tl.program_id(0) * stride + tl.arange(0, BLOCK)
+    tl.store(x + o_x, tl.load(x + o_x) + 1)
+
+
+def test_check_of_products_finds_a_32_bit_one(compile_kernel):
+    kernel = compile_kernel(narrow_index_kernel, {"x": torch.float32, "stride": 72, "BLOCK": 64})
+    with pytest.raises(AssertionError, match="muli"):
+        check_no_32_bit_products(kernel.ttir)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("packed", [False, True], ids=["batch", "packed"])
+@pytest.mark.parametrize("head_dim", [8, 24, 40, 56, 64, 72, 88, 96, 128])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_every_width_compiles_without_spills(compile_kernel, dtype, head_dim, packed):
+    for plan in launches(head_dim, dtype, packed=packed).values():
+        kernel = compiled(compile_kernel, plan)
+        assert kernel.local_bytes == kernel.spills == 0, kernel.name
+        assert kernel.programs_per_sm() >= plan.planned_programs
+        check_no_32_bit_products(kernel.ttir)
