@@ -1,7 +1,7 @@
 """gelu_tanh(x + bias) in Triton, forward and backward; backward recomputes from x and bias.
 
 With a(u) = sqrt(2 / pi) (u + 0.044715 u^3), 0.5 (1 + tanh a) is s = sigmoid(2 a): gelu = u s, and its slope is
-s + 2 u s (1 - s) a'(u). One exponential and one division an element, and no cancellation for very negative u.
+s + 2 u s (1 - s) a'(u). One exponential e = exp(-2 a) and one division an element; 1 - s is e s, without cancellation.
 Shapes: x [M, C] contiguous, bias [C]; dbias through slots (triton_rows).
 Bytes moved, n = M C elements of e bytes: 2 n e forward, 3 n e backward.
 """
@@ -31,8 +31,11 @@ TILE_COLUMNS = 128
 
 @triton.jit
 def gelu_gate(u):
-    """sigmoid(2 a(u)); the constant is 2 sqrt(2 / pi)."""
-    return 1 / (1 + tl.exp(-1.5957691216057308 * u * (1 + 0.044715 * u * u)))
+    """s = sigmoid(2 a(u)) and 1 - s; the constant is 2 sqrt(2 / pi)."""
+    # Bounded, as infinity times zero is not the 1 that 1 - s is; at 80 the gate is 0 for every u that a GELU sees.
+    e = tl.exp(tl.minimum(-1.5957691216057308 * u * (1 + 0.044715 * u * u), 80.0))
+    s = 1 / (1 + e)
+    return s, e * s
 
 
 @triton.jit
@@ -55,7 +58,8 @@ def bias_gelu_fwd_kernel(
         o_row = i + tl.arange(0, ROWS)
         m_row = o_row < num_rows
         u = load_tile(x, o_row, o_col, m_row, C) + b_bias[None, :]
-        store_tile(y, u * gelu_gate(u), o_row, o_col, m_row, C)
+        s, _ = gelu_gate(u)
+        store_tile(y, u * s, o_row, o_col, m_row, C)
 
 
 @triton.jit
@@ -83,8 +87,8 @@ def bias_gelu_bwd_kernel(
         o_row = i + tl.arange(0, ROWS)
         m_row = o_row < num_rows
         u = load_tile(x, o_row, o_col, m_row, C) + b_bias[None, :]
-        s = gelu_gate(u)
-        slope = s + u * s * (1 - s) * (1.5957691216057308 * (1 + 0.134145 * u * u))
+        s, rest = gelu_gate(u)
+        slope = s + u * s * rest * (1.5957691216057308 * (1 + 0.134145 * u * u))
         b_dx = load_tile(dy, o_row, o_col, m_row, C) * slope
         acc += b_dx
         store_tile(dx, b_dx, o_row, o_col, m_row, C)
