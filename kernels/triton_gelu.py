@@ -55,7 +55,7 @@ def bias_gelu_fwd_kernel(
     o_col = (pid % NUM_C) * BLOCK_C + tl.arange(0, BLOCK_C)
     b_bias = load_vector(bias, o_col, C)
     for i in range(row, tl.minimum(row + CHUNK, num_rows), ROWS):
-        o_row = i + tl.arange(0, ROWS)
+        o_row = i + tl.arange(0, ROWS).to(tl.int64)
         m_row = o_row < num_rows
         u = load_tile(x, o_row, o_col, m_row, C) + b_bias[None, :]
         s, _ = gelu_gate(u)
@@ -84,7 +84,7 @@ def bias_gelu_bwd_kernel(
     # Summed over rows once, at the end: until then every thread adds to its own elements.
     acc = tl.zeros([ROWS, BLOCK_C], dtype=tl.float32)
     for i in range(row, tl.minimum(row + CHUNK, num_rows), ROWS):
-        o_row = i + tl.arange(0, ROWS)
+        o_row = i + tl.arange(0, ROWS).to(tl.int64)
         m_row = o_row < num_rows
         u = load_tile(x, o_row, o_col, m_row, C) + b_bias[None, :]
         s, rest = gelu_gate(u)

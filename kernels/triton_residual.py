@@ -58,7 +58,7 @@ def gated_residual_fwd_kernel(
         end = tl.minimum(last, segment_start(cu_seqlens, i_n + 1, seq_len))
         b_gate = load_vector(gate + i_n * stride_gate, o_col, C)
         for i in range(row, end, ROWS):
-            o_row = i + tl.arange(0, ROWS)
+            o_row = i + tl.arange(0, ROWS).to(tl.int64)
             m_row = o_row < end
             b_x = load_tile(x, o_row, o_col, m_row, C)
             b_y = load_tile(y, o_row, o_col, m_row, C)
@@ -97,7 +97,7 @@ def gated_residual_bwd_kernel(
         # Summed over rows once, at the end: until then every thread adds to its own elements.
         acc = tl.zeros([ROWS, BLOCK_C], dtype=tl.float32)
         for i in range(row, end, ROWS):
-            o_row = i + tl.arange(0, ROWS)
+            o_row = i + tl.arange(0, ROWS).to(tl.int64)
             m_row = o_row < end
             b_dz = load_tile(dz, o_row, o_col, m_row, C)
             acc += b_dz * load_tile(y, o_row, o_col, m_row, C)

@@ -6,6 +6,9 @@ p owns rows [p CHUNK, (p + 1) CHUNK) and visits the segments in them in order, e
 Sums over the rows of a segment are deterministic: program p writes its fp32 share of segment n to slot p + n of a
 [slots, C] buffer, and a second kernel adds the slots of each segment in a fixed order. No two pairs (p, n) share a
 slot, as along the rows every next pair is larger in p, in n or in both. Nothing depends on the GPU or its scheduling.
+
+Row numbers are 64-bit by a cast on the range within a tile: a compiled loop counts in the type of its bounds, the
+interpreter's counter is a Python integer that takes the type of what it meets.
 """
 
 # mypy: allow-untyped-defs
@@ -102,7 +105,7 @@ def sum_slots_kernel(
     stop = tl.where(end > start, (end - 1) // CHUNK + 1 + i_n, first)
     acc = tl.zeros([BLOCK_P, BLOCK_C], dtype=tl.float32)
     for i in range(first, stop, BLOCK_P):
-        o_slot = i + tl.arange(0, BLOCK_P)
+        o_slot = i + tl.arange(0, BLOCK_P).to(tl.int64)
         acc += load_tile(slots, o_slot, o_col, o_slot < stop, C)
     store_vector(out + i_n * C, tl.sum(acc, 0), o_col, C)
 

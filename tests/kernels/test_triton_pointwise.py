@@ -24,7 +24,7 @@ pytest.importorskip("triton")
 # and one less, one row, one column, empty segments at both ends and in the middle.
 SHAPES: dict[str, tuple[int, int, int, list[int] | None]] = {
     "B2-S7-C72": (2, 7, 72, None),
-    "B3-S11-C5": (3, 11, 5, None),
+    "B3-S11-C7": (3, 11, 7, None),
     "B2-S2-C1152": (2, 2, 1152, None),
     "B1-S1-C64": (1, 1, 64, None),
     "B2-S3-C1": (2, 3, 1, None),
