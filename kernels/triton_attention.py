@@ -127,9 +127,8 @@ def _backward_into(
     # The gradient of a sum arrives expanded from one element.
     if dout.stride(-1) != 1:
         dout = dout.contiguous()
-    delta = torch.empty_like(lse)
     with launch_on(out):
-        for launch in plan_backward(grads, dout, dlse, qkv, out, lse, delta, softmax_scale, cu_seqlens_q, cu_seqlens_k):
+        for launch in plan_backward(grads, dout, dlse, qkv, out, lse, softmax_scale, cu_seqlens_q, cu_seqlens_k):
             launch.run()
 
 
@@ -165,46 +164,72 @@ def plan_backward(
     qkv: Sequence[Tensor],
     out: Tensor,
     lse: Tensor,
-    delta: Tensor,
     softmax_scale: float,
     cu_seqlens_q: Tensor | None,
     cu_seqlens_k: Tensor | None,
 ) -> list[Launch]:
-    """The launches that fill delta [B, H, S] and the gradients of q, k, v, in this order: delta, dk and dv, dq."""
+    """The launches that fill the gradients of q, k, v, in this order: delta, dk and dv, dq."""
     q, k, v = qkv
     dq, dk, dv = grads
     cu = cu_seqlens_q, cu_seqlens_k
-    shared = {"q": q, "k": k, "v": v, "dout": dout, "lse": lse, "delta": delta, "scale": softmax_scale}
-    inputs = {"q": q, "k": k, "v": v, "g": dout}
     by_key, by_query = _tiles("dkdv", q), _tiles("dq", q)
+    pad = by_key.block_m
+    batch, q_len, num_heads, _ = q.shape
+    num_row_tiles, segments = _count_tiles(q_len, pad, cu_seqlens_q)
+    rows = lse.new_empty(2, batch, num_heads, num_row_tiles * pad)
+    shared = {
+        "q": q,
+        "k": k,
+        "v": v,
+        "dout": dout,
+        "rows": rows,
+        "scale": softmax_scale,
+        "num_row_tiles": num_row_tiles,
+        "num_pairs": batch * num_heads,
+        "PAD": pad,
+    }
+    inputs = {"q": q, "k": k, "v": v, "g": dout}
     dkdv = {**shared, "dk": dk, "dv": dv, **_strides(**inputs, dk=dk, dv=dv)}
     dquery = {**shared, "dq": dq, **_strides(**inputs, dq=dq)}
     return [
-        _plan_delta(out, dout, dlse, delta),
+        _plan_delta(out, dout, lse, dlse, rows, pad, num_row_tiles, segments, cu_seqlens_q),
         _tiled(attention_dkdv_kernel, by_key, dkdv, by_key.block_n, k.shape[1], q, k, *cu),
         _tiled(attention_dq_kernel, by_query, dquery, by_query.block_m, q.shape[1], q, k, *cu),
     ]
 
 
-def _plan_delta(out: Tensor, dout: Tensor, dlse: Tensor | None, delta: Tensor) -> Launch:
+def _plan_delta(
+    out: Tensor,
+    dout: Tensor,
+    lse: Tensor,
+    dlse: Tensor | None,
+    rows: Tensor,
+    pad: int,
+    num_tiles: int,
+    segments: dict[str, int],
+    cu_seqlens_q: Tensor | None,
+) -> Launch:
     batch, q_len, num_heads, head_dim = out.shape
-    num_tiles = -(-q_len // tuning.DELTA_ROWS)
     d0, d1 = split_head_dim(head_dim)
     arguments = {
         "out": out,
         "dout": dout,
+        "lse": lse,
         "dlse": dlse,
-        "delta": delta,
+        "rows": rows,
+        "cu_q": None if cu_seqlens_q is None else cu_seqlens_q.contiguous(),
         **_strides(o=out, g=dout),
         **dict(zip(("s_lb", "s_lh", "s_ls"), (0, 0, 0) if dlse is None else dlse.stride(), strict=True)),
         "num_heads": num_heads,
         "q_len": q_len,
         "num_tiles": num_tiles,
+        **segments,
         "HEAD_DIM": head_dim,
         "D0": d0,
         "D1": d1,
-        "BLOCK_M": tuning.DELTA_ROWS,
+        "PAD": pad,
         "HAS_DLSE": dlse is not None,
+        "VARLEN": cu_seqlens_q is not None,
     }
     return Launch(
         kernel=attention_delta_kernel,
@@ -213,6 +238,16 @@ def _plan_delta(out: Tensor, dout: Tensor, dlse: Tensor | None, delta: Tensor) -
         num_warps=tuning.DELTA_WARPS,
         num_stages=1,
     )
+
+
+def _count_tiles(num_rows: int, block: int, cu_seqlens: Tensor | None) -> tuple[int, dict[str, int]]:
+    """Tiles of `block` rows that a grid has room for, and what tile_bounds searches with."""
+    if cu_seqlens is None:
+        return -(-num_rows // block), {"num_segments": 0, "search_steps": 0}
+    # See tile_bounds: every segment may end in a ragged tile.
+    num_segments = cu_seqlens.numel() - 1
+    num_tiles = num_rows // block + num_segments if num_rows else 0
+    return num_tiles, {"num_segments": num_segments, "search_steps": num_segments.bit_length()}
 
 
 def _tiled(
@@ -228,16 +263,12 @@ def _tiled(
 ) -> Launch:
     """A kernel whose programs each own `block` of num_rows rows of one head."""
     batch, q_len, num_heads, head_dim = q.shape
-    if cu_seqlens_q is None or cu_seqlens_k is None:
-        num_segments, num_tiles = 0, -(-num_rows // block)
-    else:
+    if cu_seqlens_q is not None and cu_seqlens_k is not None:
         for name, offsets in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):
             if offsets.device != q.device:
                 raise ValueError(f"{name} is on {offsets.device}, q on {q.device}; the kernels read it there")
         cu_seqlens_q, cu_seqlens_k = cu_seqlens_q.contiguous(), cu_seqlens_k.contiguous()
-        # See tile_bounds: every segment may end in a ragged tile.
-        num_segments = cu_seqlens_q.numel() - 1
-        num_tiles = num_rows // block + num_segments if num_rows else 0
+    num_tiles, segments = _count_tiles(num_rows, block, cu_seqlens_q)
     d0, d1 = split_head_dim(head_dim)
     sizes = {
         "cu_q": cu_seqlens_q,
@@ -246,8 +277,7 @@ def _tiled(
         "q_len": q_len,
         "k_len": k.shape[1],
         "num_tiles": num_tiles,
-        "num_segments": num_segments,
-        "search_steps": num_segments.bit_length(),
+        **segments,
         "HEAD_DIM": head_dim,
         "D0": d0,
         "D1": d1,

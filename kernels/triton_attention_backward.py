@@ -2,6 +2,7 @@
 
 P = exp(scale q k^T - lse), dv = P^T dout, dS = P * (dout v^T - delta), dq = scale dS k, dk = scale dS^T q, with
 delta = rowsum(dout * out) - dlse. Both kernels recompute P: 7 matrix products instead of 5, and no atomics.
+lse and delta go through a padded copy, 8 bytes a row and head: without it their loads cost registers that spill.
 Source: Dao 2023, FlashAttention-2 (arXiv:2307.08691), algorithm 2, its loop split in two.
 """
 
@@ -11,7 +12,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from longreel.kernels.triton_attention_tiles import load_rows, load_tile, program_tile, tile_bounds, widen
+from longreel.kernels.triton_attention_tiles import load_tile, program_tile, tile_bounds, widen
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 
@@ -20,8 +21,10 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 def attention_delta_kernel(
     out,
     dout,
+    lse,
     dlse,
-    delta,
+    rows,
+    cu_q,
     s_ob,
     s_os,
     s_oh,
@@ -34,17 +37,25 @@ def attention_delta_kernel(
     num_heads,
     q_len,
     num_tiles,
+    num_segments,
+    search_steps,
     ALIGN: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     D0: tl.constexpr,
     D1: tl.constexpr,
-    BLOCK_M: tl.constexpr,
+    PAD: tl.constexpr,
     HAS_DLSE: tl.constexpr,
+    VARLEN: tl.constexpr,
 ):
-    """delta [B, H, S] fp32; dlse's strides are in elements."""
+    """rows [2, B, H, num_tiles * PAD]: lse and delta, every segment's from a multiple of PAD on.
+
+    So every tile of PAD query rows reads its values aligned and unmasked. Rows that are not there get an lse of +inf,
+    which makes their P zero, and a delta of 0. dlse's strides are in elements.
+    """
     i_tile, i_b, i_h = program_tile(num_tiles, num_heads)
-    o_m = i_tile * BLOCK_M + tl.arange(0, BLOCK_M)
-    m_m = o_m < q_len
+    row, q_end, _, _, _ = tile_bounds(i_tile, cu_q, cu_q, q_len, q_len, num_segments, search_steps, PAD, VARLEN)
+    o_m = row + tl.arange(0, PAD)
+    m_m = o_m < q_end
     o_d0 = tl.arange(0, D0)
     m_d0 = o_d0 < HEAD_DIM
     p_o = out + i_b * widen(s_ob, ALIGN) + i_h * widen(s_oh, ALIGN) + o_m[:, None] * widen(s_os, ALIGN)
@@ -61,7 +72,11 @@ def attention_delta_kernel(
     if HAS_DLSE:
         p_l = dlse + i_b * widen(s_lb, 1) + i_h * widen(s_lh, 1) + o_m * widen(s_ls, 1)
         b_delta -= tl.load(p_l, mask=m_m, other=0.0)
-    tl.store(delta + (i_b * num_heads + i_h) * q_len + o_m, b_delta, mask=m_m)
+    b_lse = tl.load(lse + (i_b * num_heads + i_h) * q_len + o_m, mask=m_m, other=float("inf"))
+    # Programs are numbered (batch, head, tile), and so are the rows they own.
+    p_rows = rows + widen(tl.program_id(0), PAD) + tl.arange(0, PAD)
+    tl.store(p_rows, b_lse)
+    tl.store(p_rows + widen(tl.num_programs(0), PAD), b_delta)
 
 
 @triton.jit
@@ -70,8 +85,7 @@ def attention_dkdv_kernel(
     k,
     v,
     dout,
-    lse,
-    delta,
+    rows,
     dk,
     dv,
     cu_q,
@@ -99,12 +113,15 @@ def attention_dkdv_kernel(
     q_len,
     k_len,
     num_tiles,
+    num_row_tiles,
+    num_pairs,
     num_segments,
     search_steps,
     ALIGN: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     D0: tl.constexpr,
     D1: tl.constexpr,
+    PAD: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     STAGES: tl.constexpr,
@@ -112,7 +129,7 @@ def attention_dkdv_kernel(
 ):
     """One tile of BLOCK_N keys; query rows pass by in tiles of BLOCK_M. Scores are held transposed, [N, M]."""
     i_tile, i_b, i_h = program_tile(num_tiles, num_heads)
-    row, k_end, q_start, q_end = tile_bounds(
+    row, k_end, q_start, q_end, segment = tile_bounds(
         i_tile, cu_k, cu_q, k_len, q_len, num_segments, search_steps, BLOCK_N, VARLEN
     )
     if row >= k_end:
@@ -132,7 +149,8 @@ def attention_dkdv_kernel(
     p_v = v + i_b * widen(s_vb, ALIGN) + i_h * widen(s_vh, ALIGN) + o_n[:, None] * widen(s_vs, ALIGN)
     p_q = q + i_b * widen(s_qb, ALIGN) + i_h * widen(s_qh, ALIGN) + q_start * s_qs
     p_g = dout + i_b * widen(s_gb, ALIGN) + i_h * widen(s_gh, ALIGN) + q_start * s_gs
-    p_row = (i_b * num_heads + i_h) * q_len + q_start
+    p_lse = rows + widen((i_b * num_heads + i_h) * num_row_tiles + q_start // PAD + segment, PAD)
+    p_delta = p_lse + widen(num_pairs, 1) * num_row_tiles * PAD
     b_k0 = load_tile(p_k + o_d0[None, :], m_n, m_d0, True, MASK_D0)
     b_v0 = load_tile(p_v + o_d0[None, :], m_n, m_d0, True, MASK_D0)
     o_q0 = o_m[:, None] * s_qs + o_d0[None, :]
@@ -161,8 +179,8 @@ def attention_dkdv_kernel(
             if D1 > 0:
                 b_q1 = load_tile(p_q + first * s_qs + o_q1, m_m, m_d1, MASKED, MASK_D1)
                 b_s = tl.dot(b_k1, tl.trans(b_q1), b_s, input_precision="ieee")
-            # An lse of +inf makes P zero in rows that are not there; scores need no mask.
-            b_lse = load_rows(lse + p_row + first + o_m, m_m, float("inf"), MASKED)
+            # +inf in rows that are not there makes P zero; scores need no mask.
+            b_lse = tl.load(p_lse + first + o_m)
             if FULL:
                 b_p = tl.exp2((b_s * scale - b_lse[None, :]) * LOG2_E)
             else:
@@ -175,7 +193,7 @@ def attention_dkdv_kernel(
                 b_g1 = load_tile(p_g + first * s_gs + o_g1, m_m, m_d1, MASKED, MASK_D1)
                 b_dp = tl.dot(b_v1, tl.trans(b_g1), b_dp, input_precision="ieee")
                 b_dv1 = tl.dot(b_p16, b_g1, b_dv1, input_precision="ieee")
-            b_delta = load_rows(delta + p_row + first + o_m, m_m, 0.0, MASKED)
+            b_delta = tl.load(p_delta + first + o_m)
             b_ds = (b_p * (b_dp - b_delta[None, :])).to(q.dtype.element_ty)
             b_dk0 = tl.dot(b_ds, b_q0, b_dk0, input_precision="ieee")
             if D1 > 0:
@@ -198,8 +216,7 @@ def attention_dq_kernel(
     k,
     v,
     dout,
-    lse,
-    delta,
+    rows,
     dq,
     cu_q,
     cu_k,
@@ -223,12 +240,15 @@ def attention_dq_kernel(
     q_len,
     k_len,
     num_tiles,
+    num_row_tiles,
+    num_pairs,
     num_segments,
     search_steps,
     ALIGN: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     D0: tl.constexpr,
     D1: tl.constexpr,
+    PAD: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     STAGES: tl.constexpr,
@@ -236,7 +256,7 @@ def attention_dq_kernel(
 ):
     """One tile of BLOCK_M query rows; keys and values pass by in tiles of BLOCK_N."""
     i_tile, i_b, i_h = program_tile(num_tiles, num_heads)
-    row, q_end, k_start, k_end = tile_bounds(
+    row, q_end, k_start, k_end, segment = tile_bounds(
         i_tile, cu_q, cu_k, q_len, k_len, num_segments, search_steps, BLOCK_M, VARLEN
     )
     if row >= q_end:
@@ -256,11 +276,15 @@ def attention_dq_kernel(
     p_g = dout + i_b * widen(s_gb, ALIGN) + i_h * widen(s_gh, ALIGN) + o_m[:, None] * widen(s_gs, ALIGN)
     p_k = k + i_b * widen(s_kb, ALIGN) + i_h * widen(s_kh, ALIGN) + k_start * s_ks
     p_v = v + i_b * widen(s_vb, ALIGN) + i_h * widen(s_vh, ALIGN) + k_start * s_vs
-    p_row = (i_b * num_heads + i_h) * q_len
+    # A tile's first row within its segment; rows past the end of the last tile are not read.
+    q_start = tl.load(cu_q + segment).to(tl.int64) if VARLEN else segment
+    p_lse = rows + widen((i_b * num_heads + i_h) * num_row_tiles + q_start // PAD + segment, PAD) + row - q_start
+    p_delta = p_lse + widen(num_pairs, 1) * num_row_tiles * PAD
+    o_row = tl.arange(0, BLOCK_M)
     b_q0 = load_tile(p_q + o_d0[None, :], m_m, m_d0, True, MASK_D0)
     b_g0 = load_tile(p_g + o_d0[None, :], m_m, m_d0, True, MASK_D0)
-    b_lse = tl.load(lse + p_row + o_m, mask=m_m, other=0.0)
-    b_delta = tl.load(delta + p_row + o_m, mask=m_m, other=0.0)
+    b_lse = tl.load(p_lse + o_row, mask=m_m, other=0.0)
+    b_delta = tl.load(p_delta + o_row, mask=m_m, other=0.0)
     o_k0 = o_n[:, None] * s_ks + o_d0[None, :]
     o_v0 = o_n[:, None] * s_vs + o_d0[None, :]
     b_dq0 = tl.zeros([BLOCK_M, D0], tl.float32)

@@ -58,7 +58,7 @@ def attention_fwd_kernel(
 ):
     """scale is |softmax_scale|, NEGATE its sign; strides in units of ALIGN."""
     i_tile, i_b, i_h = program_tile(num_tiles, num_heads)
-    row, q_end, k_start, k_end = tile_bounds(
+    row, q_end, k_start, k_end, _ = tile_bounds(
         i_tile, cu_q, cu_k, q_len, k_len, num_segments, search_steps, BLOCK_M, VARLEN
     )
     if row >= q_end:

@@ -45,7 +45,7 @@ def tile_bounds(
     BLOCK: tl.constexpr,
     VARLEN: tl.constexpr,
 ):
-    """First row of a tile, end of its rows, and start and end of the rows it meets on the other side.
+    """First row of a tile, end of its rows, start and end of the rows it meets on the other side, and its segment.
 
     Packed: segment n owns the tile numbers from cu_rows[n] // BLOCK + n on, which leaves room for all its tiles
     wherever it starts, and which the device finds by bisection, with no prefix sum and no host. Numbers that no tile
@@ -64,12 +64,14 @@ def tile_bounds(
         first = start + (i_tile - start // BLOCK - low) * BLOCK
         other_start = tl.load(cu_others + low).to(tl.int64)
         other_end = tl.load(cu_others + low + 1).to(tl.int64)
+        segment = low
     else:
         first = i_tile * BLOCK
         end = i_tile * 0 + num_rows
         other_start = i_tile * 0
         other_end = i_tile * 0 + num_others
-    return first, end, other_start, other_end
+        segment = i_tile * 0
+    return first, end, other_start, other_end, segment
 
 
 @triton.jit
@@ -93,9 +95,3 @@ def load_tile(p_tile, m_rows, m_columns, MASK_ROWS: tl.constexpr, MASK_COLUMNS: 
     else:
         b_tile = tl.load(p_tile)
     return b_tile
-
-
-@triton.jit
-def load_rows(p_rows, m_rows, other, MASK: tl.constexpr):
-    """One value per row, `other` where it is masked."""
-    return tl.load(p_rows, mask=m_rows, other=other) if MASK else tl.load(p_rows)

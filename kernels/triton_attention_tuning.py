@@ -44,8 +44,7 @@ TILES: dict[tuple[Direction, int], AttentionTiles] = {
 # fp32 multiplies on FMA units in full precision: for tests and small models, not tuned for speed.
 TILES_FP32 = AttentionTiles(block_m=32, block_n=16, num_warps=4, num_stages=1, planned_programs=1)
 
-# The kernel of delta = rowsum(dout * out) - dlse: rows per program.
-DELTA_ROWS = 64
+# The kernel of delta = rowsum(dout * out) - dlse; its rows per program are the block_m of dkdv.
 DELTA_WARPS = 4
 
 

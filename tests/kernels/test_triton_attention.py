@@ -143,8 +143,8 @@ def check_dense(
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("head_dim", [8, 40, 64, 72, 96, 128])
 def test_outputs_and_gradients_equal_the_definition(run_interpreted, head_dim, dtype):
-    # Two full tiles and a ragged one of queries, three and a ragged one of keys; batch and heads above one.
-    run_interpreted(check_dense, (37, 53), 2, 2, head_dim, dtype, SMALL)
+    # A full tile and a ragged one of queries, two and a ragged one of keys; batch and heads above one.
+    run_interpreted(check_dense, (20, 37), 2, 2, head_dim, dtype, SMALL)
 
 
 @pytest.mark.parametrize("lengths", [(1, 1), (1, 33), (33, 1), (16, 32)], ids=["S1-T1", "S1-T33", "S33-T1", "whole"])
