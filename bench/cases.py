@@ -141,7 +141,7 @@ class MeasuredGrid:
     @property
     def model_name(self) -> str:
         m = self.model
-        return f"DiT {m.depth}x{m.hidden_size} ({m.num_heads} heads)"
+        return f"DiT of depth {m.depth}, width {m.hidden_size}"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -186,7 +186,7 @@ class Sweep:
     predicted: tuple[PredictedGrid, ...] = ()
 
 
-def small_dit(*, depth: int = 2, hidden_size: int = 128, num_heads: int = 4) -> DiTConfig:
+def small_dit(*, depth: int = 2, hidden_size: int = 64, num_heads: int = 4) -> DiTConfig:
     """The DiT of measured points: self-attention and attention to a short text in each block."""
     return DiTConfig(
         depth=depth,
@@ -203,7 +203,7 @@ def quick() -> Sweep:
     lengths = (8_192, 32_768, 65_536, 131_072, 262_144, 409_600, 614_400, 819_200)
     return Sweep(
         name="quick",
-        measured=(MeasuredGrid(seq_lens=(1024, 2048, 4096, 8192), model=small_dit(), max_len_mixed=2048),),
+        measured=(MeasuredGrid(seq_lens=(1024, 2048, 4096, 8192), model=small_dit(), max_len_mixed=1024),),
         predicted=(
             PredictedGrid(regime="full", seq_lens=lengths),
             PredictedGrid(regime="text_only", seq_lens=lengths[-2:]),
@@ -268,7 +268,7 @@ def predicted_points(grid: PredictedGrid) -> list[list[Point]]:
     name = grid.model.replace("dit-", "DiT-").replace("-s-", "-S/").replace("-b-", "-B/")
     name = name.replace("-l-", "-L/").replace("-xl-", "-XL/")
     if grid.regime == "text_only":
-        name += ", text attention as published"
+        name += " in the published layout"
     return [
         [
             Point(

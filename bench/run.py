@@ -173,8 +173,9 @@ def num_points(sweep: Sweep) -> int:
 
 def run_sweep(sweep: Sweep, pool: WorkerPool, provenance: dict[str, Any]) -> Iterator[Record]:
     """Every record of a sweep as its point finishes: measured points first, then predicted ones."""
+    # Every rank computes with one thread; ranks beyond the number of cores share them.
     cores = num_cores()
-    device = f"CPU process (1 thread; {cores} cores for all ranks)"
+    device = f"CPU process on {cores} core{'s' if cores > 1 else ''}"
     for grid in sweep.measured:
         yield from measured(grid, pool, provenance, device=device)
     for predicted_grid in sweep.predicted:

@@ -25,7 +25,7 @@ REPOSITORY = Path(__file__).resolve().parents[2]
         (["--policies", "half"], ["'half'", "none", "full"]),
         (["--regimes", "video"], ["'video'", "full", "text_only"]),
         (["--num-heads", "2", "--sp-degrees", "4"], ["num_heads 2", "sp_degree 4", "1, 2"]),
-        (["--num-heads", "3"], ["hidden_size 128", "num_heads 3"]),
+        (["--num-heads", "3"], ["hidden_size 64", "num_heads 3"]),
         (["--mode", "predicted", "--model", "dit-s-2", "--sp-degrees", "4"], ["num_heads 6", "1, 2, 3, 6"]),
         (["--ranks", "3"], ["ranks: 3", "2, 4", "1, 3"]),
         (["--ranks", "6", "--sp-degrees", "4"], ["ranks: 6", "1, 2, 3, 6"]),

@@ -12,7 +12,7 @@ from longreel.reports.store import load
 
 ARGUMENTS = [
     "--measured-lens=256",
-    "--predicted-lens=8k,614400",
+    "--predicted-lens=614400",
     "--ranks=2",
     "--sp-degrees=2",
     "--model=dit-s-2",
@@ -71,8 +71,11 @@ def test_records_are_complete(sweep) -> None:
         # The counter saw what the closed form says, but for recomputation and padding, which these points have not.
         assert record.hw_flops == pytest.approx(record.flops, rel=0.02)
     predicted = [r for r in records if r.kind == "predicted"]
-    assert {r.seq_len for r in predicted} == {8192, 614_400}
+    assert {r.seq_len for r in predicted} == {614_400}
     assert all(r.memory_limit == 80 * 2**30 for r in predicted)
+    # Without recomputation nothing fits, so it is predicted with it as well.
+    statuses = {(r.policy, r.status) for r in predicted}
+    assert statuses >= {("none", "oom"), ("full", "ok")}
     assert all("GiB of" in r.reason for r in predicted if r.status == "oom")
 
 
