@@ -15,6 +15,8 @@ from longreel.reports.records import Kind, Record, Regime, Status
 FRAME_SIDE = 16
 # Text tokens of one sample, and the width of T5's features, in predicted models.
 NUM_TEXT_TOKENS, TEXT_DIM = 20, 4096
+# Of the one baseline of predicted points: ZeRO-2, SP 1, SDPA flash attention, full recomputation.
+_BASELINE_POLICY: Policy = "full"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -154,7 +156,7 @@ class PredictedGrid:
         model: name of a DiT preset. target: GPU profile. num_gpus: GPUs of one node.
         policies: activation policies.
         every_policy: predict each of them everywhere; otherwise `full` only where `none` does not fit into memory,
-            and `none` no further than the first length at which it does not.
+            and `none` no further than the first length at which it does not. The baseline is predicted everywhere.
         point_timeout_s: limit of one point.
     """
 
@@ -198,6 +200,15 @@ def small_dit(*, depth: int = 2, hidden_size: int = 64, num_heads: int = 4) -> D
     )
 
 
+def smoke() -> Sweep:
+    """Every kind of point once, in half a minute."""
+    return Sweep(
+        name="smoke",
+        measured=(MeasuredGrid(seq_lens=(256,), ranks=(1, 2), model=small_dit()),),
+        predicted=(PredictedGrid(regime="full", seq_lens=(8_192, 819_200), sp_degrees=(8,)),),
+    )
+
+
 def quick() -> Sweep:
     """What fits into three minutes on two cores."""
     lengths = (8_192, 32_768, 65_536, 131_072, 262_144, 409_600, 614_400, 819_200)
@@ -223,7 +234,7 @@ def thorough() -> Sweep:
     )
 
 
-PRESETS = {"quick": quick, "thorough": thorough}
+PRESETS = {"quick": quick, "smoke": smoke, "thorough": thorough}
 
 
 def _spreads(
@@ -285,11 +296,12 @@ def predicted_points(grid: PredictedGrid) -> list[list[Point]]:
                 num_devices=grid.num_gpus,
                 device=grid.target,
                 seq_len=seq_len,
-                is_baseline=strategy == "local",
+                is_baseline=strategy == "local" and policy == _BASELINE_POLICY,
                 target=grid.target,
             )
             for strategy, degree in _spreads(grid.strategies, grid.sp_degrees, grid.num_gpus)
+            if policy in grid.policies or strategy == "local"
         ]
         for seq_len in grid.seq_lens
-        for policy in grid.policies
+        for policy in dict.fromkeys((*grid.policies, _BASELINE_POLICY))
     ]

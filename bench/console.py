@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
-import re
 import sys
 import tempfile
 import time
@@ -12,7 +9,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import tyro
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
@@ -20,6 +16,7 @@ from longreel.bench import provenance
 from longreel.bench.cases import Sweep
 from longreel.bench.options import SweepConfig
 from longreel.bench.run import num_points, pool_width, run_sweep
+from longreel.parallel.command_line import parse_arguments
 from longreel.parallel.workers import WorkerPool
 from longreel.reports import formatting, store
 from longreel.reports.html import write_report
@@ -85,27 +82,8 @@ def _sweep(sweep: Sweep, folder: Path, command: Sequence[str]) -> None:
 
 
 def parse(arguments: Sequence[str]) -> SweepConfig:
-    """The configuration; ValueError with tyro's complaint, whose frame is taken off, for a bad command line."""
-    framed = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(framed):
-            return tyro.cli(SweepConfig, args=list(arguments), prog="python bench/sweep.py")
-    except SystemExit as stop:
-        if not stop.code:
-            raise
-        raise ValueError(f"{_unframed(framed.getvalue())} (see --help)") from None
-
-
-def _unframed(text: str) -> str:
-    """The message in tyro's box: what follows the first rule (or the edge that holds the title), up to the next."""
-    sections: list[list[str]] = [[]]
-    for line in text.splitlines():
-        if re.search("─{4}|-{9}", line):
-            sections.append([])
-        else:
-            sections[-1].append(line.strip("│ "))
-    message = " ".join(" ".join(sections[1 if len(sections) > 1 else 0]).split())
-    return message.partition(" Got errors:")[0]
+    """The configuration; ValueError with one line for a bad command line."""
+    return parse_arguments(SweepConfig, arguments, prog="python bench/sweep.py")
 
 
 def prepare_folder(folder: Path) -> None:

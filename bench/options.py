@@ -32,7 +32,7 @@ class SweepConfig:
     Lists are separated by commas. What is not given is as the preset says.
 
     Args:
-        preset: `quick` (within three minutes on two cores) or `thorough`.
+        preset: `quick` (within three minutes on two cores), `smoke` (half a minute) or `thorough`.
         mode: `measured`, `predicted`, or `auto` for both.
         out: folder of report.html, records.jsonl and records.csv; out/<preset> if not given.
         seq_lens: lengths in tokens, such as 1k,2k,8192 (k is 1,024), of all points.

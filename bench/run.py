@@ -127,7 +127,7 @@ class _Wanted:
         self._fits: dict[tuple[str, int], bool] = {}
 
     def __call__(self, point: Point) -> bool:
-        if self._every_policy:
+        if self._every_policy or point.is_baseline:
             return True
         fits = self._fits.get((point.parallel.strategy, point.parallel.sp_degree), True)
         if point.parallel.policy == "none":
@@ -154,8 +154,6 @@ def _case(point: Point) -> PredictionCase:
 def predict_share(cases: Sequence[PredictionCase]) -> Prediction:
     """In a worker: predict this rank's one of the cases. Prediction needs a process group of its own."""
     rank = dist.get_rank()
-    # A rank that leaves while others still connect would fail them.
-    dist.barrier()
     dist.destroy_process_group()
     silence_fsdp()
     try:

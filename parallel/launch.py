@@ -6,19 +6,15 @@ Under torchrun every rank runs the script; an error that all of them meet is pri
 from __future__ import annotations
 
 import contextlib
-import io
 import os
-import re
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from typing import TypeVar
 
 import torch
 import torch.distributed as dist
-import tyro
 
-Config = TypeVar("Config")
+from longreel.parallel.command_line import Config, parse_arguments
 
 _ERROR_KEY = "longreel/error"
 
@@ -52,7 +48,7 @@ def run_script(work: Callable[[Config, torch.device], None], config_type: type[C
     """
     report = _Reporter()
     try:
-        config = _parse(config_type, args)
+        config = parse_arguments(config_type, args)
         with process_group(report) as device:
             work(config, device)
     except (ValueError, OSError) as error:
@@ -92,21 +88,6 @@ def process_group(report: _Reporter | None = None) -> Iterator[torch.device]:
         yield device
     finally:
         dist.destroy_process_group()
-
-
-def _parse(config_type: type[Config], args: Sequence[str]) -> Config:
-    """The configuration; ValueError with tyro's complaint, whose frame is taken off, for a bad command line."""
-    framed = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(framed):
-            return tyro.cli(config_type, args=args, config=(tyro.conf.OmitArgPrefixes,))
-    except SystemExit as stop:
-        if not stop.code:
-            raise
-        inside = [line.strip("│ \n") for line in framed.getvalue().splitlines() if line.startswith("│")]
-        rule = next((i for i, line in enumerate(inside) if set(line) == {"─"}), len(inside))
-        message = re.sub(r"^Error parsing [\w-]+: ", "", " ".join(inside[:rule])) or framed.getvalue()
-        raise ValueError(f"{message} (see --help)") from None
 
 
 def _env(name: str, default: int) -> int:

@@ -219,6 +219,8 @@ def _serve(connection: Connection, num_threads: int) -> None:
                 world_size=world_size,
                 timeout=timedelta(seconds=timeout),
             )
+            # A rank that is done before its peers have connected would take their connections with it.
+            dist.barrier()
             try:
                 value = fn(*args)
             finally:
