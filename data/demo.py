@@ -20,8 +20,10 @@ _SCENES = (
 )
 _BACKGROUND = -0.8
 
+DEMO_FRAMES = 32
 
-def make_demo_folder(folder: Path, *, num_frames: int = 32, size: int = 64, fps: float = 16) -> Path:
+
+def make_demo_folder(folder: Path, *, num_frames: int = DEMO_FRAMES, size: int = 64, fps: float = 16) -> Path:
     """Encode four clips of a moving square or circle and write their captions file.
 
     Args:

@@ -16,6 +16,9 @@ import torch
 from av.video.reformatter import ColorRange, Colorspace
 from torch import Tensor
 
+# What players and the mp4 time base can hold.
+MIN_FPS, MAX_FPS = 0.1, 1000.0
+
 
 class VideoError(ValueError):
     """A video file that cannot serve; the one-line message names the file and says why."""
@@ -160,7 +163,7 @@ def write_mp4(path: Path, frames: Tensor, fps: float) -> str:
         path: file to write; its folder must exist.
         frames: [T, H, W, 3] RGB in [-1, 1], values outside are clipped. Odd sizes lose nothing: the last row or column
             is repeated, since 4:2:0 video needs even sizes.
-        fps: frames per second.
+        fps: frames per second, MIN_FPS to MAX_FPS.
 
     Returns:
         Name of the encoder that wrote it: `libx264`, or `mpeg4` where this build of FFmpeg has no H.264.
@@ -171,8 +174,8 @@ def write_mp4(path: Path, frames: Tensor, fps: float) -> str:
     """
     if frames.dim() != 4 or frames.shape[-1] != 3 or 0 in frames.shape:
         raise ValueError(f"frames must be [T, H, W, 3] and not empty, got {list(frames.shape)}")
-    if not fps > 0:
-        raise ValueError(f"fps must be positive, got {fps}")
+    if not MIN_FPS <= fps <= MAX_FPS:
+        raise ValueError(f"fps must be between {MIN_FPS} and {MAX_FPS:.0f}, got {fps}")
     if not torch.isfinite(frames).all():
         raise ValueError("frames hold values that are not finite, so there is no picture to write")
     levels = ((frames.detach().to("cpu", torch.float32).clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).numpy()

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from longreel.models.config import Conditioning, DiTConfig, preset
+from longreel.data.demo import DEMO_FRAMES
+from longreel.data.video import MAX_FPS, MIN_FPS
+from longreel.models.config import Conditioning, CrossLayout, DiTConfig, preset
 from longreel.parallel.config import ParallelConfig
 
 
@@ -23,8 +26,10 @@ class ModelChoice:
         patch_size: (frames, height, width) of one patch in pixels. A patch of more numbers (3 colours each) than the
             model is wide cannot be predicted exactly.
         conditioning: how the caption enters: `adaln`, `cross` or `in_context`.
-        text_dim: width of the byte-level text features.
-        max_text_tokens: bytes of a caption that are read, plus 2.
+        text_only: leave self-attention out; needs conditioning `cross`.
+        cross_layout: text attention on `replicated` text, or as `published`: heads split, text tokens sharded.
+        text_dim: width of the byte-level text features, even.
+        max_text_tokens: bytes of a caption that are read, plus 2; at least 3.
     """
 
     preset: str | None = None
@@ -33,10 +38,16 @@ class ModelChoice:
     num_heads: int = 4
     patch_size: tuple[int, int, int] = (2, 4, 4)
     conditioning: Conditioning = "cross"
+    text_only: bool = False
+    cross_layout: CrossLayout = "replicated"
     text_dim: int = 128
     max_text_tokens: int = 48
 
     def __post_init__(self) -> None:
+        if self.text_dim < 2 or self.text_dim % 2:
+            raise ValueError(f"text_dim must be even and at least 2, got {self.text_dim}")
+        if self.max_text_tokens < 3:
+            raise ValueError(f"max_text_tokens must be at least 3 (begin, one byte, end), got {self.max_text_tokens}")
         self.build()
 
     def build(self) -> DiTConfig:
@@ -45,6 +56,8 @@ class ModelChoice:
             "patch_size": tuple(self.patch_size),
             "in_channels": 3,
             "conditioning": self.conditioning,
+            "text_only": self.text_only,
+            "cross_layout": self.cross_layout,
             "text_dim": self.text_dim,
             "max_text_tokens": self.max_text_tokens,
         }
@@ -126,13 +139,20 @@ class TrainConfig:
             _at_least(self, name, 1)
         _at_least(self, "warmup_steps", 0)
         _at_least(self, "weight_decay", 0)
-        if not self.learning_rate > 0:
-            raise ValueError(f"learning_rate must be positive, got {self.learning_rate}")
+        if not 0 < self.learning_rate < math.inf:
+            raise ValueError(f"learning_rate must be positive and finite, got {self.learning_rate}")
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"betas must be in [0, 1), got {self.betas}")
         if not 0 <= self.caption_dropout <= 1:
             raise ValueError(f"caption_dropout must be in [0, 1], got {self.caption_dropout}")
+        _check_seed(self.seed)
         self.model.build().grid(self.num_frames, self.height, self.width)
+        span = (self.num_frames - 1) * self.frame_stride + 1
+        if self.demo and span > DEMO_FRAMES:
+            raise ValueError(
+                f"num_frames {self.num_frames} at frame_stride {self.frame_stride} spans {span} frames; "
+                f"the clips of --demo have {DEMO_FRAMES}"
+            )
 
     @property
     def tokens_per_sample(self) -> int:
@@ -155,7 +175,7 @@ class SampleConfig:
         num_frames: frames of the video; as many as a training clip has if not given.
         height: pixels, that of the training clips if not given.
         width: pixels, that of the training clips if not given.
-        fps: frames per second of the file.
+        fps: frames per second of the file, 0.1 to 1000.
         parallel: how the model is spread over the ranks.
     """
 
@@ -176,9 +196,11 @@ class SampleConfig:
         for name in ("num_frames", "height", "width"):
             if getattr(self, name) is not None:
                 _at_least(self, name, 1)
-        for name in ("fps", "guidance"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+        if not 0 < self.guidance < math.inf:
+            raise ValueError(f"guidance must be positive and finite, got {self.guidance}")
+        if not MIN_FPS <= self.fps <= MAX_FPS:
+            raise ValueError(f"fps must be between {MIN_FPS} and {MAX_FPS:.0f}, got {self.fps}")
+        _check_seed(self.seed)
         if self.out.suffix != ".mp4":
             raise ValueError(f"out must be an .mp4 file, got {self.out}")
 
@@ -190,10 +212,30 @@ def to_json(config: TrainConfig | SampleConfig) -> dict[str, Any]:
 
 def model_from_json(data: dict[str, Any]) -> DiTConfig:
     """The model of a configuration written by to_json; ValueError if it does not fit this version."""
+    if not isinstance(data.get("model"), dict):
+        raise ValueError(f"model: expected the sizes of a model, got {data.get('model')!r}")
+    model = data["model"]
+    patch = model.get("patch_size")
+    if not isinstance(patch, list) or not all(type(size) is int for size in patch):
+        raise ValueError(f"model.patch_size: expected three whole numbers, got {patch!r}")
+    for name in ("depth", "hidden_size", "num_heads", "text_dim", "max_text_tokens"):
+        _integer(model, name, "model.")
     try:
-        return ModelChoice(**(data["model"] | {"patch_size": tuple(data["model"]["patch_size"])})).build()
-    except (KeyError, TypeError) as error:
-        raise ValueError(f"the configuration names no model of this version: {error}") from error
+        return ModelChoice(**(model | {"patch_size": tuple(patch)})).build()
+    except TypeError as error:
+        raise ValueError(f"model: not one of this version: {error}") from error
+
+
+def clip_size_from_json(data: dict[str, Any]) -> dict[str, int]:
+    """num_frames, height and width of the training clips; ValueError names what is missing or no number."""
+    return {name: _integer(data, name) for name in ("num_frames", "height", "width")}
+
+
+def _integer(data: dict[str, Any], name: str, inside: str = "") -> int:
+    value = data.get(name)
+    if type(value) is not int:
+        raise ValueError(f"{inside}{name}: expected a whole number, got {value!r}")
+    return value
 
 
 def _plain(value: Any) -> Any:
@@ -205,5 +247,10 @@ def _plain(value: Any) -> Any:
 
 
 def _at_least(config: object, name: str, least: float) -> None:
-    if not getattr(config, name) >= least:
+    if not least <= getattr(config, name) < math.inf:
         raise ValueError(f"{name} must be at least {least}, got {getattr(config, name)}")
+
+
+def _check_seed(seed: int) -> None:
+    if not 0 <= seed < 2**63:
+        raise ValueError(f"seed must be between 0 and 2**63 - 1, got {seed}")

@@ -15,10 +15,12 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch.distributed.tensor import DTensor
 
 from longreel.data.captions import load_captions
 from longreel.data.clips import ClipDataset
 from longreel.data.demo import make_demo_folder
+from longreel.kernels import resolve_attention_provider
 from longreel.models.dit import DiT
 from longreel.models.text import ByteTextEncoder
 from longreel.parallel.batches import build_batch, check_same_clips, split_samples
@@ -64,10 +66,7 @@ class Trainer:
         # Everything that can be wrong is looked at before anything is written.
         resumed = self._earlier_run()
         clips = None if config.demo else self._open_clips(*self._sources())
-        check_writable(config.out)
-        self.clips = clips or self._open_clips(*self._draw_demo())
-        check_same_clips(self.clips, self.mesh)
-
+        resolve_attention_provider(config.parallel.attention_provider, device)
         self.encoder = ByteTextEncoder(model_config.text_dim, model_config.max_text_tokens)
         torch.manual_seed(config.seed)
         self.model = ParallelDiT(DiT(model_config).to(device), self.mesh, config.parallel)
@@ -78,6 +77,13 @@ class Trainer:
         if resumed is not None:
             load_checkpoint(resumed, self.model.module, self.optimizer)
             self.step = read_run(resumed)[0]
+        self._first_bad_step = torch.tensor(math.inf, dtype=torch.float64, device=device)
+
+        check_writable(config.out)
+        if self.checkpoint_folder.exists():
+            check_writable(self.checkpoint_folder)
+        self.clips = clips or self._open_clips(*self._draw_demo())
+        check_same_clips(self.clips, self.mesh)
 
     @property
     def checkpoint_folder(self) -> Path:
@@ -91,7 +97,7 @@ class Trainer:
             The last checkpoint.
 
         Raises:
-            ValueError: the loss is not finite any more.
+            ValueError: the loss or a parameter is not finite any more; checkpoints are left as they are.
             VideoError: a clip cannot be decoded.
             OSError: metrics or checkpoints cannot be written.
         """
@@ -154,6 +160,9 @@ class Trainer:
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.step += 1
+        # Noted on the device: waiting for every step's loss would stall it.
+        bad = torch.where(loss.detach().isfinite(), math.inf, float(self.step))
+        self._first_bad_step = torch.minimum(self._first_bad_step, bad)
         return loss.detach()
 
     def _figures(self, loss: torch.Tensor) -> dict[str, Any]:
@@ -164,7 +173,25 @@ class Trainer:
         everyone = all_gather(share, self.mesh.flat.get_group().group_name)
         return {"step": self.step, "loss": float(everyone[:, 0].mean()), "memory": int(everyone[:, 1].max())}
 
+    def _check_finite(self) -> None:
+        """ValueError on every rank if any rank met a loss that is not finite, or holds such a parameter."""
+        with torch.no_grad():
+            finite = [local_part(p).isfinite().all() for p in self.model.parameters()]
+        share = torch.stack([self._first_bad_step, torch.stack(finite).all().double()])
+        everyone = all_gather(share, self.mesh.flat.get_group().group_name)
+        bad_step, all_finite = float(everyone[:, 0].min()), bool(everyone[:, 1].all())
+        if math.isfinite(bad_step):
+            what = f"the loss is not finite at step {int(bad_step)}"
+        elif not all_finite:
+            what = f"the parameters are not finite at step {self.step}"
+        else:
+            return
+        raise ValueError(
+            f"{what}, so step {self.step} is not saved; use a learning_rate below {self.config.learning_rate}"
+        )
+
     def _save(self) -> Path:
+        self._check_finite()
         flat = self.mesh.flat
         config = to_json(self.config)
         saved = save_checkpoint(self.checkpoint_folder, self.step, self.model.module, self.optimizer, config, flat)
@@ -273,6 +300,11 @@ def train(config: TrainConfig, device: torch.device) -> None:
     trainer.train()
     _, captions = trainer.clips[0]
     trainer._say(f'sample it: python parallel/sample.py --checkpoint {config.out} --prompt "{captions[0]}"')
+
+
+def local_part(tensor: torch.Tensor) -> torch.Tensor:
+    """What this rank holds of a tensor that may be sharded."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def memory_bytes(device: torch.device) -> int:

@@ -246,7 +246,7 @@ def test_values_outside_the_range_are_clipped(tmp_path: Path) -> None:
     [
         pytest.param(torch.zeros(2, 16, 16), 8, r"frames must be \[T, H, W, 3\]", id="no-channels"),
         pytest.param(torch.zeros(0, 16, 16, 3), 8, "not empty", id="empty"),
-        pytest.param(torch.zeros(2, 16, 16, 3), 0, "fps must be positive, got 0", id="fps-zero"),
+        pytest.param(torch.zeros(2, 16, 16, 3), 0, "fps must be between 0.1 and 1000, got 0", id="fps-zero"),
         pytest.param(torch.full((2, 16, 16, 3), float("nan")), 8, "not finite", id="nan"),
     ],
 )

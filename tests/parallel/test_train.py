@@ -179,3 +179,38 @@ def test_loss_that_is_not_finite_ends_the_run(videos: Path, tmp_path: Path) -> N
         with pytest.raises(ValueError, match="the loss is nan at step 1; use a learning_rate below"):
             trainer.train()
     assert not (tmp_path / "checkpoints").exists()
+
+
+@pytest.mark.parametrize("what", ["loss", "parameters"])
+def test_a_diverged_run_keeps_the_checkpoint_it_has(videos: Path, tmp_path: Path, what: str) -> None:
+    config = tiny(videos, tmp_path, steps=6, log_every=100, checkpoint_every=2, keep=1)
+    with process_group() as device:
+        trainer = Trainer(config, device)
+        loss_of = trainer.model.loss
+
+        def diverge(batch: Any) -> torch.Tensor:
+            loss = loss_of(batch)
+            # Step 3 of a run that logs nothing; the loss is fine again when step 4 saves.
+            if trainer.step == 2 and what == "loss":
+                return loss + float("inf")
+            if trainer.step == 3 and what == "parameters":
+                loss.register_hook(lambda grad: grad * float("nan"))
+            return loss
+
+        trainer.model.loss = diverge  # type: ignore[method-assign]
+        found = {"loss": "the loss is not finite at step 3", "parameters": "the parameters are not finite at step 4"}
+        with pytest.raises(ValueError, match=f"{found[what]}, so step 4 is not saved; use a learning_rate below"):
+            trainer.train()
+    assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step-000002"]
+
+
+def test_text_only_trains_on_sharded_text(videos: Path, tmp_path: Path, run_distributed: Any) -> None:
+    parallel = ParallelConfig(strategy="ulysses", sp_degree=2, precision="fp64")
+    base = tiny(videos, tmp_path / "one", steps=2, parallel=ParallelConfig(precision="fp64"))
+    base = replace(base, model=replace(base.model, text_only=True, cross_layout="published"))
+    assert base.model.build().text_only
+    assert base.model.build().cross_layout == "published"
+    with process_group():
+        train_here(base)
+    run_distributed(train_here, 2, replace(base, out=tmp_path / "two", parallel=parallel))
+    assert largest_difference(losses(tmp_path / "two"), losses(tmp_path / "one")) < 1e-10

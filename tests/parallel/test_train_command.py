@@ -73,6 +73,33 @@ def fails(capsys: pytest.CaptureFixture[str], script: str, *args: str) -> str:
             "sp_degree 2 does not divide the world size 1",
             id="world-size",
         ),
+        pytest.param(["--demo", "--learning-rate", "inf"], "learning_rate must be positive and finite", id="inf"),
+        pytest.param(["--demo", "--text-dim", "127"], "text_dim must be even and at least 2, got 127", id="text-dim"),
+        pytest.param(
+            ["--demo", "--max-text-tokens", "2"], "max_text_tokens must be at least 3 (begin, one byte, end)", id="text"
+        ),
+        pytest.param(
+            ["--demo", "--num-frames", "64"], "spans 64 frames; the clips of --demo have 32", id="demo-frames"
+        ),
+        pytest.param(
+            ["--demo", "--num-frames", "12", "--frame-stride", "3"],
+            "num_frames 12 at frame_stride 3 spans 34 frames; the clips of --demo have 32",
+            id="demo-stride",
+        ),
+        pytest.param(
+            ["--demo", "--seed", "999999999999999999999999"], "seed must be between 0 and 2**63 - 1, got 999", id="seed"
+        ),
+        pytest.param(
+            ["--demo", "--attention-provider", "nope"], "unknown attention provider 'nope'", id="attention-provider"
+        ),
+        pytest.param(
+            ["--demo", "--text-only", "--conditioning", "adaln"], "text_only leaves only the text attention", id="only"
+        ),
+        pytest.param(
+            ["--demo", "--cross-layout", "published", "--conditioning", "adaln"],
+            "cross_layout 'published' splits the cross attention",
+            id="cross-layout",
+        ),
         pytest.param(["--videos", "nowhere"], "videos: nowhere is not a folder", id="no-folder"),
         pytest.param(["--demo", "--resume"], "no checkpoint to resume from", id="nothing-to-resume"),
     ],
@@ -103,6 +130,11 @@ def test_output_folder_that_cannot_be_written(tmp_path: Path, videos: Path, caps
     out = str(tmp_path / "file" / "out")
     line = fails(capsys, "train", "--videos", str(videos), "--out", out, *TINY)
     assert f"{out}: cannot be written: Not a directory" in line
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "checkpoints").write_text("")
+    line = fails(capsys, "train", "--videos", str(videos), "--out", str(tmp_path / "run"), *TINY)
+    assert "run/checkpoints: cannot be written: File exists" in line
+    assert [p.name for p in (tmp_path / "run").iterdir()] == ["checkpoints"]
 
 
 def test_unusable_videos_are_named_and_counted(
@@ -133,12 +165,16 @@ def test_runs_do_not_overwrite_each_other(tmp_path: Path, videos: Path, capsys: 
         (["--num-frames", "3"], "num_frames = 3 is not a positive multiple of the patch size 2"),
         (["--strategy", "fastseq", "--sp-degree", "3"], "num_heads 4 does not divide by sp_degree 3"),
         (["--guidance", "0"], "guidance must be positive"),
+        (["--fps", "inf"], "fps must be between 0.1 and 1000, got inf"),
+        (["--fps", "1e12"], "fps must be between 0.1 and 1000, got"),
+        (["--fps", "1e-6"], "fps must be between 0.1 and 1000, got"),
+        (["--attention-provider", "nope"], "unknown attention provider 'nope'"),
     ):
-        base = {"--checkpoint": str(tmp_path / "out"), "--prompt": "x", "--out": str(tmp_path / "clip.mp4")}
+        base = {"--checkpoint": str(tmp_path / "out"), "--prompt": "x", "--out": str(tmp_path / "new" / "clip.mp4")}
         base |= dict(zip(flags[::2], flags[1::2], strict=True))
         line = fails(capsys, "sample", *[word for pair in base.items() for word in pair])
         assert message in line
-    assert not (tmp_path / "clip.mp4").exists()
+    assert not (tmp_path / "new").exists()
 
 
 def script(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
