@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 
 from longreel.bench.cases import FRAME_SIDE
-from longreel.bench.provenance import num_cores
 from longreel.kernels import attention
 from longreel.kernels.numerics import PARALLEL_TOLERANCE, gradient_errors
 from longreel.models.config import DiTConfig
@@ -109,13 +108,7 @@ def write_oracle(config: DiTConfig, seq_len: int, max_dp: int, seed: int, path: 
 
     The file holds (losses, gradients) with one entry per group.
     """
-    threads = torch.get_num_threads()
-    # The other workers are idle while the oracle runs.
-    torch.set_num_threads(max(threads, num_cores()))
-    try:
-        found = [oracle(config, gate_length(seq_len, i), index=i, seed=seed) for i in range(max_dp)]
-    finally:
-        torch.set_num_threads(threads)
+    found = [oracle(config, gate_length(seq_len, i), index=i, seed=seed) for i in range(max_dp)]
     torch.save(([loss for loss, _ in found], [grads for _, grads in found]), path)
 
 

@@ -8,13 +8,13 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from longreel.bench import gate, traffic
 from longreel.bench.cases import Point
 from longreel.bench.process_memory import PeakMemory
 from longreel.models.sequence import AttentionShape
+from longreel.parallel import comm
 from longreel.parallel.engine import full_gradients
 from longreel.parallel.mesh import build_mesh
 from longreel.parallel.parallelize import Batch, ParallelDiT
@@ -53,6 +53,7 @@ def measure_point(point: Point, oracle_path: str) -> RankResult:
     """
     silence_fsdp()
     mesh = build_mesh(sp_degree=point.parallel.sp_degree)
+    everyone = mesh.flat.get_group().group_name
     model = ParallelDiT(gate.build_model(point.model, point.seed), mesh, point.parallel)
     optimizer = torch.optim.AdamW(model.parameters(), lr=_LEARNING_RATE)
 
@@ -62,7 +63,10 @@ def measure_point(point: Point, oracle_path: str) -> RankResult:
         loss = model.loss(batch)
         loss.backward()
     verdict = gate.compare(
-        _mean_over_ranks(loss.detach()), full_gradients(model.module), oracle_path, dp_degree=mesh.dp_degree
+        sum(comm.over_ranks(loss.item(), everyone)) / mesh.flat.size(),
+        full_gradients(model.module),
+        oracle_path,
+        dp_degree=mesh.dp_degree,
     )
     shape = AttentionShape(
         batch=point.batch_per_group,
@@ -73,7 +77,7 @@ def measure_point(point: Point, oracle_path: str) -> RankResult:
     )
     expected = traffic.formula(model.strategy, shape, num_layers=point.model.depth, policy=point.parallel.policy)
     reason = verdict.reason or traffic.disagreement(counted, expected)
-    if _any_rank(reason is not None):
+    if any(comm.over_ranks(float(reason is not None), everyone)):
         return RankResult(
             verdict=verdict,
             reason=reason or "another rank's gate is closed",
@@ -88,7 +92,7 @@ def measure_point(point: Point, oracle_path: str) -> RankResult:
     optimizer.zero_grad(set_to_none=True)
     batch = _batch(point, mesh.dp_rank, point.seq_len)
     memory = PeakMemory()
-    samples = _timed_steps(point, model, optimizer, batch)
+    samples = _timed_steps(point, model, optimizer, batch, everyone)
     return RankResult(
         verdict=verdict,
         reason=None,
@@ -106,7 +110,9 @@ def silence_fsdp() -> None:
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
 
 
-def _timed_steps(point: Point, model: ParallelDiT, optimizer: torch.optim.Optimizer, batch: Batch) -> tuple[float, ...]:
+def _timed_steps(
+    point: Point, model: ParallelDiT, optimizer: torch.optim.Optimizer, batch: Batch, everyone: str
+) -> tuple[float, ...]:
     samples: list[float] = []
     while len(samples) < point.timing.min_samples or (
         len(samples) < point.timing.max_samples and sum(samples) < point.timing.budget_s
@@ -117,9 +123,7 @@ def _timed_steps(point: Point, model: ParallelDiT, optimizer: torch.optim.Optimi
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         # Every rank keeps the slowest rank's time, so that all stop after the same step.
-        slowest = torch.tensor(time.perf_counter() - start, dtype=torch.float64)
-        dist.all_reduce(slowest, op=dist.ReduceOp.MAX)
-        samples.append(slowest.item())
+        samples.append(max(comm.over_ranks(time.perf_counter() - start, everyone)))
     return tuple(samples)
 
 
@@ -132,15 +136,3 @@ def _batch(point: Point, dp_rank: int, seq_len: int) -> Batch:
         text=sample.text,
         global_samples=point.dp_degree,
     )
-
-
-def _mean_over_ranks(value: Tensor) -> float:
-    total = value.double()
-    dist.all_reduce(total)
-    return total.item() / dist.get_world_size()
-
-
-def _any_rank(flag: bool) -> bool:
-    flags = torch.tensor(float(flag))
-    dist.all_reduce(flags, op=dist.ReduceOp.MAX)
-    return bool(flags.item())

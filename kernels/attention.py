@@ -22,19 +22,25 @@ from longreel.kernels.triton_common import require_triton
 PROVIDERS = ("torch", "sdpa-flash", "triton")
 
 
-def resolve_attention_provider(provider: str, device: torch.device) -> str:
+def resolve_attention_provider(provider: str, device: torch.device, dtype: torch.dtype | None = None) -> str:
     """The implementation that runs for this request: what `auto` picks, or the named one.
 
     Args:
-        provider: `auto` (sdpa-flash on CUDA, the eager specification elsewhere), `torch`, `sdpa-flash` or `triton`
-            (CUDA, or CPU under TRITON_INTERPRET=1).
+        provider: `auto` (sdpa-flash for half precision on CUDA, the eager specification elsewhere), `torch`,
+            `sdpa-flash` (half precision only on CUDA) or `triton` (CUDA, or CPU under TRITON_INTERPRET=1).
         device: where the tensors live.
+        dtype: of the tensors; None asks what runs for half precision.
 
     Raises:
         ValueError: the name is unknown or that provider is not there; the message says why and lists what is.
     """
+    flash_runs = device.type != "cuda" or dtype in (None, torch.float16, torch.bfloat16)
     if provider == "auto":
-        return "sdpa-flash" if device.type == "cuda" else "torch"
+        return "sdpa-flash" if device.type == "cuda" and flash_runs else "torch"
+    if provider == "sdpa-flash" and not flash_runs:
+        raise ValueError(
+            f"attention provider 'sdpa-flash' has no {dtype} on CUDA; use precision bf16, or provider torch or auto"
+        )
     if provider not in PROVIDERS:
         raise ValueError(f"unknown attention provider {provider!r}; providers are auto, {', '.join(PROVIDERS)}")
     if provider == "triton":
@@ -249,7 +255,7 @@ def attention(
         check_cu_seqlens("cu_seqlens_q", cu_seqlens_q, q.shape[1])
         check_cu_seqlens("cu_seqlens_k", cu_seqlens_k, k.shape[1], rows=cu_seqlens_q.numel() - 1)
     scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
-    provider = resolve_attention_provider(provider, q.device)
+    provider = resolve_attention_provider(provider, q.device, q.dtype)
     if provider == "triton":
         check_triton_dtype("q", q.dtype)
     return attention_op(q, k, v, scale, cu_seqlens_q, cu_seqlens_k, provider)
@@ -285,7 +291,7 @@ def attention_packed(
             raise ValueError(f"cu_seqlens packs sequences into batch 1, but qkv has batch {qkv.shape[0]}")
         check_cu_seqlens("cu_seqlens", cu_seqlens, qkv.shape[1])
     scale = qkv.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
-    provider = resolve_attention_provider(provider, qkv.device)
+    provider = resolve_attention_provider(provider, qkv.device, qkv.dtype)
     if provider == "triton":
         check_triton_dtype("qkv", qkv.dtype)
     return attention_packed_op(qkv, scale, cu_seqlens, provider)

@@ -64,6 +64,14 @@ def all_reduce_sum(x: Tensor, group: str) -> Tensor:
     return out
 
 
+def over_ranks(value: float, group: str, device: torch.device | str = "cpu") -> list[float]:
+    """A number of every rank, by rank."""
+    everyone: list[float] = (
+        all_gather(torch.tensor([value], dtype=torch.float64, device=device), group).flatten().tolist()
+    )
+    return everyone
+
+
 @dataclass(frozen=True, slots=True)
 class Exchange:
     """A pairwise exchange in flight; wait() returns what was received."""

@@ -6,6 +6,7 @@ import ast
 import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -54,6 +55,13 @@ def test_scripts_shadow_no_module():
         names = {path.stem for path in (ROOT / folder).glob("*.py")} - {"__init__"}
         names |= {path.parent.name for path in (ROOT / folder).glob("*/__init__.py")}
         assert not names & taken, folder
+
+
+def test_a_wheel_holds_every_package():
+    listed = set(tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"])
+    folders = ("kernels", "models", "data", "parallel", "bench", "reports")
+    found = {path.parent for folder in folders for path in (ROOT / folder).rglob("__init__.py")}
+    assert listed == {"longreel"} | {f"longreel.{'.'.join(path.relative_to(ROOT).parts)}" for path in found}
 
 
 def test_runs_from_a_checkout_without_an_install():

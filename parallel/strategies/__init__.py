@@ -17,4 +17,4 @@ def build_strategy(config: ParallelConfig, mesh: ParallelMesh) -> SequenceParall
     if config.strategy == "local":
         return Local(provider=config.attention_provider)
     kind = Ulysses if config.strategy == "ulysses" else FastSeq
-    return kind(group=mesh.sp_group, provider=config.attention_provider)
+    return kind(group=mesh.sp_group, degree=mesh.sp_degree, provider=config.attention_provider)

@@ -55,16 +55,13 @@ class SequenceGroup:
 
     Args:
         group: name of the process group, from the `sp` axis of a mesh.
+        degree: P, ranks of the group. A field, so that torch.compile need not look the group up.
         provider: see longreel.kernels.resolve_attention_provider.
     """
 
     group: str
+    degree: int
     provider: str = "auto"
-
-    @property
-    def degree(self) -> int:
-        """P, ranks of the group."""
-        return comm.group_size(self.group)
 
     def shard(self, x: Tensor, dim: int) -> Tensor:
         """This rank's equal slice of x along dim; backward pads with zeros: no scaling, no collective.
@@ -93,4 +90,4 @@ class SequenceGroup:
 
     def resolved_provider(self, x: Tensor) -> str:
         """The attention implementation that runs for tensors like x."""
-        return resolve_attention_provider(self.provider, x.device)
+        return resolve_attention_provider(self.provider, x.device, x.dtype)

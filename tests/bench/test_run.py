@@ -128,17 +128,26 @@ def test_one_line_names_the_outermost_exception() -> None:
 
 
 def test_quick_predictions_leave_out_what_says_nothing_new() -> None:
-    grid = PredictedGrid(regime="full", seq_lens=(1, 2, 3), strategies=("local",))
+    grid = PredictedGrid(regime="full", seq_lens=(1, 2, 3), strategies=("local", "ulysses"), sp_degrees=(2,))
     wanted = _Wanted(every_policy=False)
-    ran = []
+    ran = {"local": [], "ulysses": []}
     for group in predicted_points(grid):
         for point in group:
             if wanted(point):
-                ran.append((point.seq_len, point.parallel.policy))
+                ran[point.parallel.strategy].append((point.seq_len, point.parallel.policy))
                 fits = point.parallel.policy == "full" or point.seq_len < 2
                 outcome = {"step_s": 1.0} if fits else {"reason": "needs more"}
                 wanted.saw(point.record("ok" if fits else "oom", provenance=PROVENANCE, **outcome))
-    assert ran == [(1, "none"), (2, "none"), (2, "full"), (3, "full")]
+    assert ran["ulysses"] == [(1, "none"), (2, "none"), (2, "full"), (3, "full")]
+    # The baseline of every ratio, local with recomputation, is predicted at every length.
+    assert ran["local"] == [(1, "none"), (1, "full"), (2, "none"), (2, "full"), (3, "full")]
+
+
+def test_the_baseline_is_there_whatever_policies_are_asked_for() -> None:
+    grid = PredictedGrid(regime="full", seq_lens=(1,), sp_degrees=(2,), policies=("none",))
+    points = [point for group in predicted_points(grid) for point in group]
+    assert [(p.parallel.strategy, p.parallel.policy) for p in points if p.is_baseline] == [("local", "full")]
+    assert {p.parallel.policy for p in points if p.parallel.strategy != "local"} == {"none"}
 
 
 def test_recomputation_alone_is_predicted_everywhere() -> None:

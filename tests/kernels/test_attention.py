@@ -202,5 +202,10 @@ def test_packed_input_checks():
 
 
 def test_auto_picks_by_device():
-    assert resolve_attention_provider("auto", torch.device("cpu")) == "torch"
-    assert resolve_attention_provider("auto", torch.device("cuda")) == "sdpa-flash"
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    assert resolve_attention_provider("auto", cpu, torch.bfloat16) == "torch"
+    assert resolve_attention_provider("auto", cuda, torch.bfloat16) == "sdpa-flash"
+    # Flash attention on CUDA takes half precision only.
+    assert resolve_attention_provider("auto", cuda, torch.float32) == "torch"
+    with pytest.raises(ValueError, match="has no torch.float32 on CUDA"):
+        resolve_attention_provider("sdpa-flash", cuda, torch.float32)

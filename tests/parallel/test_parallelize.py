@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from dataclasses import replace
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -198,6 +199,36 @@ def test_bf16_keeps_timesteps_positions_and_targets_in_fp32(run_distributed):
             "hidden": torch.bfloat16,
         }
         assert (seen["loss"], seen["grad"], seen["master"]) == (torch.float32,) * 3
+
+
+def bf16_gradient_error(strategy: str, degree: int) -> tuple[float, set[torch.dtype]]:
+    """Worst gradient of a bf16 step against fp32 on one device, and the dtypes gradients are reduced in."""
+    model = randomised_dit(tiny_config("cross"), torch.float32)
+    data = samples(2, torch.float32)
+    _, _, reference = one_device(model, data)
+    parallel = ParallelConfig(strategy=strategy, sp_degree=degree, precision="bf16", attention_provider="torch")
+    spread = ParallelDiT(model, build_mesh(sp_degree=degree), parallel)
+    seen: set[torch.dtype] = set()
+    # PyTorch 2.13 renamed the collective.
+    name = "reduce_scatter_single" if hasattr(dist, "reduce_scatter_single") else "reduce_scatter_tensor"
+    reduce_scatter, sharding = getattr(dist, name), spread.mesh.flat.get_group()
+
+    def watch(*args: Any, **kwargs: Any):
+        if kwargs.get("group") is sharding:
+            seen.update(value.dtype for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
+        return reduce_scatter(*args, **kwargs)
+
+    with mock.patch.object(dist, name, watch):
+        spread.loss(Batch(**data, global_samples=2)).backward()
+    return max(gradient_errors(full_gradients(spread.module), reference).values()), seen
+
+
+def test_bf16_gradients_are_as_good_on_many_ranks_as_on_one(run_distributed):
+    one, _ = run_distributed(bf16_gradient_error, 1, "local", 1)[0]
+    for strategy in ("ulysses", "fastseq"):
+        for error, reduced_in in run_distributed(bf16_gradient_error, 8, strategy, 8):
+            assert error <= 1.5 * one, strategy
+            assert reduced_in == {torch.float32}, strategy
 
 
 def zero_output_loss() -> tuple[float, float]:

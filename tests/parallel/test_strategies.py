@@ -158,18 +158,6 @@ def test_traffic_formula_equals_bytes_passed_to_the_collectives(run_distributed,
             assert seen["all_gather"] == seen["reduce_scatter"] == 0
 
 
-class NamedDegree:
-    """Stands in for a strategy's group where only its size matters."""
-
-    def __init__(self, kind: Callable, degree: int) -> None:
-        self.kind, self.degree = kind, degree
-
-    def forward_gigabytes(self) -> float:
-        shape = AttentionShape(batch=1, seq_len=819_200, num_heads=16, head_dim=72, element_size=2)
-        with mock.patch("longreel.parallel.comm.group_size", return_value=self.degree):
-            return self.kind(group="unused").traffic(shape).forward_bytes / 1e9
-
-
 @pytest.mark.parametrize(
     ("kind", "degree", "gigabytes"),
     [
@@ -182,7 +170,9 @@ class NamedDegree:
     ],
 )
 def test_traffic_equals_the_known_table(kind, degree, gigabytes):
-    assert NamedDegree(kind, degree).forward_gigabytes() == pytest.approx(gigabytes, abs=0.006)
+    shape = AttentionShape(batch=1, seq_len=819_200, num_heads=16, head_dim=72, element_size=2)
+    traffic = kind(group="unused", degree=degree).traffic(shape)
+    assert traffic.forward_bytes / 1e9 == pytest.approx(gigabytes, abs=0.006)
 
 
 def layout_round_trip(degree: int) -> bool:
@@ -267,3 +257,33 @@ def heads_error(name: str) -> str:
 def test_indivisible_heads_name_the_degrees_that_work(run_distributed, name):
     for message in run_distributed(heads_error, 3, name):
         assert message == "num_heads 8 does not divide by sp_degree 3; degrees that work: 1, 2, 4, 8"
+
+
+def compiled_layer(name: str, degree: int, cross: bool) -> bool:
+    sp = build(name, degree)
+    x, text, query, kv = attention_inputs(13, cross=cross)
+
+    lengths, text_lengths = padded_lengths(13, degree), padded_lengths(TEXT, degree)
+    x, text = sp.shard(pad(x, lengths), 1), sp.shard(pad(text, text_lengths), 1)
+
+    def layer(x: Tensor) -> Tensor:
+        if cross:
+            both = {"lengths": lengths, "text_lengths": text_lengths}
+            return sp.cross_attention(x, text, query, kv, num_heads=HEADS, **both)
+        return sp.self_attention(x, query, num_heads=HEADS, lengths=lengths)
+
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+    grads = []
+    for fn in (layer, compiled):
+        x = x.detach().requires_grad_()
+        out = fn(x)
+        out.square().sum().backward()
+        grads.append((out.detach(), x.grad, query.weight.grad.clone()))
+        query.zero_grad()
+    return all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
+
+
+@pytest.mark.parametrize("cross", [False, True], ids=["self", "cross_published"])
+@pytest.mark.parametrize("name", ["ulysses", "fastseq"])
+def test_compiles_without_graph_breaks(run_distributed, name, cross):
+    assert all(run_distributed(compiled_layer, 2, name, 2, cross, timeout=240))
