@@ -62,6 +62,9 @@ def _parse(path: Path) -> object:
         line = raw[: error.start].count(b"\n") + 1
         column = error.start - raw.rfind(b"\n", 0, error.start)
         raise ValueError(f"{path}:{line}:{column}: not UTF-8 text: {error.reason}") from error
+    except ValueError as error:
+        # Numbers of more digits than Python turns into one.
+        raise ValueError(f"{path}: not a captions file: {error}") from error
     except RecursionError as error:
         raise ValueError(f"{path}: not a captions file: brackets are nested too deeply") from error
 

@@ -46,7 +46,7 @@ class VideoInfo:
 
 
 def probe(path: Path) -> VideoInfo:
-    """Count the frames of a file's best video stream and decode the first one.
+    """Count the frames of a file's best video stream and decode every one, so that training meets no broken one.
 
     Args:
         path: video file.
@@ -55,16 +55,25 @@ def probe(path: Path) -> VideoInfo:
         The stream's description; pass it to read_clip, which then need not scan the file again.
 
     Raises:
-        VideoError: the file is missing, is not a video, or no frame of it can be decoded.
+        VideoError: the file is missing, is not a video, or some frame of it cannot be decoded.
     """
+    shown: list[int | None] = []
     with _open(path) as (container, stream):
-        packets = [p for p in container.demux(stream) if p.size and not p.is_discard]
-        # (presentation, decoding, is a keyframe); containers that store no decoding times seek by the others.
-        times = [(p.pts, p.pts if p.dts is None else p.dts, p.is_keyframe) for p in packets if p.pts is not None]
-        timed = len({pts for pts, _, _ in times}) == len(packets)
+        # Only counted, so several frames may be decoded at a time.
+        stream.thread_type = "AUTO"
+        num_frames = 0
+        times: list[tuple[int, int, bool]] = []
+        for packet in container.demux(stream):
+            if packet.size and not packet.is_discard:
+                num_frames += 1
+                if packet.pts is not None:
+                    # (presentation, decoding, is a keyframe); containers without decoding times seek by the others.
+                    times.append((packet.pts, packet.pts if packet.dts is None else packet.dts, packet.is_keyframe))
+            shown += [frame.pts for frame in packet.decode()]
+        timed = len({pts for pts, _, _ in times}) == num_frames
         info = VideoInfo(
             codec=stream.codec_context.name,
-            num_frames=len(packets),
+            num_frames=num_frames,
             width=stream.codec_context.width,
             height=stream.codec_context.height,
             fps=float(stream.average_rate or 0),
@@ -73,9 +82,9 @@ def probe(path: Path) -> VideoInfo:
         )
     if info.num_frames == 0:
         raise VideoError(f"{path}: its video stream holds no frames")
-    with _open(path) as (container, stream):
-        if next(container.decode(stream), None) is None:
-            raise VideoError(f"{path}: none of its {info.num_frames} frames can be decoded")
+    decoded = len(set(shown) & set(info.timestamps)) if info.timestamps else len(shown)
+    if decoded < info.num_frames:
+        raise VideoError(f"{path}: only {decoded} of its {info.num_frames} frames can be decoded")
     return info
 
 

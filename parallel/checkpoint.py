@@ -7,6 +7,7 @@ renamed when every rank is done.
 from __future__ import annotations
 
 import json
+import pickle
 import re
 import shutil
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import Any
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
+from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.state_dict import (
     get_model_state_dict,
     get_state_dict,
@@ -97,9 +99,15 @@ def read_run(checkpoint: Path) -> tuple[int, dict[str, Any]]:
     try:
         run = json.loads(path.read_text(encoding="utf-8"))
         version, step, config = run["version"], run["step"], run["config"]
+        if type(step) is not int or step < 0:
+            raise ValueError(f"step: expected a count, got {step!r}")
+        if not isinstance(config, dict):
+            raise ValueError(f"config: expected an object, got {config!r}")
     except FileNotFoundError as error:
         raise ValueError(f"{checkpoint}: not a checkpoint, run.json is missing") from error
-    except (ValueError, KeyError, TypeError) as error:
+    except KeyError as error:
+        raise ValueError(f"{path}: damaged: {error.args[0]} is missing") from error
+    except (ValueError, TypeError, RecursionError) as error:
         raise ValueError(f"{path}: damaged: {error}") from error
     if version != VERSION:
         raise ValueError(f"{path}: checkpoint version {version}, this version reads {VERSION}")
@@ -112,6 +120,7 @@ def load_checkpoint(checkpoint: Path, module: nn.Module, optimizer: torch.optim.
     Raises:
         ValueError: the checkpoint holds another model or is damaged.
     """
+    _check_index(checkpoint)
     try:
         if optimizer is None:
             model_state = get_model_state_dict(module)
@@ -123,6 +132,28 @@ def load_checkpoint(checkpoint: Path, module: nn.Module, optimizer: torch.optim.
             set_state_dict(module, optimizer, model_state_dict=model_state, optim_state_dict=optimizer_state)
     except (dcp.api.CheckpointException, RuntimeError) as error:
         raise ValueError(f"{checkpoint}: does not fit this model or is damaged: {_first(error)}") from error
+
+
+def _check_index(checkpoint: Path) -> None:
+    """ValueError unless the index of the tensors can be read: reading the tensors would log pages about it."""
+    try:
+        index = dcp.FileSystemReader(checkpoint).read_metadata()
+    except (
+        # What unpickling bytes that are no pickle, or not all of one, raises.
+        pickle.UnpicklingError,
+        ArithmeticError,
+        AttributeError,
+        EOFError,
+        ImportError,
+        LookupError,
+        MemoryError,
+        OSError,
+        TypeError,
+        ValueError,
+    ) as error:
+        raise ValueError(f"{checkpoint / '.metadata'}: missing or damaged: {_first(error)}") from error
+    if not isinstance(index, Metadata):
+        raise ValueError(f"{checkpoint / '.metadata'}: damaged: holds no index of tensors")
 
 
 def prune_checkpoints(folder: Path, keep: int) -> None:
@@ -142,4 +173,4 @@ def _first(error: BaseException) -> str:
     """The reason of the first rank that failed, in one line."""
     if isinstance(error, dcp.api.CheckpointException) and error.failures:
         error = next(iter(error.failures.values()))[0]
-    return " ".join(str(error).split())[:300]
+    return " ".join(str(error).split())[:300] or type(error).__name__

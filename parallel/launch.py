@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
+import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 
@@ -17,6 +18,16 @@ import torch.distributed as dist
 from longreel.parallel.command_line import Config, parse_arguments
 
 _ERROR_KEY = "longreel/error"
+# How long a rank whose collective broke waits for the reason another rank gives.
+_REASON_SECONDS = 2.0
+# What PyTorch says, as plain RuntimeErrors, where a tensor does not fit in memory or in its numbers.
+_TOO_LARGE = (
+    "out of memory",
+    "can't allocate memory",
+    "storage size calculation overflowed",
+    "overflow when unpacking",
+    "multiplication overflow",
+)
 
 
 class _Reporter:
@@ -24,13 +35,48 @@ class _Reporter:
 
     def __init__(self) -> None:
         self.store: dist.Store | None = None
+        self.world_size = 1
+        self.status = 0
 
     def __call__(self, message: str) -> None:
         if self.store.add(_ERROR_KEY, 1) == 1 if self.store is not None else _env("RANK", 0) == 0:
             print(f"error: {' '.join(message.split())}", file=sys.stderr, flush=True)
 
-    def reported_elsewhere(self) -> bool:
-        return self.store is not None and self.store.add(_ERROR_KEY, 0) > 0
+    @contextlib.contextmanager
+    def errors(self) -> Iterator[None]:
+        """Turns what the user got wrong into one line and status 2, and lets our own defects through."""
+        try:
+            yield
+        except (ValueError, OSError) as error:
+            self._fail(str(error))
+        except (MemoryError, OverflowError) as error:
+            self._fail(_too_large(error))
+        except RuntimeError as error:
+            if any(words in str(error).lower() for words in _TOO_LARGE):
+                self._fail(_too_large(error))
+            elif self._reported_elsewhere():
+                # A collective broke because its peer went away; the peer has said why.
+                self.status = 2
+            else:
+                raise
+
+    def _fail(self, message: str) -> None:
+        self.status = 2
+        self(message)
+
+    def _reported_elsewhere(self) -> bool:
+        if self.store is None or self.world_size == 1:
+            return False
+        deadline = time.monotonic() + _REASON_SECONDS
+        try:
+            while self.store.add(_ERROR_KEY, 0) == 0:
+                if time.monotonic() > deadline:
+                    return False
+                time.sleep(0.05)
+        except dist.DistNetworkError:
+            # The store went with the rank that held it.
+            return False
+        return True
 
 
 def run_script(work: Callable[[Config, torch.device], None], config_type: type[Config], args: Sequence[str]) -> int:
@@ -43,23 +89,16 @@ def run_script(work: Callable[[Config, torch.device], None], config_type: type[C
         args: the command line without the program's name.
 
     Returns:
-        Exit status: 0, or 2 after a ValueError or OSError, printed as `error: ...` on stderr. Any other exception is a
-        defect of ours and is raised.
+        Exit status: 0, or 2 after a ValueError, an OSError or sizes that do not fit in memory, printed as
+        `error: ...` on stderr. Any other exception is a defect of ours and is raised.
     """
     report = _Reporter()
-    try:
+    with report.errors():
         config = parse_arguments(config_type, args)
-        with process_group(report) as device:
+        # Said before the group is left, which breaks the collectives that other ranks wait in.
+        with process_group(report) as device, report.errors():
             work(config, device)
-    except (ValueError, OSError) as error:
-        report(str(error))
-        return 2
-    except RuntimeError:
-        # A collective broke because its peer went away; the peer has said why.
-        if report.reported_elsewhere():
-            return 2
-        raise
-    return 0
+    return report.status
 
 
 @contextlib.contextmanager
@@ -77,7 +116,7 @@ def process_group(report: _Reporter | None = None) -> Iterator[torch.device]:
     else:
         store, rank, world_size = dist.HashStore(), 0, 1
     if report is not None:
-        report.store = store
+        report.store, report.world_size = store, world_size
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if cuda else "gloo",
         store=dist.PrefixStore("longreel", store),
@@ -88,6 +127,13 @@ def process_group(report: _Reporter | None = None) -> Iterator[torch.device]:
         yield device
     finally:
         dist.destroy_process_group()
+
+
+def _too_large(error: BaseException) -> str:
+    return (
+        "sizes are too large for the memory of this machine; use a smaller model, batch_size, num_frames, height or "
+        f"width, or more ranks: {str(error).strip().partition(chr(10))[0][:200] or type(error).__name__}"
+    )
 
 
 def _env(name: str, default: int) -> int:

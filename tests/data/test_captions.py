@@ -40,6 +40,7 @@ GOOD = {"file": "a.mp4", "captions": ["x"]}
     [
         pytest.param(b'[\n {"file": "a.mp4" "captions": []}\n]', ":2:19: not valid JSON", id="missing-comma"),
         pytest.param(b"", ":1:1: not valid JSON", id="empty-file"),
+        pytest.param(b"[" + b"9" * 5000 + b"]", "not a captions file: Exceeds the limit", id="endless-number"),
         pytest.param(b'[{"file": "a', ":1:11: not valid JSON", id="cut-off"),
         pytest.param(b'[\n{"file": "\xff"}]', ":2:11: not UTF-8", id="not-utf8"),
         pytest.param(b"[" * 100_000, "nested too deeply", id="nested"),

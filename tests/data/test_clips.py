@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -51,6 +53,21 @@ def test_unusable_videos_are_named_with_the_reason(folder: Path) -> None:
     assert reasons["missing.mp4"] == "no such file"
     assert "Invalid data" in reasons["broken.mp4"]
     assert reasons["short.mp4"] == "has 7 frames; a clip of 8 frames spans 8"
+
+
+@pytest.mark.parametrize("keyframes", ["1", "250"], ids=["all-keyframes", "one-keyframe"])
+def test_video_that_breaks_off_is_left_out_from_the_start(encode: Callable[..., Path], keyframes: str) -> None:
+    pictures = np.random.default_rng(0).integers(16, 235, (24, 32, 32), np.uint8)
+    whole, broken = encode("whole.mp4", pictures, g=keyframes), encode("broken.mp4", pictures, g=keyframes)
+    content = bytearray(broken.read_bytes())
+    start, end = content.index(b"mdat") + 4, content.index(b"moov") - 4
+    third = (end - start) // 3
+    content[end - third : end] = bytes(third)
+    broken.write_bytes(content)
+    clips = ClipDataset(whole.parent, captioned("broken.mp4", "whole.mp4"), num_frames=8, height=16, width=16)
+    assert [name for name, _ in clips.skipped] == ["broken.mp4"]
+    assert clips.skipped[0][1]
+    assert [clips.locate(i) for i in range(len(clips))] == [("whole.mp4", 0), ("whole.mp4", 8), ("whole.mp4", 16)]
 
 
 def test_no_usable_video_is_an_error(folder: Path) -> None:

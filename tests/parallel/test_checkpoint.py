@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -140,7 +141,7 @@ def test_another_model_is_refused(saved: Path) -> None:
     assert "\n" not in str(raised.value)
 
 
-@pytest.mark.parametrize("damage", ["missing-shard", "cut-shard", "missing-index"])
+@pytest.mark.parametrize("damage", ["missing-shard", "cut-shard", "empty-shard"])
 def test_damaged_tensors_are_refused(saved: Path, damage: str) -> None:
     shard = next(saved.glob("*.distcp"))
     if damage == "missing-shard":
@@ -148,10 +149,26 @@ def test_damaged_tensors_are_refused(saved: Path, damage: str) -> None:
     elif damage == "cut-shard":
         shard.write_bytes(shard.read_bytes()[:1000])
     else:
-        (saved / ".metadata").unlink()
-    with pytest.raises(ValueError, match="step-000001: does not fit this model or is damaged") as raised:
+        shard.write_bytes(b"")
+    with pytest.raises(ValueError, match=r"step-000001: does not fit this model or is damaged: \S") as raised:
         load_here(saved)
     assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [None, b"", b"garbage", b"\x80\x04", b"not a pickle\n" * 50, pickle.dumps({"no": "index"}), bytes(range(256))],
+    ids=["missing", "empty", "word", "cut", "text", "another-pickle", "bytes"],
+)
+def test_damaged_index_is_refused_without_a_log(
+    saved: Path, content: bytes | None, capfd: pytest.CaptureFixture[str]
+) -> None:
+    index = saved / ".metadata"
+    index.unlink() if content is None else index.write_bytes(content)
+    with pytest.raises(ValueError, match=r"step-000001/\.metadata: (missing or )?damaged: \S") as raised:
+        load_here(saved)
+    assert "\n" not in str(raised.value)
+    assert "Traceback" not in "".join(capfd.readouterr())
 
 
 @pytest.mark.parametrize(
@@ -159,11 +176,13 @@ def test_damaged_tensors_are_refused(saved: Path, damage: str) -> None:
     [
         ("{", "damaged"),
         ("[]", "damaged"),
-        ('{"version": 1}', "damaged"),
+        ('{"version": 1}', "run.json: damaged: step is missing"),
+        ('{"version": 1, "step": "five", "config": {}}', "run.json: damaged: step: expected a count, got 'five'"),
+        ('{"version": 1, "step": 5, "config": []}', "run.json: damaged: config: expected an object"),
         (json.dumps({"version": 99, "step": 1, "config": {}}), "checkpoint version 99, this version reads 1"),
         (None, r"not a checkpoint, run\.json is missing"),
     ],
-    ids=["cut", "list", "keys", "version", "missing"],
+    ids=["cut", "list", "keys", "step", "config", "version", "missing"],
 )
 def test_damaged_description_is_refused(tmp_path: Path, content: str | None, message: str) -> None:
     if content is not None:

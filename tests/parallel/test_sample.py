@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -83,6 +85,35 @@ def test_what_is_asked_for_matters(trained: Path, one_rank: Tensor, change: dict
     with process_group():
         video = sample_here(configured(trained, **change))
     assert (video - one_rank).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"height": None}, "height: expected a whole number, got None"),
+        ({"num_frames": "six"}, "num_frames: expected a whole number, got 'six'"),
+        ({"model": None}, "model: expected the sizes of a model, got None"),
+        ({"depth": "two"}, "model.depth: expected a whole number, got 'two'"),
+        ({"rings": 3}, "model: not one of this version: .*'rings'"),
+    ],
+    ids=["no-height", "text", "no-model", "depth", "unknown"],
+)
+def test_damaged_configuration_names_file_and_field(
+    trained: Path, tmp_path: Path, change: dict[str, Any], message: str
+) -> None:
+    checkpoint = tmp_path / "step-000015"
+    shutil.copytree(trained / "checkpoints" / "step-000015", checkpoint)
+    run = json.loads((checkpoint / "run.json").read_text())
+    for name, value in change.items():
+        part = run["config"] if name in run["config"] else run["config"]["model"]
+        part[name] = value
+        if value is None:
+            del part[name]
+    (checkpoint / "run.json").write_text(json.dumps(run))
+    out = tmp_path / "new" / "clip.mp4"
+    with process_group() as device, pytest.raises(ValueError, match=f"step-000015/run.json: {message}"):
+        sample(configured(checkpoint, out=out), device)
+    assert not out.parent.exists()
 
 
 def test_guidance_of_one_leaves_the_empty_caption_out(trained: Path) -> None:
