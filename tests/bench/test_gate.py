@@ -101,7 +101,7 @@ def measure_with_fault(fault: str, wrong: Point, path: str) -> RankResult:
 
     def build(config, mesh):
         right = build_strategy(config, mesh)
-        return FAULTS[fault](group=right.group, provider=right.provider)
+        return FAULTS[fault](group=right.group, degree=right.degree, provider=right.provider)
 
     with mock.patch.object(parallelize, "build_strategy", build):
         return measure_point(wrong, path)
