@@ -44,7 +44,9 @@ class ModelChoice:
     max_text_tokens: int = 48
 
     def __post_init__(self) -> None:
-        if self.text_dim < 2 or self.text_dim % 2:
+        for name in ("depth", "hidden_size", "num_heads", "text_dim", "max_text_tokens"):
+            _at_least(self, name, 1)
+        if self.text_dim % 2:
             raise ValueError(f"text_dim must be even and at least 2, got {self.text_dim}")
         if self.max_text_tokens < 3:
             raise ValueError(f"max_text_tokens must be at least 3 (begin, one byte, end), got {self.max_text_tokens}")
@@ -247,8 +249,12 @@ def _plain(value: Any) -> Any:
 
 
 def _at_least(config: object, name: str, least: float) -> None:
-    if not least <= getattr(config, name) < math.inf:
-        raise ValueError(f"{name} must be at least {least}, got {getattr(config, name)}")
+    value = getattr(config, name)
+    if not value >= least:
+        raise ValueError(f"{name} must be at least {least}, got {value}")
+    # PyTorch answers larger sizes with a TypeError and a stack of its own.
+    if value >= 2**31:
+        raise ValueError(f"{name} must be below 2**31, got {value}")
 
 
 def _check_seed(seed: int) -> None:

@@ -76,6 +76,10 @@ def fails(capsys: pytest.CaptureFixture[str], script: str, *args: str) -> str:
         pytest.param(["--demo", "--learning-rate", "inf"], "learning_rate must be positive and finite", id="inf"),
         pytest.param(["--demo", "--text-dim", "127"], "text_dim must be even and at least 2, got 127", id="text-dim"),
         pytest.param(
+            ["--demo", "--text-dim", "9" * 24], "text_dim must be below 2**31, got 999", id="text-dim-24-digits"
+        ),
+        pytest.param(["--demo", "--height", "9" * 24], "height must be below 2**31, got 999", id="height-24-digits"),
+        pytest.param(
             ["--demo", "--max-text-tokens", "2"], "max_text_tokens must be at least 3 (begin, one byte, end)", id="text"
         ),
         pytest.param(
