@@ -207,5 +207,5 @@ def test_auto_picks_by_device():
     assert resolve_attention_provider("auto", cuda, torch.bfloat16) == "sdpa-flash"
     # Flash attention on CUDA takes half precision only.
     assert resolve_attention_provider("auto", cuda, torch.float32) == "torch"
-    with pytest.raises(ValueError, match="has no torch.float32 on CUDA"):
+    with pytest.raises(ValueError, match=r"has no torch\.float32 on CUDA"):
         resolve_attention_provider("sdpa-flash", cuda, torch.float32)
