@@ -18,6 +18,8 @@ NUM_SYMBOLS = 259
 _SEED = 20240304
 # Variance 1 of the symbol and about 1/4 of the centred sinusoid.
 _SCALE = math.sqrt(1.25)
+# Features are multiples of 1 / _GRID, which fp32 holds exactly.
+_GRID = 2.0**20
 
 
 class ByteTextEncoder:
@@ -80,4 +82,5 @@ class ByteTextEncoder:
             raise ValueError(f"captions must be a sequence of strings, got the string {captions!r}; use [caption]")
         ids = torch.tensor([self.tokenize(caption) for caption in captions], dtype=torch.int64)
         bound = self._symbols[ids.reshape(len(captions), self.max_tokens)] * self._signs
-        return ((bound + self._positions) / _SCALE).float()
+        # Vectorised fp64 functions may differ in their last bit from one process to the next; the grid takes it off.
+        return ((bound + self._positions) / _SCALE * _GRID).round().div(_GRID).float()

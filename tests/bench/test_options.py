@@ -102,7 +102,7 @@ def test_script_runs_without_an_install(tmp_path: Path) -> None:
         check=False,
     )
     assert done.returncode == 2
-    assert done.stderr == "error: unknown preset 'nope'; there are quick, thorough\n"
+    assert done.stderr == "error: unknown preset 'nope'; there are quick, smoke, thorough\n"
     assert list(tmp_path.iterdir()) == []
 
 
