@@ -78,6 +78,12 @@ class ClipDataset:
         file, _, start = self._find(index)
         return file.file, start
 
+    @property
+    def digest(self) -> str:
+        """14 hex digits that name the clips and captions in their order: files, lengths, cuts; not where they lie."""
+        listing = repr([(*self.locate(i), self._find(i)[0].captions) for i in range(len(self))])
+        return hashlib.blake2b(listing.encode(errors="surrogatepass"), digest_size=7).hexdigest()
+
     def __getitem__(self, index: int) -> tuple[Tensor, tuple[str, ...]]:
         """Video [T, H, W, 3] float32 in [-1, 1] and its captions; VideoError if its frames cannot be decoded."""
         file, info, start = self._find(index)

@@ -66,6 +66,8 @@ class Trainer:
         # Everything that can be wrong is looked at before anything is written.
         resumed = self._earlier_run()
         clips = None if config.demo else self._open_clips(*self._sources())
+        if resumed is not None and clips is not None:
+            self._check_resumed_clips(resumed, clips)
         resolve_attention_provider(config.parallel.attention_provider, device)
         self.encoder = ByteTextEncoder(model_config.text_dim, model_config.max_text_tokens)
         torch.manual_seed(config.seed)
@@ -193,7 +195,7 @@ class Trainer:
     def _save(self) -> Path:
         self._check_finite()
         flat = self.mesh.flat
-        config = to_json(self.config)
+        config = to_json(self.config) | {"clips": self.clips.digest}
         saved = save_checkpoint(self.checkpoint_folder, self.step, self.model.module, self.optimizer, config, flat)
         if self._first:
             prune_checkpoints(self.checkpoint_folder, self.config.keep)
@@ -215,7 +217,8 @@ class Trainer:
         step, before = read_run(found[-1])
         if step > config.steps:
             raise ValueError(f"{found[-1]}: has {step} steps already, and steps is {config.steps}")
-        now = to_json(config)
+        runs = before, to_json(config)
+        before, now = (run | {"precision": run.get("parallel", {}).get("precision")} for run in runs)
         for name in now.keys() - _FREE_ON_RESUME:
             if before.get(name) != now[name]:
                 raise ValueError(
@@ -223,6 +226,13 @@ class Trainer:
                     f"the command line {now[name]}"
                 )
         return found[-1]
+
+    def _check_resumed_clips(self, resumed: Path, clips: ClipDataset) -> None:
+        if read_run(resumed)[1].get("clips") != clips.digest:
+            raise ValueError(
+                f"cannot resume with other videos or captions: {resumed} was trained on other clips than the "
+                f"{len(clips)} given; give the same ones, or another --out to start a new run"
+            )
 
     def _sources(self) -> tuple[Path, Path]:
         """(folder of videos, captions file)."""

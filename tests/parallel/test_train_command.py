@@ -160,6 +160,11 @@ def test_runs_do_not_overwrite_each_other(tmp_path: Path, videos: Path, capsys: 
     before = (tmp_path / "out" / "metrics.jsonl").read_bytes()
     assert "holds a run already (step-000002); use --resume" in fails(capsys, "train", *command)
     assert "cannot resume with another seed" in fails(capsys, "train", *command, "--resume", "--seed", "5")
+    assert "cannot resume with another precision" in fails(capsys, "train", *command, "--resume", "--precision", "fp64")
+    captions = tmp_path / "captions.json"
+    captions.write_text(json.dumps(json.loads((videos / "captions.json").read_text())[:-1]))
+    other = fails(capsys, "train", *command, "--captions", str(captions), "--resume", "--steps", "3")
+    assert "cannot resume with other videos or captions" in other
     assert "has 2 steps already, and steps is 1" in fails(capsys, "train", *command, "--resume", "--steps", "1")
     assert (tmp_path / "out" / "metrics.jsonl").read_bytes() == before
     for flags, message in (
