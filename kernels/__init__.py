@@ -4,6 +4,7 @@ from longreel.kernels.attention import attention, attention_packed, resolve_atte
 from longreel.kernels.lse_merge import merge_attention
 from longreel.kernels.pointwise import adaln_modulate, bias_gelu, gated_residual, resolve_pointwise_provider
 from longreel.kernels.residual_adaln import gated_residual_adaln
+from longreel.kernels.sp_layout import pack_heads, pack_tokens, unpack_heads, unpack_tokens
 
 __all__ = [
     "adaln_modulate",
@@ -13,6 +14,10 @@ __all__ = [
     "gated_residual",
     "gated_residual_adaln",
     "merge_attention",
+    "pack_heads",
+    "pack_tokens",
     "resolve_attention_provider",
     "resolve_pointwise_provider",
+    "unpack_heads",
+    "unpack_tokens",
 ]

@@ -261,6 +261,39 @@ def bias_gelu_bwd(dy: Tensor, x: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
     return dx.to(x.dtype).contiguous(), dx.flatten(0, -2).sum(0).to(bias.dtype)
 
 
+def sp_pack_heads_fwd(x: Tensor, bias: Tensor | None, num_ranks: int) -> Tensor:
+    """Heads ordered by the rank they go to: [B, s, G, H, D] (plus bias [G H D]) -> [P, B, s, G, H / P, D]."""
+    if bias is not None:
+        b_x, b_bias = _upcast(x, bias)
+        x = (b_x + b_bias.view(x.shape[2:])).to(x.dtype)
+    # Never the input itself: an op's result has storage of its own.
+    return x.unflatten(3, (num_ranks, -1)).permute(3, 0, 1, 2, 4, 5).clone(memory_format=torch.contiguous_format)
+
+
+def sp_pack_heads_bwd(dpacked: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of sp_pack_heads_fwd: dx [B, s, G, H, D] and dbias [G H D]."""
+    dx = sp_unpack_heads_fwd(dpacked)
+    return dx, dx.to(compute_dtype(dx.dtype)).sum((0, 1)).flatten().to(dx.dtype)
+
+
+def sp_unpack_heads_fwd(packed: Tensor) -> Tensor:
+    """Heads back in one row: [P, B, s, G, h, D] -> [B, s, G, P h, D]."""
+    return packed.permute(1, 2, 3, 0, 4, 5).clone(memory_format=torch.contiguous_format).flatten(3, 4)
+
+
+def sp_pack_tokens_fwd(x: Tensor, num_ranks: int, rows: int) -> Tensor:
+    """Tokens ordered by the rank they go to, zeros after the last: [B, T, G, h, D] -> [P, B, rows, G, h, D]."""
+    padded = x.new_zeros(x.shape[0], num_ranks * rows, *x.shape[2:])
+    padded[:, : x.shape[1]] = x
+    return padded.unflatten(1, (num_ranks, rows)).transpose(0, 1).contiguous()
+
+
+def sp_unpack_tokens_fwd(packed: Tensor, tokens: int) -> Tensor:
+    """The first `tokens` tokens of all ranks in order: [P, B, s, G, h, D] -> [B, tokens, G, h, D]."""
+    whole = packed.transpose(0, 1).flatten(1, 2)[:, :tokens]
+    return whole.clone(memory_format=torch.contiguous_format)
+
+
 def per_token(value: Tensor, x: Tensor, cu_seqlens: Tensor | None) -> Tensor:
     """Per-sample (or per-segment) rows, broadcastable against x [B, S, C]."""
     if cu_seqlens is None:
