@@ -117,7 +117,7 @@ def fastseq_attention_op(
     else:
         kv_heads = gather_project(text, kv_weight, kv_bias, 2, num_heads, group)
     out_heads, lse = attend(q_heads, kv_heads, valid_q, valid_k, scale, provider)
-    out = gather_heads(pad_tokens(out_heads, q_heads.shape[1]).unsqueeze(2), group).squeeze(2)
+    out = gather_heads(out_heads.unsqueeze(2), group, rows=x.shape[1]).squeeze(2)
     return out, q_heads, kv_heads, out_heads, lse
 
 
@@ -144,9 +144,10 @@ def fastseq_attention_backward_op(
     dq_heads, dkv_heads = attend_backward(
         dout_heads, q_heads, kv_heads, out_heads, lse, valid_q, valid_k, scale, provider
     )
-    grads = gather_project_backward(dq_heads, x, weight, num_heads, group)
+    grads = gather_project_backward(pad_tokens(dq_heads, q_heads.shape[1]), x, weight, num_heads, group)
     if text is None or kv_weight is None:
         return *grads, x.new_empty(0), x.new_empty(0), x.new_empty(0)
+    dkv_heads = pad_tokens(dkv_heads, kv_heads.shape[1])
     return *grads, *gather_project_backward(dkv_heads, text, kv_weight, num_heads, group)
 
 

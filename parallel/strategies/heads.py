@@ -17,7 +17,6 @@ from longreel.kernels.attention import (
     attention_packed_op,
 )
 from longreel.kernels.reference import compute_dtype
-from longreel.parallel.strategies.layout import pad_tokens
 
 
 def attend(
@@ -41,15 +40,14 @@ def attend_backward(
     scale: float,
     provider: str,
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of q_heads and kv_heads, zero in the padding; dout is [B, S_pad, h, D]."""
+    """Gradients of the valid rows of q_heads and kv_heads, which padding has none of; dout is [B, S_pad, h, D]."""
     dout = dout[:, :valid_q]
     if q_heads.shape[2] == 3:
         dqkv = attention_packed_backward_op(dout, None, q_heads[:, :valid_q], out, lse, scale, None, provider)
-        return pad_tokens(dqkv, q_heads.shape[1]), kv_heads
+        return dqkv, kv_heads
     k, v = kv_heads[:, :valid_k].unbind(2)
     dq, dk, dv = attention_backward_op(dout, None, q_heads[:, :valid_q, 0], k, v, out, lse, scale, None, None, provider)
-    dkv = torch.stack((dk, dv), dim=2)
-    return pad_tokens(dq.unsqueeze(2), q_heads.shape[1]), pad_tokens(dkv, kv_heads.shape[1])
+    return dq.unsqueeze(2), torch.stack((dk, dv), dim=2)
 
 
 def attend_flops(batch: int, heads: int, head_dim: int, valid_q: int, valid_k: int, products: int) -> int:

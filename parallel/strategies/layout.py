@@ -1,7 +1,8 @@
 """The layout changes around all-to-all: between tokens split over ranks and heads split over ranks.
 
 Shapes: [B, s, G, H, D] holds this rank's s tokens of all H heads, [B, S, G, h, D] all S = P s tokens of this rank's
-h = H / P heads; G counts tensors that travel together (3 for q, k, v). [P, B, s, G, h, D] is what is exchanged.
+h = H / P heads; G counts tensors that travel together (3 for q, k, v). [P, B, s, G, h, D] is what is exchanged. The
+changes themselves are ops: longreel.kernels.sp_layout.
 """
 
 from __future__ import annotations
@@ -9,25 +10,37 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
+from longreel.kernels import pack_heads, pack_tokens, resolve_pointwise_provider, unpack_heads, unpack_tokens
+from longreel.kernels.sp_layout import sp_pack_heads_backward_op
 from longreel.parallel import comm
 
 
-def scatter_heads(x: Tensor, group: str) -> Tensor:
-    """[B, s, G, H, D] of this rank's tokens -> [B, S, G, h, D] of this rank's heads. Sends B s G H D (P - 1) / P."""
-    batch, s, parts, heads, head_dim = x.shape
-    size = comm.group_size(group)
-    packed = x.reshape(batch, s, parts, size, heads // size, head_dim).permute(3, 0, 1, 2, 4, 5).contiguous()
-    return comm.all_to_all(packed, group).transpose(0, 1).reshape(batch, size * s, parts, heads // size, head_dim)
+def scatter_heads(x: Tensor, group: str, bias: Tensor | None = None) -> Tensor:
+    """[B, s, G, H, D] of this rank's tokens, plus bias [G H D] -> [B, S, G, h, D] of this rank's heads.
+
+    Sends B s G H D (P - 1) / P.
+    """
+    packed = pack_heads(x, num_ranks=comm.group_size(group), bias=bias)
+    return unpack_tokens(comm.all_to_all(packed, group))
 
 
-def gather_heads(x: Tensor, group: str) -> Tensor:
-    """[B, S, G, h, D] of this rank's heads -> [B, s, G, H, D] of this rank's tokens: the inverse of scatter_heads."""
-    batch, padded, parts, heads, head_dim = x.shape
-    size = comm.group_size(group)
-    s = padded // size
-    packed = x.reshape(batch, size, s, parts, heads, head_dim).transpose(0, 1).contiguous()
-    received = comm.all_to_all(packed, group)
-    return received.permute(1, 2, 3, 0, 4, 5).reshape(batch, s, parts, size * heads, head_dim)
+def gather_heads(x: Tensor, group: str, rows: int | None = None) -> Tensor:
+    """[B, T, G, h, D] of this rank's heads -> [B, s, G, H, D] of this rank's tokens: the inverse of scatter_heads.
+
+    Args:
+        rows: s. Rows of zeros stand for the tokens that x has fewer than P s. T / P, rounded up, when None.
+    """
+    return unpack_heads(_exchange_tokens(x, group, rows))
+
+
+def scatter_heads_backward(dx: Tensor, group: str, rows: int) -> tuple[Tensor, Tensor]:
+    """Gradients of scatter_heads with a bias: [B, s, G, H, D] as by gather_heads(dx, group, rows), and [G H D]."""
+    received = _exchange_tokens(dx, group, rows)
+    return sp_pack_heads_backward_op(received, resolve_pointwise_provider("auto", received))
+
+
+def _exchange_tokens(x: Tensor, group: str, rows: int | None) -> Tensor:
+    return comm.all_to_all(pack_tokens(x, num_ranks=comm.group_size(group), rows=rows), group)
 
 
 def pad_tokens(x: Tensor, padded: int) -> Tensor:

@@ -232,8 +232,10 @@ def check_ops() -> None:
         return torch.randn(*shape, dtype=torch.float64, requires_grad=True)
 
     common = (0.3, "torch", group)
-    opcheck(ulysses_attention_op, (tensor(2, 3, 3, 4, 8), None, 5, 5, *common))
-    opcheck(ulysses_attention_op, (tensor(2, 3, 1, 4, 8), tensor(2, 2, 2, 4, 8), 5, 3, *common))
+    qkv, cross = tensor(2, 3, 3, 4, 8), (tensor(2, 3, 1, 4, 8), tensor(32), tensor(2, 2, 2, 4, 8), tensor(64))
+    opcheck(ulysses_attention_op, (qkv, tensor(96), None, None, 5, 5, *common))
+    opcheck(ulysses_attention_op, (qkv, None, None, None, 5, 5, *common))
+    opcheck(ulysses_attention_op, (*cross, 5, 3, *common))
     x, text = tensor(2, 3, 32), tensor(2, 2, 32)
     opcheck(fastseq_attention_op, (x, tensor(96, 32), tensor(96), None, None, None, 4, 5, 5, *common))
     cross = (tensor(32, 32), tensor(32), text, tensor(64, 32), tensor(64))
