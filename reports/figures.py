@@ -41,7 +41,7 @@ COLOUR_OF = {"local": PALETTE[4], "ulysses": PALETTE[0], "fastseq": PALETTE[1], 
 MARKERS = ("o", "s", "^", "D", "v", "P")
 DASHES = ("-", "-", (0, (6, 2)), (0, (2, 1.5)), (0, (6, 2, 1.5, 2)))
 
-_SETTINGS: dict[Any, Any] = {
+SETTINGS: dict[Any, Any] = {
     "svg.fonttype": "none",
     "text.parse_math": False,
     "font.size": 12.0,
@@ -121,7 +121,7 @@ def _draw(plot: _Plot, group: Group, series: Sequence[Series]) -> Drawing | None
         return None
     prefix = f"f{hashlib.sha256(repr(group).encode()).hexdigest()[:6]}-{plot.name}"
     subtitle = textwrap.wrap(printable(group.title), 66)[:3]
-    with rc_context(_SETTINGS | {"svg.hashsalt": prefix}), warnings.catch_warnings():
+    with rc_context(SETTINGS | {"svg.hashsalt": prefix}), warnings.catch_warnings():
         # The browser draws the text with its own fonts; what matplotlib's cannot draw does not matter.
         warnings.filterwarnings("ignore", message="Glyph .* missing from")
         figure, axes, handles = _axes(plot, shown, subtitle, group.label)

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from longreel.reports.compare import Group
+from longreel.reports.op_records import OpRecord
 from longreel.reports.records import Record
 
 # What tells one origin from another; anything else in a record's provenance may vary from point to point.
@@ -25,16 +25,16 @@ class Origin:
     facts: tuple[tuple[str, str], ...]
 
 
-def origins(records: Sequence[Record]) -> list[Origin]:
+def origins(records: Sequence[Record] | Sequence[OpRecord]) -> list[Origin]:
     """The distinct origins of the records, in order of appearance."""
-    found: defaultdict[str, list[Record]] = defaultdict(list)
+    found: defaultdict[str, list[Record | OpRecord]] = defaultdict(list)
     for record in records:
         identity = {name: record.provenance.get(name) for name in IDENTITY}
         found[json.dumps(identity, sort_keys=True, default=str)].append(record)
     return [_origin(group) for group in found.values()]
 
 
-def _origin(records: Sequence[Record]) -> Origin:
+def _origin(records: Sequence[Record | OpRecord]) -> Origin:
     values: defaultdict[str, dict[str, None]] = defaultdict(dict)
     for record in records:
         for name, value in _flatten(record.provenance):
@@ -49,7 +49,7 @@ def _origin(records: Sequence[Record]) -> Origin:
         else:
             text = f"{len(distinct)} different values, see the records"
         facts.append((name.removeprefix("versions.").removeprefix("environment."), text))
-    kinds = tuple(dict.fromkeys(Group.of(r).label for r in records))
+    kinds = tuple(dict.fromkeys(r.kind.upper() for r in records))
     return Origin(num_records=len(records), kinds=kinds, facts=tuple(facts))
 
 

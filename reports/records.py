@@ -145,34 +145,47 @@ class Record:
     @classmethod
     def from_json(cls, line: str) -> Record:
         """The record of one line; ValueError for a newer schema, unknown fields or what is not a record."""
-        data = json.loads(line, parse_constant=_refuse_constant)
-        if not isinstance(data, dict):
-            raise ValueError(f"a record is a JSON object, got {type(data).__name__}")
-        version = data.get("schema_version")
-        if not isinstance(version, int):
-            raise ValueError(f"schema_version must be an integer, got {version!r}")
-        if version > SCHEMA_VERSION:
-            raise ValueError(
-                f"record has schema version {version}, this version reads up to {SCHEMA_VERSION}; use a newer longreel"
-            )
-        data.pop("key", None)
-        unknown = set(data) - {f.name for f in fields(cls)}
-        if unknown:
-            raise ValueError(f"unknown fields in record: {', '.join(sorted(unknown))}")
-        for f in fields(cls):
-            if f.name not in data:
-                if f.default is MISSING and f.default_factory is MISSING:
-                    raise ValueError(f"record lacks the field {f.name}")
-            elif not _FITS[str(f.type).removesuffix(" | None")](data[f.name]) and not (
-                data[f.name] is None and str(f.type).endswith(" | None")
-            ):
-                raise ValueError(f"{f.name} must be {f.type}, got {data[f.name]!r}")
-        for name in ("samples_s", "interval_s"):
-            if data.get(name) is not None:
-                data[name] = tuple(data[name])
-        if "error" in data:
-            data["error"] = {name: float(value) for name, value in data["error"].items()}
-        return cls(**data)
+        return cls(**read_fields(cls, line, SCHEMA_VERSION))
+
+
+def read_fields(record_type: type[Any], line: str, newest: int) -> dict[str, Any]:
+    """The fields of a record dataclass from one line of JSON, each of its annotated type.
+
+    Args:
+        record_type: the dataclass, with `schema_version` among its fields. line: what its to_json wrote.
+        newest: the highest schema version that is understood.
+
+    Raises:
+        ValueError: a newer schema, unknown or missing fields, a value of another type, or what is not a record.
+    """
+    data = json.loads(line, parse_constant=_refuse_constant)
+    if not isinstance(data, dict):
+        raise ValueError(f"a record is a JSON object, got {type(data).__name__}")
+    version = data.get("schema_version")
+    if not isinstance(version, int):
+        raise ValueError(f"schema_version must be an integer, got {version!r}")
+    if version > newest:
+        raise ValueError(
+            f"record has schema version {version}, this version reads up to {newest}; use a newer longreel"
+        )
+    data.pop("key", None)
+    unknown = set(data) - {f.name for f in fields(record_type)}
+    if unknown:
+        raise ValueError(f"unknown fields in record: {', '.join(sorted(unknown))}")
+    for f in fields(record_type):
+        kind = str(f.type).removesuffix(" | None")
+        if f.name not in data:
+            if f.default is MISSING and f.default_factory is MISSING:
+                raise ValueError(f"record lacks the field {f.name}")
+        elif data[f.name] is None and str(f.type).endswith(" | None"):
+            continue
+        elif not _FITS[kind](data[f.name]):
+            raise ValueError(f"{f.name} must be {f.type}, got {data[f.name]!r}")
+        elif kind.startswith("tuple"):
+            data[f.name] = tuple(data[f.name])
+        elif kind == "Mapping[str, float]":
+            data[f.name] = {name: float(value) for name, value in data[f.name].items()}
+    return data
 
 
 def _refuse_constant(name: str) -> None:

@@ -8,11 +8,24 @@ import io
 import json
 import os
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import Protocol, TypeVar
 
 from longreel.reports.compare import Baselines
 from longreel.reports.records import Record
+
+
+class Keyed(Protocol):
+    """What a record file holds a line of."""
+
+    @property
+    def key(self) -> str: ...
+
+    def to_json(self) -> str: ...
+
+
+AnyRecord = TypeVar("AnyRecord", bound=Keyed)
 
 # CSV column -> field of the record, dotted where it lies inside a mapping.
 CSV_FIELDS = {
@@ -56,7 +69,7 @@ CSV_FIELDS = {
 CSV_DERIVED = ("tokens_per_s", "samples_per_s", "ratio_to_baseline", "bytes_sent", "num_samples")
 
 
-def append(path: str | os.PathLike[str], record: Record) -> None:
+def append(path: str | os.PathLike[str], record: Keyed) -> None:
     """Append one record: the whole line is on the disk when this returns, or the file is as it was.
 
     What a crash left of a line at the end of the file is cut off first, with a warning.
@@ -117,6 +130,11 @@ def load(path: str | os.PathLike[str]) -> list[Record]:
     Raises:
         ValueError: another line is broken, or of a newer schema; names file and line. OSError: cannot be read.
     """
+    return load_lines(path, Record.from_json)
+
+
+def load_lines(path: str | os.PathLike[str], parse: Callable[[str], AnyRecord]) -> list[AnyRecord]:
+    """As load, for records that another function reads from their lines."""
     path = Path(path)
     lines = path.read_bytes().split(b"\n")
     last = lines.pop()
@@ -129,7 +147,7 @@ def load(path: str | os.PathLike[str]) -> list[Record]:
         if not line.strip():
             continue
         try:
-            records.append(Record.from_json(line.decode()))
+            records.append(parse(line.decode()))
         except json.JSONDecodeError as error:
             raise ValueError(f"{path}:{i}: not a record: {error.msg} at column {error.colno}") from None
         except ValueError as error:
@@ -137,12 +155,12 @@ def load(path: str | os.PathLike[str]) -> list[Record]:
     return records
 
 
-def latest(records: Iterable[Record]) -> list[Record]:
+def latest(records: Iterable[AnyRecord]) -> list[AnyRecord]:
     """One record per key, the last one written, in the order in which the points first appeared.
 
     A point that failed and was run again is in the file twice; its last word counts.
     """
-    by_key: dict[str, Record] = {}
+    by_key: dict[str, AnyRecord] = {}
     for record in records:
         by_key[record.key] = record
     return list(by_key.values())

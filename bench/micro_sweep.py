@@ -1,0 +1,205 @@
+"""The loop over op cases: each in a worker process that is replaced when it fails, a record for whatever happens.
+
+Providers of one case run in one process, so that they can be timed in alternation; where that process dies, hangs or
+raises, each is tried alone in a fresh one, and the one at fault becomes a row with its reason.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from longreel.bench.op_run import CaseRequest, run_case
+from longreel.bench.ops import OPS, OpCase
+from longreel.bench.providers import providers_of
+from longreel.bench.run import one_line
+from longreel.bench.tiles import Tiles
+from longreel.bench.timing import TimingRule
+from longreel.parallel.workers import WorkerError, WorkerPool
+from longreel.reports import store
+from longreel.reports.op_records import OpRecord
+from longreel.reports.records import Status
+
+# What a case may take beside its timing: inputs, oracle, compilation of every provider.
+_SETUP_S = 120.0
+# With less than this left of a budget nothing is started.
+_LEAST_S = 5.0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MicroPlan:
+    """Cases in the order in which they run, and how.
+
+    Args:
+        cases: what to measure. providers: None for all that an op has, else those of these names that it has.
+        directions: some of forward, backward, both. rule: timing.
+        device: torch device. isolate: every provider in a process of its own, never in alternation.
+        label: pass of a campaign. tiles: see CaseRequest.
+    """
+
+    cases: tuple[OpCase, ...]
+    providers: tuple[str, ...] | None
+    directions: tuple[str, ...]
+    rule: TimingRule
+    device: str
+    isolate: bool = False
+    label: str = ""
+    tiles: Tiles = ()
+
+    def providers_for(self, op: str) -> tuple[str, ...]:
+        """Names to try for an op; rooflines always have their one."""
+        known = providers_of(op)
+        if self.providers is None or not OPS[op].differentiable:
+            return known
+        return tuple(name for name in self.providers if name in known or name == "torch")
+
+
+def run_plan(
+    plan: MicroPlan,
+    file: Path,
+    provenance: dict[str, Any],
+    *,
+    resume: bool = True,
+    deadline: float | None = None,
+    say: Callable[[str], None] = print,
+) -> tuple[list[OpRecord], list[OpCase]]:
+    """Run a plan, appending every record to a file as its case finishes.
+
+    Args:
+        plan: what to run. file: records.jsonl, appended to. provenance: of all records.
+        resume: leave out cases whose points are all in the file already (same configuration, source, environment).
+        deadline: time.monotonic() by which to stop; None for no limit.
+        say: gets a line per record.
+
+    Returns:
+        The records made, and the cases left undone at the deadline.
+    """
+    done = {r.key for r in load(file) if r.status != "error"} if resume and file.exists() else set()
+    run = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
+    made: list[OpRecord] = []
+    # (op, provider, head_dim, dtype) -> why it is not tried at further lengths.
+    not_again: dict[tuple[str, str, int, str], str] = {}
+    with WorkerPool(1) as pool:
+        for i, case in enumerate(plan.cases):
+            request = _request(plan, case, run, provenance, not_again)
+            if not request.providers or all(key in done for key in _keys(request)):
+                continue
+            left = None if deadline is None else deadline - time.monotonic()
+            if left is not None and left < _LEAST_S:
+                return made, list(plan.cases[i:])
+            for record in _run_request(request, pool, left, isolate=plan.isolate):
+                store.append(file, record)
+                made.append(record)
+                # A provider that is missing is missing in every direction.
+                if record.status == "ok" or record.direction == request.possible_directions[0]:
+                    say(line(record))
+                if record.status == "error":
+                    reason = f"failed at seq_len {case.seq_len:,}: {record.reason}"
+                    not_again.setdefault((case.op, record.provider, case.head_dim, case.dtype), reason)
+    return made, []
+
+
+def load(file: Path) -> list[OpRecord]:
+    """The op records of a file."""
+    return store.load_lines(file, OpRecord.from_json)
+
+
+def _request(
+    plan: MicroPlan,
+    case: OpCase,
+    run: str,
+    provenance: dict[str, Any],
+    not_again: dict[tuple[str, str, int, str], str],
+) -> CaseRequest:
+    names = plan.providers_for(case.op)
+    return CaseRequest(
+        case=case,
+        providers=names,
+        directions=plan.directions,
+        rule=plan.rule,
+        device=plan.device,
+        run=run,
+        label=plan.label,
+        tiles=plan.tiles,
+        not_again={
+            name: not_again[case.op, name, case.head_dim, case.dtype]
+            for name in names
+            if (case.op, name, case.head_dim, case.dtype) in not_again
+        },
+        provenance=provenance,
+    )
+
+
+def _keys(request: CaseRequest) -> list[str]:
+    return [record.key for name in request.providers for record in request.records(name, "skipped", "its key only")]
+
+
+def _run_request(request: CaseRequest, pool: WorkerPool, left: float | None, *, isolate: bool) -> Iterator[OpRecord]:
+    started = time.monotonic()
+    limit = request.rule.wall_cap_s * len(request.possible_directions) + _SETUP_S
+    if isolate and len(request.providers) > 1:
+        yield from _one_by_one(request, pool, left)
+        return
+    try:
+        yield from pool.run(run_case, 1, request, timeout=limit if left is None else min(limit, left))[0]
+    except WorkerError as error:
+        rest = None if left is None else left - (time.monotonic() - started)
+        if len(request.providers) > 1 and (rest is None or rest > _LEAST_S):
+            yield from _one_by_one(request, pool, rest)
+            return
+        reason = one_line(error)
+        status: Status = "oom" if "OutOfMemoryError" in reason or "can't allocate memory" in reason else "error"
+        for name in request.providers:
+            yield from request.records(name, status, reason)
+
+
+def _one_by_one(request: CaseRequest, pool: WorkerPool, left: float | None) -> Iterator[OpRecord]:
+    started = time.monotonic()
+    for name in request.providers:
+        rest = None if left is None else max(_LEAST_S, left - (time.monotonic() - started))
+        yield from _run_request(replace(request, providers=(name,)), pool, rest, isolate=False)
+
+
+def line(record: OpRecord) -> str:
+    """A finished point in one line."""
+    shape = " ".join(f"{name} {size:,}" for name, size in record.shape.items() if size != 1)
+    where = f"{record.op:20} {record.direction:8} {record.provider:14} {record.dtype} {shape}"
+    if record.status != "ok":
+        return f"{where}  {record.status}: {record.reason}"
+    rate = record.rate or 0.0
+    figure = f"{rate / 1e12:8.3f} {'TFLOP/s' if record.is_compute_bound else 'TB/s'}"
+    against = f", {record.comparison['verdict']} than {record.comparison['provider']}" if record.comparison else ""
+    return f"{where}  {figure}  error {record.worst_error or 0.0:.1e}, {len(record.samples_s)} samples{against}"
+
+
+def sweep_cases(
+    ops: Sequence[str],
+    *,
+    seq_lens: Sequence[int],
+    head_dims: Sequence[int],
+    num_heads: int,
+    model_heads: int,
+    dtypes: Sequence[str],
+    batch: int = 1,
+) -> tuple[OpCase, ...]:
+    """The grid of cases, rooflines first, lengths ascending within an op.
+
+    Args:
+        ops: names. seq_lens: lengths. head_dims, num_heads: of attention.
+        model_heads: heads of the other ops, of the first head_dim: their hidden size is model_heads x head_dim.
+        dtypes: names. batch: samples.
+    """
+    cases = []
+    for dtype in dtypes:
+        for op in ops:
+            attends = op.startswith("attention")
+            for head_dim in head_dims if attends else head_dims[:1]:
+                for seq_len in seq_lens:
+                    heads = num_heads if attends else model_heads
+                    cases.append(
+                        OpCase(op=op, dtype=dtype, seq_len=seq_len, num_heads=heads, head_dim=head_dim, batch=batch)
+                    )
+    return tuple(cases)

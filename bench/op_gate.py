@@ -1,0 +1,198 @@
+"""The correctness gate of an op: outputs and gradients of a provider against an fp32 or fp64 oracle, before any timing.
+
+The oracle fits at any length. Ops that treat tokens apart are compared in blocks of tokens, the gradients of shared
+inputs summed over them. Attention gets an incoming gradient that is zero but for some rows of queries spread over the
+sequence, and is compared with attention of those rows to all keys: that is exact for the rows and for all of dk and dv.
+The bar is the project's: twice the error of the same computation in plain PyTorch of the same dtype, plus a floor.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from longreel.bench.ops import DTYPES, OPS, OpCase, Outputs, plain_attention
+from longreel.kernels.numerics import KERNEL_ERROR_FACTOR, relative_error
+
+# Attention is compared row by row up to this length, and beyond it at NUM_ROWS rows.
+MAX_FULL_ROWS = 2048
+NUM_ROWS = 128
+# Elements of a token block in the oracle: bounds its fp64 temporaries to some hundred MB.
+_BLOCK_ELEMENTS = 2**24
+# Floors in units of eps, as the kernels' tests have them: one rounding of the result; attention rounds P as well.
+_FLOOR = 1.0
+_ATTENTION_FLOOR = 2.0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Verdict:
+    """Relative error and what is allowed, by name: `out`, `out1` ..., `d<input>`."""
+
+    error: Mapping[str, float]
+    allowed: Mapping[str, float]
+
+    @property
+    def reason(self) -> str | None:
+        """Which result is too far off, None where all pass."""
+        wrong = [name for name, error in self.error.items() if not error <= self.allowed[name]]
+        if not wrong:
+            return None
+        worst = max(wrong, key=lambda name: self.error[name] / self.allowed[name])
+        return f"{worst} is off by {self.error[worst]:.2e}, allowed {self.allowed[worst]:.2e}"
+
+
+def check(case: OpCase, function: Callable[..., Outputs], inputs: Mapping[str, Tensor], *, seed: int = 0) -> Verdict:
+    """Run a provider once, forward and backward, and compare.
+
+    Args:
+        case: the case. function: from providers.build. inputs: from make_inputs.
+        seed: of the incoming gradients.
+    """
+    op = OPS[case.op]
+    leaves = list(inputs.values())
+    outs = function(*leaves)
+    names = [f"out{i}" if i else "out" for i in range(len(outs))]
+    if not op.row_dims:
+        return _check_attention(case, outs[0], inputs, seed)
+    if not op.differentiable:
+        return _check_rows(case, inputs, [out.detach() for out in outs], [], [], names)
+    douts = incoming(outs, seed=seed)
+    grads = torch.autograd.grad(outs, leaves, douts)
+    return _check_rows(case, inputs, [out.detach() for out in outs], grads, douts, names)
+
+
+def incoming(outs: Sequence[Tensor], *, seed: int = 0) -> list[Tensor]:
+    """Random incoming gradients of outputs."""
+    generator = torch.Generator(outs[0].device).manual_seed(seed + 1)
+    return [torch.randn(o.shape, generator=generator, device=o.device, dtype=o.dtype) for o in outs]
+
+
+def _check_attention(case: OpCase, out: Tensor, inputs: Mapping[str, Tensor], seed: int) -> Verdict:
+    rows = _chosen_rows(case.seq_len, out.device)
+    dout = torch.zeros_like(out)
+    dout[:, rows] = incoming([out], seed=seed)[0][:, rows]
+    leaves = list(inputs.values())
+    found = torch.autograd.grad(out, leaves, dout)
+    qkv = [t.detach() for t in (leaves if len(leaves) == 3 else leaves[0].unbind(2))]
+    grads = list(found if len(found) == 3 else found[0].unbind(2))
+    dtype = DTYPES[case.dtype]
+    wide = torch.float64 if dtype == torch.float32 else torch.float32
+    exact, eager = (_rows_of_attention(qkv, rows, dout, computed_in) for computed_in in (wide, dtype))
+    got = [out.detach()[:, rows], grads[0][:, rows], grads[1], grads[2]]
+    # A dq beyond the chosen rows must be zero, and whatever the other rows hold a number.
+    grads[0][:, rows] = 0
+    stray = not (out.detach().isfinite().all() and not grads[0].any())
+    # dq and dk of a single key are zero but for rounding: they are measured against dv.
+    floor = torch.linalg.vector_norm(exact[3]).item()
+    error, allowed = {}, {}
+    for i, name in enumerate(("out", "dq", "dk", "dv")):
+        least = floor if i else 0.0
+        error[name] = math.inf if stray and i < 2 else relative_error(got[i], exact[i], least)
+        allowed[name] = KERNEL_ERROR_FACTOR * relative_error(eager[i], exact[i], least)
+        allowed[name] += _ATTENTION_FLOOR * torch.finfo(dtype).eps
+    return Verdict(error=error, allowed=allowed)
+
+
+def _chosen_rows(seq_len: int, device: torch.device) -> Tensor:
+    """All rows, or the first, the last and others anywhere between, ascending."""
+    if seq_len <= MAX_FULL_ROWS:
+        return torch.arange(seq_len, device=device)
+    generator = torch.Generator().manual_seed(seq_len)
+    inner = torch.randperm(seq_len - 2, generator=generator)[: NUM_ROWS - 2] + 1
+    ends = torch.tensor([0, seq_len - 1])
+    return torch.cat([ends, inner]).sort().values.to(device)
+
+
+def _rows_of_attention(qkv: Sequence[Tensor], rows: Tensor, dout: Tensor, dtype: torch.dtype) -> list[Tensor]:
+    """out and dq of some rows, and dk and dv, when only those rows have an incoming gradient."""
+    q, k, v = (t.to(dtype).requires_grad_() for t in (qkv[0][:, rows], qkv[1], qkv[2]))
+    (out,) = plain_attention(q, k, v)
+    return [out.detach(), *torch.autograd.grad(out, (q, k, v), dout[:, rows].to(dtype))]
+
+
+class _Sums:
+    """Squared norms of the reference and of two differences from it, gathered block by block."""
+
+    def __init__(self) -> None:
+        self.reference = self.got = self.eager = 0.0
+
+    def add(self, got: Tensor, eager: Tensor, exact: Tensor) -> None:
+        exact = exact.double()
+        self.reference += exact.square().sum().item()
+        self.got += (got.double() - exact).square().sum().item()
+        self.eager += (eager.double() - exact).square().sum().item()
+
+    def error(self) -> float:
+        return self._relative(self.got)
+
+    def allowed(self, eps: float) -> float:
+        return KERNEL_ERROR_FACTOR * self._relative(self.eager) + _FLOOR * eps
+
+    def _relative(self, squared: float) -> float:
+        if math.isnan(squared):
+            return math.inf
+        if self.reference == 0.0:
+            return 0.0 if squared == 0.0 else math.inf
+        return math.sqrt(squared / self.reference)
+
+
+def _check_rows(
+    case: OpCase,
+    inputs: Mapping[str, Tensor],
+    outs: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    douts: Sequence[Tensor],
+    names: Sequence[str],
+) -> Verdict:
+    op = OPS[case.op]
+    in_dims, out_dims = op.row_dims[: len(inputs)], op.row_dims[len(inputs) :]
+    largest = max(t.numel() for t in (*inputs.values(), *outs))
+    step = max(1, min(case.seq_len, _BLOCK_ELEMENTS * case.seq_len // largest))
+    sums = {name: _Sums() for name in [*names, *(f"d{name}" for name in inputs if grads)]}
+    # Gradients of shared inputs, exact and in the dtype, summed over blocks.
+    totals: dict[str, tuple[Tensor, Tensor]] = {}
+    plain = op.plain(case)
+    for start in range(0, case.seq_len, step):
+        size = min(step, case.seq_len - start)
+
+        def block(tensor: Tensor, dim: int | None, start: int = start, size: int = size) -> Tensor:
+            return tensor if dim is None else tensor.narrow(dim, start, size)
+
+        parts = [block(t.detach(), dim) for t, dim in zip(inputs.values(), in_dims, strict=True)]
+        dparts = [block(d, dim) for d, dim in zip(douts, out_dims, strict=False)]
+        exact, eager = (_evaluate(plain, parts, dparts, wide) for wide in (True, False))
+        for i, (name, dim) in enumerate(zip(names, out_dims, strict=True)):
+            sums[name].add(block(outs[i], dim), eager[0][i], exact[0][i])
+        for i, (name, dim) in enumerate(zip(inputs, in_dims, strict=True) if grads else ()):
+            if dim is not None:
+                sums[f"d{name}"].add(block(grads[i], dim), eager[1][i], exact[1][i])
+            else:
+                more = exact[1][i].double(), eager[1][i].double()
+                before = totals.get(name)
+                totals[name] = more if before is None else (before[0] + more[0], before[1] + more[1])
+    for i, (name, dim) in enumerate(zip(inputs, in_dims, strict=True) if grads else ()):
+        if dim is None:
+            exact_sum, eager_sum = totals[name]
+            sums[f"d{name}"].add(grads[i], eager_sum, exact_sum)
+    eps = torch.finfo(DTYPES[case.dtype]).eps
+    return Verdict(
+        error={name: found.error() for name, found in sums.items()},
+        allowed={name: found.allowed(eps) for name, found in sums.items()},
+    )
+
+
+def _evaluate(
+    plain: Callable[..., Outputs], parts: Sequence[Tensor], douts: Sequence[Tensor], wide: bool
+) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+    """Outputs and gradients of one block, in fp64 or as the tensors are."""
+    leaves = [(t.double() if wide else t).requires_grad_(bool(douts)) for t in parts]
+    if not douts:
+        return plain(*leaves), ()
+    outs = plain(*leaves)
+    return [o.detach() for o in outs], torch.autograd.grad(
+        outs, leaves, [d.to(o.dtype) for d, o in zip(douts, outs, strict=True)]
+    )

@@ -1,0 +1,249 @@
+"""One op case in a worker: every provider through the gate, then all that passed timed against each other.
+
+Whatever becomes of a provider is a record: `ok`, `oom`, `wrong` or `skipped` here; what raises or hangs ends the worker
+and becomes `error` in micro_sweep.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from longreel.bench import op_gate, providers
+from longreel.bench.nvml import Monitor
+from longreel.bench.op_provenance import device_words
+from longreel.bench.ops import OPS, OpCase, Outputs, make_inputs, work_of
+from longreel.bench.provenance import stamped
+from longreel.bench.tiles import Tiles, use_tiles
+from longreel.bench.timing import Timing, TimingRule, Work, clock_for, measure
+from longreel.bench.verdict import compare
+from longreel.reports.op_records import OpRecord
+from longreel.reports.records import Status
+
+# A first run of this many seconds is not repeated to see its memory without compilation.
+_LONG_S = 20.0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CaseRequest:
+    """What a worker is asked for.
+
+    Args:
+        case: the op and shape. providers: names, ours and peers. directions: some of forward, backward, both.
+        rule: timing. device: torch device.
+        run: label of the run; records with one label may be compared.
+        label: which pass of a campaign, part of the records' keys.
+        tiles: attention tile constants that replace the built-in ones.
+        not_again: provider -> why it is not tried again.
+        provenance: of every record, without its time.
+    """
+
+    case: OpCase
+    providers: tuple[str, ...]
+    directions: tuple[str, ...]
+    rule: TimingRule
+    device: str
+    run: str
+    label: str = ""
+    tiles: Tiles = ()
+    not_again: Mapping[str, str] = field(default_factory=dict)
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def possible_directions(self) -> tuple[str, ...]:
+        """The directions that the op has."""
+        return self.directions if OPS[self.case.op].differentiable else ("forward",)
+
+    def record(self, provider: str, direction: str, status: Status, **outcome: Any) -> OpRecord:
+        """The record of one provider and direction with what became of it."""
+        config = {"timing": asdict(self.rule), "label": self.label, "tiles": [list(row) for row in self.tiles]}
+        provenance = stamped(dict(self.provenance), **outcome.pop("provenance", {}))
+        return OpRecord(
+            kind="measured",
+            status=status,
+            op=self.case.op,
+            direction=direction,
+            provider=provider,
+            is_ours=provider in providers.kernel_providers(self.case.op),
+            dtype=self.case.dtype,
+            device=device_words(torch.device(self.device)),
+            shape=self.case.shape(),
+            run=self.run,
+            config=config,
+            provenance=provenance,
+            **work_of(self.case, direction),
+            **outcome,
+        )
+
+    def records(self, provider: str, status: Status, reason: str, **outcome: Any) -> list[OpRecord]:
+        """Records of every direction of a provider that has no figure."""
+        return [self.record(provider, d, status, reason=reason, **outcome) for d in self.possible_directions]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Passed:
+    """A provider that passed the gate. memory: see OpRecord."""
+
+    function: Callable[..., Outputs]
+    verdict: op_gate.Verdict
+    memory: dict[str, int]
+
+
+def run_case(request: CaseRequest) -> list[OpRecord]:
+    """Gate and time every provider of a request; records in the order of providers, then directions."""
+    device = torch.device(request.device)
+    context = torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+    with context, Monitor(device) as monitor, use_tiles(request.tiles):
+        # Compiled graphs of earlier cases count towards torch.compile's limit of recompilations.
+        torch.compiler.reset()
+        records: list[OpRecord] = []
+        try:
+            inputs = make_inputs(request.case, device)
+        except torch.OutOfMemoryError as error:
+            return [r for name in request.providers for r in request.records(name, "oom", _first_line(error))]
+        passed: dict[str, _Passed] = {}
+        for name in request.providers:
+            found = _gate(request, name, inputs)
+            if isinstance(found, _Passed):
+                passed[name] = found
+            else:
+                records += found
+        for direction in request.possible_directions:
+            records += _time_direction(request, direction, passed, inputs, monitor)
+    place = {name: i for i, name in enumerate(request.providers)}
+    return sorted(records, key=lambda r: (place[r.provider], request.possible_directions.index(r.direction)))
+
+
+def _gate(request: CaseRequest, name: str, inputs: Mapping[str, Tensor]) -> _Passed | list[OpRecord]:
+    device = next(iter(inputs.values())).device
+    on_cuda = device.type == "cuda"
+    if name in request.not_again:
+        return request.records(name, "skipped", request.not_again[name])
+    try:
+        function = providers.build(request.case, name, device)
+    except providers.Unavailable as error:
+        return request.records(name, "skipped", str(error))
+    memory: dict[str, int] = {}
+    try:
+        if on_cuda:
+            torch.cuda.reset_peak_memory_stats()
+            memory["inputs"] = sum(t.numel() * t.element_size() for t in inputs.values())
+            memory["allocated"] = _peak(request.case, function, inputs)
+        verdict = op_gate.check(request.case, function, inputs)
+    except torch.OutOfMemoryError as error:
+        return request.records(name, "oom", _first_line(error), memory=memory)
+    finally:
+        if on_cuda:
+            torch.cuda.empty_cache()
+    if verdict.reason is not None:
+        outcome = {"error": verdict.error, "allowed": verdict.allowed, "memory": memory}
+        return request.records(name, "wrong", verdict.reason, **outcome)
+    return _Passed(function=function, verdict=verdict, memory=memory)
+
+
+def _peak(case: OpCase, function: Callable[..., Outputs], inputs: Mapping[str, Tensor]) -> int:
+    """Bytes allocated at most by one forward and backward beside what was there."""
+    work = _works(case, function, inputs)["both" if OPS[case.op].differentiable else "forward"]
+    start = time.monotonic()
+    work.run(None)
+    torch.cuda.synchronize()
+    # The first run may compile and try out variants; a long one does not, or it does not matter beside its length.
+    runs = 1 if time.monotonic() - start < _LONG_S else 0
+    before = torch.cuda.memory_allocated()
+    peak = torch.cuda.max_memory_allocated() - before
+    for _ in range(runs):
+        torch.cuda.reset_peak_memory_stats()
+        work.run(None)
+        peak = torch.cuda.max_memory_allocated() - before
+    return peak
+
+
+def _works(case: OpCase, function: Callable[..., Outputs], inputs: Mapping[str, Tensor]) -> dict[str, Work]:
+    """What is timed of a provider, by direction. Forward is the training one: it keeps what backward needs."""
+    leaves = list(inputs.values())
+    grads_of = [leaf for leaf in leaves if leaf.requires_grad]
+    douts: list[Tensor] = []
+
+    def forward(_: Any) -> Outputs:
+        # Outputs beyond the definition's, such as an lse, get no gradient.
+        return function(*leaves)
+
+    def graph() -> tuple[Outputs, list[Tensor]]:
+        outs = function(*leaves)
+        if not douts:
+            count = len(OPS[case.op].row_dims) - len(leaves) if OPS[case.op].row_dims else 1
+            douts.extend(op_gate.incoming(outs[:count]))
+        return outs[: len(douts)], douts
+
+    def backward(state: tuple[Outputs, list[Tensor]]) -> Sequence[Tensor]:
+        return torch.autograd.grad(state[0], grads_of, state[1])
+
+    return {
+        "forward": Work(run=forward),
+        # A graph is used once: compiled backwards give their buffers away.
+        "backward": Work(run=backward, prepare=graph),
+        "both": Work(run=lambda _: backward(graph())),
+    }
+
+
+def _time_direction(
+    request: CaseRequest,
+    direction: str,
+    passed: Mapping[str, _Passed],
+    inputs: Mapping[str, Tensor],
+    monitor: Monitor,
+) -> list[OpRecord]:
+    device = torch.device(request.device)
+    remaining = dict(passed)
+    records: list[OpRecord] = []
+    timings: dict[str, Timing] = {}
+    clock = clock_for(device)
+    while remaining and not timings:
+        works = {name: _works(request.case, p.function, inputs)[direction] for name, p in remaining.items()}
+        try:
+            timings = measure(works, clock=clock, rule=request.rule, monitor=monitor)
+        except torch.OutOfMemoryError as error:
+            # Together with the others' buffers; the one that needs most goes.
+            largest = max(remaining, key=lambda name: remaining[name].memory.get("allocated", 0))
+            records.append(request.record(largest, direction, "oom", reason=_first_line(error)))
+            del remaining[largest]
+    peers = {name: t.median_s for name, t in timings.items() if name not in providers.kernel_providers(request.case.op)}
+    best_peer = min(peers, key=peers.__getitem__, default=None)
+    for name, timing in timings.items():
+        verdict = passed[name].verdict
+        comparison: dict[str, Any] = {}
+        if best_peer is not None and name not in peers:
+            found = compare(timing.samples_s, timings[best_peer].samples_s)
+            comparison = {"provider": best_peer, "verdict": found.verdict} | asdict(found)
+        shown = [
+            key for key in verdict.error if direction == "both" or key.startswith("d") == (direction == "backward")
+        ]
+        records.append(
+            request.record(
+                name,
+                direction,
+                "ok",
+                samples_s=timing.samples_s,
+                median_s=statistics.median(timing.samples_s),
+                interval_s=timing.interval_s,
+                host_s=timing.host_s,
+                error={key: verdict.error[key] for key in shown},
+                allowed={key: verdict.allowed[key] for key in shown},
+                comparison=comparison,
+                readings=timing.readings,
+                memory=passed[name].memory,
+                provenance={"warm_up": timing.warm_up, "stopped_by": timing.stopped_by},
+            )
+        )
+    return records
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).partition("\n")[0]

@@ -1,0 +1,207 @@
+"""Who computes an op: this project's kernels and their peers, each by name; a missing one says why it is missing.
+
+`eager` is plain PyTorch, `compiled` is torch.compile of it. A peer is called as its users call it, its backend pinned;
+nothing stands in for anything else.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from longreel import kernels
+from longreel.bench.ops import ADALN_EPS, DTYPES, OPS, OpCase, Outputs
+from longreel.kernels.attention import PROVIDERS as ATTENTION_PROVIDERS
+from longreel.kernels.attention import resolve_attention_provider
+from longreel.kernels.pointwise import PROVIDERS as POINTWISE_PROVIDERS
+from longreel.kernels.triton_common import require_triton
+
+Provider = Callable[..., Outputs]
+
+# Scores of eager attention in memory, bytes, beyond which it is not tried.
+MAX_SCORES_BYTES = 16 * 2**30
+
+_SDPA = {
+    "sdpa-flash": SDPBackend.FLASH_ATTENTION,
+    "sdpa-cudnn": SDPBackend.CUDNN_ATTENTION,
+    "sdpa-efficient": SDPBackend.EFFICIENT_ATTENTION,
+}
+ATTENTION_PEERS = ("eager", "compiled", *_SDPA, "flex", "flash-attn-2", "flash-attn-3", "flash-attn-4")
+_ATTENTION_OPS = ("attention", "attention_packed")
+# What the kernels' own lists hold besides kernels: the specification, and peers that are called directly here.
+_SPECIFICATION = "torch"
+
+
+class Unavailable(Exception):
+    """This provider cannot run this case here; the message says why."""
+
+
+def kernel_providers(op: str) -> tuple[str, ...]:
+    """This project's kernels of an op, as kernels/ lists them."""
+    if op in ("clone", "matmul"):
+        return ()
+    known = ATTENTION_PROVIDERS if op in _ATTENTION_OPS else POINTWISE_PROVIDERS
+    return tuple(name for name in known if name != _SPECIFICATION and name not in _SDPA)
+
+
+def providers_of(op: str) -> tuple[str, ...]:
+    """Everything that is measured for an op by default: our kernels, then the peers."""
+    if op in ("clone", "matmul"):
+        return ("eager",)
+    if op in _ATTENTION_OPS:
+        return (*kernel_providers(op), *ATTENTION_PEERS)
+    peers = ("eager", "compiled", "liger") if op == "adaln_modulate" else ("eager", "compiled")
+    return (*kernel_providers(op), *peers)
+
+
+def known_providers() -> tuple[str, ...]:
+    """Every name that some op knows, the specification included."""
+    return tuple(dict.fromkeys([*(name for op in OPS for name in providers_of(op)), _SPECIFICATION]))
+
+
+def build(case: OpCase, provider: str, device: torch.device) -> Provider:
+    """The callable that computes a case: inputs in the op's order -> outputs.
+
+    Args:
+        case: what it will be called on. provider: a name of known_providers().
+        device: where the inputs are.
+
+    Raises:
+        Unavailable: it is not installed, not for this device, or not for this op or shape.
+    """
+    if provider in ("eager", "compiled"):
+        return _plain(case, provider)
+    if case.op in _ATTENTION_OPS:
+        attend = _attention(case, provider, device)
+        if case.op == "attention" or provider in _ours(case.op):
+            return attend
+        return lambda qkv: attend(*qkv.unbind(2))
+    if provider in _ours(case.op):
+        if provider == "triton":
+            _or_unavailable(require_triton, device)
+        return _pointwise(case, provider)
+    if provider == "liger" and case.op == "adaln_modulate":
+        return _liger(case, device)
+    raise Unavailable(f"there is no {provider} for {case.op}")
+
+
+def _ours(op: str) -> tuple[str, ...]:
+    names = kernel_providers(op)
+    return (*names, _SPECIFICATION) if names else ()
+
+
+def _or_unavailable(check: Callable[..., Any], *arguments: Any) -> Any:
+    """A check of the kernels, whose ValueError is the reason why a provider is missing."""
+    try:
+        return check(*arguments)
+    except ValueError as error:
+        raise Unavailable(str(error)) from None
+
+
+def _plain(case: OpCase, provider: str) -> Provider:
+    if case.op in _ATTENTION_OPS:
+        scores = case.batch * case.num_heads * case.seq_len**2 * case.element_size
+        if scores > MAX_SCORES_BYTES:
+            raise Unavailable(f"its scores alone take {scores / 2**30:,.0f} GiB; tried up to 16 GiB")
+    plain = OPS[case.op].plain(case)
+    # fullgraph: past its limit of recompilations torch.compile would run eagerly and say nothing.
+    return torch.compile(plain, fullgraph=True, dynamic=False) if provider == "compiled" else plain
+
+
+def _attention(case: OpCase, provider: str, device: torch.device) -> Provider:
+    if provider in _ours(case.op):
+        _or_unavailable(resolve_attention_provider, provider, device, DTYPES[case.dtype])
+        return functools.partial(getattr(kernels, case.op), provider=provider)
+    if provider not in ATTENTION_PEERS:
+        raise Unavailable(f"there is no {provider} for {case.op}")
+    if device.type != "cuda" and provider != "sdpa-flash":
+        raise Unavailable(f"{provider} needs a CUDA device, the tensors are on {device.type}")
+    if provider in _SDPA:
+        return functools.partial(_sdpa, _SDPA[provider])
+    if provider == "flex":
+        return _flex()
+    return _flash_attn(provider)
+
+
+def _sdpa(backend: SDPBackend, q: Tensor, k: Tensor, v: Tensor) -> Outputs:
+    with sdpa_kernel([backend]):
+        out = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
+    return (out.transpose(1, 2),)
+
+
+def _flex() -> Provider:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    compiled = torch.compile(flex_attention, fullgraph=True, dynamic=False)
+
+    def run(q: Tensor, k: Tensor, v: Tensor) -> Outputs:
+        return (compiled(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)).transpose(1, 2),)
+
+    return run
+
+
+# Provider -> module that holds flash_attn_func, and the distribution it comes in.
+_FLASH_ATTN = {
+    "flash-attn-2": ("flash_attn", "flash-attn"),
+    "flash-attn-3": ("flash_attn_interface", "flash-attn-3"),
+    "flash-attn-4": ("flash_attn.cute", "flash-attn-4"),
+}
+
+
+def _flash_attn(provider: str) -> Provider:
+    name, distribution = _FLASH_ATTN[provider]
+    function = getattr(_import(name, provider, distribution), "flash_attn_func", None)
+    if function is None:
+        raise Unavailable(f"{provider}: the module {name} that is installed has no flash_attn_func")
+
+    def run(q: Tensor, k: Tensor, v: Tensor) -> Outputs:
+        found = function(q, k, v)
+        return (found[0] if isinstance(found, tuple) else found,)
+
+    return run
+
+
+def _import(name: str, provider: str, distribution: str) -> ModuleType:
+    if importlib.util.find_spec(name.partition(".")[0]) is None:
+        raise Unavailable(f"{provider} is not installed (package {distribution})")
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise Unavailable(f"{provider} cannot be imported: {error}") from None
+
+
+def _pointwise(case: OpCase, provider: str) -> Provider:
+    if case.op == "sp_pack_heads":
+        return lambda x, bias: (kernels.pack_heads(x, num_ranks=case.sp_degree, bias=bias, provider=provider),)
+    if case.op == "sp_unpack_heads":
+        return lambda packed: (kernels.unpack_heads(packed, provider=provider),)
+    function = getattr(kernels, case.op)
+
+    def run(*inputs: Tensor) -> Outputs:
+        found = function(*inputs, provider=provider)
+        return found if isinstance(found, tuple) else (found,)
+
+    return run
+
+
+def _liger(case: OpCase, device: torch.device) -> Provider:
+    """Liger's LayerNorm with weight 1 + scale and bias shift: for one sample that is adaLN, fused."""
+    if device.type != "cuda":
+        raise Unavailable(f"liger needs a CUDA device, the tensors are on {device.type}")
+    if case.batch != 1:
+        raise Unavailable(f"liger's LayerNorm has one weight for all samples, the batch is {case.batch}")
+    function = _import("liger_kernel.ops.layer_norm", "liger", "liger-kernel").LigerLayerNormFunction
+
+    def run(x: Tensor, shift: Tensor, scale: Tensor) -> Outputs:
+        return (function.apply(x, 1 + scale[0], shift[0], ADALN_EPS),)
+
+    return run

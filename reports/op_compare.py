@@ -1,0 +1,68 @@
+"""What an op record's figure is held against: the rooflines of its run, and the best peer at the same point."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable
+
+from longreel.reports.op_records import OpRecord
+
+ROOFLINE_OPS = ("clone", "matmul")
+
+Point = tuple[object, ...]
+
+
+def point_of(record: OpRecord) -> Point:
+    """What records of different providers must share to be compared: run, op, direction, dtype, device, shape, pass."""
+    shape = tuple(sorted(record.shape.items()))
+    return record.run, record.op, record.direction, record.dtype, record.device, shape, record.config.get("label", "")
+
+
+class Rooflines:
+    """Best rate of `clone` and `matmul` per dtype and device: of a record's own run, else of all runs there."""
+
+    def __init__(self, records: Iterable[OpRecord]) -> None:
+        self._best: dict[tuple[object, ...], float] = {}
+        for record in records:
+            if record.op in ROOFLINE_OPS and record.rate:
+                for where in self._places(record):
+                    self._best[where] = max(record.rate, self._best.get(where, 0.0))
+
+    @staticmethod
+    def _places(record: OpRecord) -> tuple[tuple[object, ...], ...]:
+        anywhere = record.is_compute_bound, record.dtype, record.device
+        return (*anywhere, record.run), anywhere
+
+    def fraction(self, record: OpRecord) -> float | None:
+        """The record's rate over its roofline's; None without either."""
+        rooflines = [self._best[where] for where in self._places(record) if where in self._best]
+        return record.rate / rooflines[0] if record.rate and rooflines else None
+
+
+class Peers:
+    """The fastest record that is not ours, at each point."""
+
+    def __init__(self, records: Iterable[OpRecord]) -> None:
+        self._best: dict[Point, OpRecord] = {}
+        for record in records:
+            if not record.is_ours and record.rate:
+                known = self._best.get(point_of(record))
+                if known is None or (known.rate or 0.0) < record.rate:
+                    self._best[point_of(record)] = record
+
+    def best(self, record: OpRecord) -> OpRecord | None:
+        """The best peer at the record's point."""
+        return self._best.get(point_of(record))
+
+    def speedup(self, record: OpRecord) -> float | None:
+        """Rate over the best peer's, above 1 is faster; None without either."""
+        best = self.best(record)
+        return None if best is None or not best.rate or not record.rate else record.rate / best.rate
+
+
+def groups(records: Iterable[OpRecord]) -> dict[tuple[str, ...], list[OpRecord]]:
+    """Records by (kind, device, op, dtype, pass): one table each."""
+    found: defaultdict[tuple[str, ...], list[OpRecord]] = defaultdict(list)
+    for r in records:
+        found[r.kind, r.device, r.op, r.dtype, str(r.config.get("label", ""))].append(r)
+    return dict(found)

@@ -1,0 +1,113 @@
+"""Op records: written, read, compared with their rooflines and peers, and shown on a page."""
+
+from __future__ import annotations
+
+import csv
+import io
+from typing import Any
+
+import pytest
+
+from longreel.reports import store
+from longreel.reports.op_compare import Peers, Rooflines
+from longreel.reports.op_records import OpRecord
+from longreel.reports.op_report import csv_text, write_op_report
+
+
+def op_record(**changes: Any) -> OpRecord:
+    values: dict[str, Any] = {
+        "kind": "measured",
+        "status": "ok",
+        "op": "attention",
+        "direction": "forward",
+        "provider": "triton",
+        "is_ours": True,
+        "dtype": "bf16",
+        "device": "a GPU",
+        "shape": {"batch": 1, "seq_len": 4096, "num_heads": 2, "head_dim": 72},
+        "run": "r1",
+        "samples_s": (1e-3, 2e-3, 3e-3),
+        "median_s": 2e-3,
+        "interval_s": (1.4e-3, 2.6e-3),
+        "flops": 1e12,
+        "error": {"out": 1e-3},
+        "allowed": {"out": 4e-3},
+        "readings": {"sm_clock_mhz": [1900, 1980, 1980], "throttle": ["SwPowerCap"]},
+        "provenance": {"commit": "c0ffee", "source": "abc", "environment": {"device": "a GPU"}},
+    } | changes
+    if values["status"] != "ok":
+        values |= {"median_s": None, "interval_s": None, "samples_s": (), "reason": f"it was {values['status']}"}
+    return OpRecord(**values)
+
+
+def some_records() -> list[OpRecord]:
+    roof = {"op": "matmul", "provider": "eager", "is_ours": False, "shape": {"batch": 1, "seq_len": 8192}}
+    long = {"batch": 1, "seq_len": 8192, "num_heads": 2, "head_dim": 72}
+    return [
+        op_record(**roof, median_s=1e-3),
+        op_record(),
+        op_record(provider="sdpa-cudnn", is_ours=False, median_s=4e-3),
+        op_record(provider="sdpa-flash", is_ours=False, median_s=5e-3),
+        op_record(provider="flex", is_ours=False, status="error"),
+        op_record(shape=long, flops=4e12, median_s=5e-3),
+        op_record(provider="sdpa-cudnn", is_ours=False, shape=long, flops=4e12, median_s=9e-3),
+        # Of another run: no peer of the first.
+        op_record(provider="sdpa-efficient", is_ours=False, run="r2", median_s=1e-3),
+    ]
+
+
+def test_a_record_survives_its_line(tmp_path):
+    file = tmp_path / "records.jsonl"
+    records = [*some_records(), op_record(status="wrong", error={"out": float("inf")})]
+    for record in records:
+        store.append(file, record)
+    assert store.load_lines(file, OpRecord.from_json) == records
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"direction": "sideways"}, "direction must be one of forward, backward, both; got 'sideways'"),
+        ({"median_s": None}, "'ok' needs a positive median_s"),
+        ({"bytes_moved": 1.0}, "flops or bytes_moved, one of them"),
+        ({"flops": None}, "flops or bytes_moved, one of them"),
+    ],
+)
+def test_an_impossible_record_is_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        op_record(**changes)
+
+
+def test_key_follows_source_and_configuration_not_time_or_outcome():
+    first = op_record()
+    assert first.key == op_record(median_s=1.0, run="r9").key
+    for changes in (
+        {"provider": "sdpa-flash"},
+        {"config": {"label": "after"}},
+        {"provenance": {"commit": "c0ffee", "source": "xyz", "environment": {"device": "a GPU"}}},
+    ):
+        assert op_record(**changes).key != first.key
+
+
+def test_speed_up_and_roofline_are_of_the_same_run():
+    records = some_records()
+    ours = records[1]
+    assert Peers(records).speedup(ours) == pytest.approx(2.0)
+    assert Peers(records).best(ours).provider == "sdpa-cudnn"
+    assert Rooflines(records).fraction(ours) == pytest.approx(0.5)
+    # No matrix product in its run: held against the best of all runs there.
+    assert Rooflines(records).fraction(records[-1]) == pytest.approx(1.0)
+    copies = op_record(op="adaln_modulate", flops=None, bytes_moved=1e9)
+    assert Rooflines(records).fraction(copies) is None
+
+
+def test_page_and_csv(tmp_path):
+    page = write_op_report(tmp_path, some_records(), source_files=["records.jsonl"]).read_text()
+    assert "it was error" in page
+    assert page.count('role="img"') == 1
+    assert "2.00×" in page
+    assert "SwPowerCap" in page
+    rows = list(csv.DictReader(io.StringIO(csv_text(some_records()))))
+    assert [float(row["speedup"]) for row in rows if row["provider"] == "triton"] == pytest.approx([2.0, 1.8])
+    assert rows[1]["sm_clock_mhz"] == "1980"
+    assert float(rows[1]["error_of_allowed"]) == pytest.approx(0.25)
