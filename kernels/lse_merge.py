@@ -18,6 +18,7 @@ from torch import Tensor
 
 from longreel.kernels import reference
 from longreel.kernels.checks import check_same
+from longreel.kernels.memory_bound import count_no_flops
 from longreel.kernels.pointwise import resolve_pointwise_provider
 
 
@@ -68,6 +69,9 @@ def _grad(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | 
 
 
 merge_attention_op.register_autograd(_grad, setup_context=_save)
+
+
+count_no_flops(merge_attention_op, merge_attention_backward_op)
 
 
 def merge_attention(

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from longreel.kernels import reference
 from longreel.kernels.checks import check_modulation, check_same
+from longreel.kernels.memory_bound import count_no_flops
 from longreel.kernels.triton_common import require_triton
 
 PROVIDERS = ("torch", "triton")
@@ -180,6 +181,16 @@ def _gelu_grad(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
 
 
 bias_gelu_op.register_autograd(_gelu_grad, setup_context=_save_gelu)
+
+
+count_no_flops(
+    adaln_modulate_op,
+    adaln_modulate_backward_op,
+    gated_residual_op,
+    gated_residual_backward_op,
+    bias_gelu_op,
+    bias_gelu_backward_op,
+)
 
 
 def adaln_modulate(

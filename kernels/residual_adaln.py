@@ -15,6 +15,7 @@ from torch import Tensor
 
 from longreel.kernels import reference
 from longreel.kernels.checks import check_modulation, check_same
+from longreel.kernels.memory_bound import count_no_flops
 from longreel.kernels.pointwise import resolve_pointwise_provider
 
 
@@ -86,6 +87,9 @@ def _grad(ctx: Any, dz: Tensor, dmodulated: Tensor, *_: Any) -> tuple[Tensor | N
 
 
 gated_residual_adaln_op.register_autograd(_grad, setup_context=_save)
+
+
+count_no_flops(gated_residual_adaln_op, gated_residual_adaln_backward_op)
 
 
 def gated_residual_adaln(

@@ -20,10 +20,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
 from longreel.kernels import reference
 from longreel.kernels.checks import check_same
+from longreel.kernels.memory_bound import count_no_flops
 from longreel.kernels.pointwise import resolve_pointwise_provider
 
 
@@ -134,22 +134,7 @@ sp_unpack_tokens_op.register_autograd(
 )
 
 
-@register_flop_formula(torch.ops.longreel.sp_pack_heads)
-def _pack_heads_flops(x: Any, bias: Any, *_: Any, **__: Any) -> int:
-    # The bias's addition; a copy computes nothing.
-    return 0 if bias is None else torch.Size(x).numel()
-
-
-@register_flop_formula(torch.ops.longreel.sp_pack_heads_backward)
-def _pack_heads_backward_flops(dpacked: Any, *_: Any, **__: Any) -> int:
-    return torch.Size(dpacked).numel()
-
-
-@register_flop_formula(
-    [torch.ops.longreel.sp_unpack_heads, torch.ops.longreel.sp_pack_tokens, torch.ops.longreel.sp_unpack_tokens]
-)
-def _copy_flops(*_: Any, **__: Any) -> int:
-    return 0
+count_no_flops(sp_pack_heads_op, sp_pack_heads_backward_op, sp_unpack_heads_op, sp_pack_tokens_op, sp_unpack_tokens_op)
 
 
 def pack_heads(x: Tensor, *, num_ranks: int, bias: Tensor | None = None, provider: str = "auto") -> Tensor:

@@ -1,6 +1,6 @@
 """What every op of a step costs: FLOPs, bytes of memory traffic, bytes sent, workspace. Shapes only, no time.
 
-Strategy ops (`longreel::ulysses_attention` ...) are opened: their Python body runs on fake tensors, so that the
+Strategy ops (`longreel::exchange_attention` ...) are opened: their Python body runs on fake tensors, so that the
 exchanges, projections and attention inside are seen one by one, with their buffers. Attention under `sdpa-flash` is
 opened for its buffers and priced as one op. The other ops of longreel.kernels are taken as one fused kernel each (read
 the inputs, write the results) unless asked to open them too. Bytes of any other op: every argument read, every result
@@ -37,7 +37,7 @@ class OpCost:
         name: op, without overload.
         phase: `forward`, `backward` or `optimizer`.
         scope: the strategy op that it ran inside, or empty.
-        flops: counted by the op's registered formula.
+        flops: of matrix products, by the op's registered formula; element-wise work does not count, as usual for MFU.
         bytes: arguments read plus results written; for a collective the bytes this rank sends.
         group: for a collective, the process group's name. head_dim: for attention.
     """
@@ -90,7 +90,7 @@ class OpLedger:
         if _is_attention(func):
             # A provider that launches a kernel of its own has no body to run on fake tensors.
             return args[-1] == "sdpa-flash"
-        return self._open_pointwise or not _body(func).__module__.startswith("longreel.kernels.")
+        return self._open_pointwise or not _is_kernel(func)
 
     def _price(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
         if func.is_view or _name(func) == "_unsafe_view":
@@ -105,7 +105,7 @@ class OpLedger:
             self.costs[OpCost("collective", _name(func), self.phase, scope, 0, sent, group)] += 1
             return
         formula = flop_registry.get(func.overloadpacket)
-        if formula is not None:
+        if formula is not None and not _is_memory_bound(func):
             flops = formula(*args, **kwargs, out_val=result)
             kind = "attention" if _is_attention(func) else "matmul"
             head_dim = result[0].shape[-1] if kind == "attention" else 0
@@ -125,6 +125,15 @@ def _name(func: Any) -> str:
 
 def _is_attention(func: Any) -> bool:
     return func.namespace == "longreel" and _name(func).startswith("attention")
+
+
+def _is_memory_bound(func: Any) -> bool:
+    """Whether func is one of longreel.kernels but attention: pointwise ops, layout changes, the merge by lse."""
+    return func.namespace == "longreel" and not _is_attention(func) and _is_kernel(func)
+
+
+def _is_kernel(func: Any) -> bool:
+    return _body(func).__module__.startswith("longreel.kernels.")
 
 
 def _workspace(func: Any, args: tuple[Any, ...]) -> int:

@@ -10,7 +10,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from longreel.kernels import attention_packed, bias_gelu
+from longreel.kernels import attention_packed, bias_gelu, pack_heads
 from longreel.models.sequence import AttentionShape, SequenceLengths
 from longreel.parallel.config import ParallelConfig
 from longreel.parallel.mesh import build_mesh
@@ -88,6 +88,21 @@ def test_pointwise_ops_are_fused_unless_opened(opened: bool, peak: int) -> None:
     assert y.shape == x.shape
     tensors = tracker.peak / (x.numel() * 2)
     assert tensors == pytest.approx(peak, abs=0.5) if not opened else tensors > peak
+
+
+def test_pointwise_ops_are_filed_as_memory_traffic() -> None:
+    ledger = OpLedger()
+    with FakeTensorMode(), StorageTracker(ledger):
+        x = torch.empty(2, 64, 128, dtype=torch.bfloat16, requires_grad=True)
+        bias = torch.empty(128, dtype=torch.bfloat16, requires_grad=True)
+        packed = pack_heads(x.unflatten(-1, (1, 8, 16)), num_ranks=2)
+        bias_gelu(x, bias).sum().backward()
+    named = {cost.name: cost for cost in ledger.costs}
+    assert packed.shape == (2, 2, 64, 1, 4, 16)
+    assert {named[n].kind for n in ("bias_gelu", "bias_gelu_backward", "sp_pack_heads")} == {"memory"}
+    assert named["sp_pack_heads"].bytes == 2 * x.numel() * 2
+    assert named["bias_gelu"].bytes == 2 * x.numel() * 2 + 2 * 128
+    assert not any(cost.flops for cost in ledger.costs)
 
 
 def test_unknown_collective_is_an_error_not_a_zero() -> None:
