@@ -4,10 +4,11 @@ PYTHON ?= $(shell for p in python3 python3.11 python3.12 python3.13; do \
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: help setup setup-browser sweep test lint types layers smoke unit slow clean
+.PHONY: help setup setup-browser sweep benchmark test lint types layers smoke unit slow clean
 
 help:
 	@echo "make sweep          benchmark what this machine can run, predict 8xH800, write out/quick/report.html"
+	@echo "make benchmark      time every op against its peers; on a GPU at a DiT's sizes, else small"
 	@echo "make test           lint, types, import layers, a smoke sweep, tests"
 	@echo "make slow           the tests that take minutes"
 	@echo "make setup          virtual environment in .venv (the others call it)"
@@ -28,6 +29,9 @@ setup-browser:
 
 sweep: setup
 	$(BIN)/python bench/sweep.py
+
+benchmark: setup
+	$(BIN)/pytest --benchmark
 
 test: lint types layers smoke unit
 

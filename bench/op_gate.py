@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -26,6 +26,9 @@ _BLOCK_ELEMENTS = 2**24
 # Floors in units of eps, as the kernels' tests have them: one rounding of the result; attention rounds P as well.
 _FLOOR = 1.0
 _ATTENTION_FLOOR = 2.0
+# Peers must compute the same thing, not meet our bar: torch.compile on a CPU, say, adds up tokens one after the other in
+# fp32, at four times eager's error.
+PEER_SLACK = 4.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -45,11 +48,14 @@ class Verdict:
         return f"{worst} is off by {self.error[worst]:.2e}, allowed {self.allowed[worst]:.2e}"
 
 
-def check(case: OpCase, function: Callable[..., Outputs], inputs: Mapping[str, Tensor], *, seed: int = 0) -> Verdict:
+def check(
+    case: OpCase, function: Callable[..., Outputs], inputs: Mapping[str, Tensor], *, is_ours: bool, seed: int = 0
+) -> Verdict:
     """Run a provider once, forward and backward, and compare.
 
     Args:
         case: the case. function: from providers.build. inputs: from make_inputs.
+        is_ours: hold it to the project's bar; a peer is allowed PEER_SLACK times as much.
         seed: of the incoming gradients.
     """
     op = OPS[case.op]
@@ -57,12 +63,16 @@ def check(case: OpCase, function: Callable[..., Outputs], inputs: Mapping[str, T
     outs = function(*leaves)
     names = [f"out{i}" if i else "out" for i in range(len(outs))]
     if not op.row_dims:
-        return _check_attention(case, outs[0], inputs, seed)
-    if not op.differentiable:
-        return _check_rows(case, inputs, [out.detach() for out in outs], [], [], names)
-    douts = incoming(outs, seed=seed)
-    grads = torch.autograd.grad(outs, leaves, douts)
-    return _check_rows(case, inputs, [out.detach() for out in outs], grads, douts, names)
+        verdict = _check_attention(case, outs[0], inputs, seed)
+    elif not op.differentiable:
+        verdict = _check_rows(case, inputs, [out.detach() for out in outs], [], [], names)
+    else:
+        douts = incoming(outs, seed=seed)
+        grads = torch.autograd.grad(outs, leaves, douts)
+        verdict = _check_rows(case, inputs, [out.detach() for out in outs], grads, douts, names)
+    if is_ours:
+        return verdict
+    return replace(verdict, allowed={name: PEER_SLACK * value for name, value in verdict.allowed.items()})
 
 
 def incoming(outs: Sequence[Tensor], *, seed: int = 0) -> list[Tensor]:

@@ -136,7 +136,9 @@ def _gate(request: CaseRequest, name: str, inputs: Mapping[str, Tensor]) -> _Pas
             torch.cuda.reset_peak_memory_stats()
             memory["inputs"] = sum(t.numel() * t.element_size() for t in inputs.values())
             memory["allocated"] = _peak(request.case, function, inputs)
-        verdict = op_gate.check(request.case, function, inputs)
+        verdict = op_gate.check(
+            request.case, function, inputs, is_ours=name in providers.kernel_providers(request.case.op)
+        )
     except torch.OutOfMemoryError as error:
         return request.records(name, "oom", _first_line(error), memory=memory)
     finally:
@@ -150,7 +152,7 @@ def _gate(request: CaseRequest, name: str, inputs: Mapping[str, Tensor]) -> _Pas
 
 def _peak(case: OpCase, function: Callable[..., Outputs], inputs: Mapping[str, Tensor]) -> int:
     """Bytes allocated at most by one forward and backward beside what was there."""
-    work = _works(case, function, inputs)["both" if OPS[case.op].differentiable else "forward"]
+    work = works_of(case, function, inputs)["both" if OPS[case.op].differentiable else "forward"]
     start = time.monotonic()
     work.run(None)
     torch.cuda.synchronize()
@@ -165,7 +167,7 @@ def _peak(case: OpCase, function: Callable[..., Outputs], inputs: Mapping[str, T
     return peak
 
 
-def _works(case: OpCase, function: Callable[..., Outputs], inputs: Mapping[str, Tensor]) -> dict[str, Work]:
+def works_of(case: OpCase, function: Callable[..., Outputs], inputs: Mapping[str, Tensor]) -> dict[str, Work]:
     """What is timed of a provider, by direction. Forward is the training one: it keeps what backward needs."""
     leaves = list(inputs.values())
     grads_of = [leaf for leaf in leaves if leaf.requires_grad]
@@ -206,7 +208,7 @@ def _time_direction(
     timings: dict[str, Timing] = {}
     clock = clock_for(device)
     while remaining and not timings:
-        works = {name: _works(request.case, p.function, inputs)[direction] for name, p in remaining.items()}
+        works = {name: works_of(request.case, p.function, inputs)[direction] for name, p in remaining.items()}
         try:
             timings = measure(works, clock=clock, rule=request.rule, monitor=monitor)
         except torch.OutOfMemoryError as error:

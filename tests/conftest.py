@@ -3,12 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 from longreel.parallel.workers import WorkerPool
+
+PERF = Path(__file__).parent / "perf"
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """`--benchmark`: the timings of tests/perf instead of the tests; pytest-benchmark's own options apply to them."""
+    parser.addoption("--benchmark", action="store_true", help="run the benchmarks of tests/perf, and nothing else")
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Benchmarks and tests never run together: timing has no place between tests, nor tests between timings."""
+    in_perf = collection_path.is_relative_to(PERF)
+    if config.getoption("--benchmark"):
+        return None if in_perf or PERF.is_relative_to(collection_path) else True
+    return True if in_perf else None
 
 
 @pytest.fixture(scope="session")

@@ -41,7 +41,12 @@ def op_record(**changes: Any) -> OpRecord:
 
 
 def some_records() -> list[OpRecord]:
-    roof = {"op": "matmul", "provider": "eager", "is_ours": False, "shape": {"batch": 1, "seq_len": 8192}}
+    roof = {
+        "op": "matmul",
+        "provider": "eager",
+        "is_ours": False,
+        "shape": {"batch": 1, "seq_len": 8192, "hidden_size": 8192},
+    }
     long = {"batch": 1, "seq_len": 8192, "num_heads": 2, "head_dim": 72}
     return [
         op_record(**roof, median_s=1e-3),
