@@ -16,8 +16,8 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from longreel.kernels import reference, sdpa
-from longreel.kernels.checks import check_cu_seqlens, check_head_dim, check_same, check_triton_dtype
-from longreel.kernels.triton_common import require_triton
+from longreel.kernels.checks import TRITON_DTYPES, check_cu_seqlens, check_head_dim, check_same, check_triton_dtype
+from longreel.kernels.triton_common import require_triton, triton_installed
 
 PROVIDERS = ("torch", "sdpa-flash", "triton")
 
@@ -26,8 +26,9 @@ def resolve_attention_provider(provider: str, device: torch.device, dtype: torch
     """The implementation that runs for this request: what `auto` picks, or the named one.
 
     Args:
-        provider: `auto` (sdpa-flash for half precision on CUDA, the eager specification elsewhere), `torch`,
-            `sdpa-flash` (half precision only on CUDA) or `triton` (CUDA, or CPU under TRITON_INTERPRET=1).
+        provider: `auto` (on CUDA Triton where it computes in this dtype and is installed, else sdpa-flash for half
+            precision; the eager specification elsewhere), `torch`, `sdpa-flash` (half precision only on CUDA) or
+            `triton` (CUDA, or CPU under TRITON_INTERPRET=1).
         device: where the tensors live.
         dtype: of the tensors; None asks what runs for half precision.
 
@@ -36,7 +37,11 @@ def resolve_attention_provider(provider: str, device: torch.device, dtype: torch
     """
     flash_runs = device.type != "cuda" or dtype in (None, torch.float16, torch.bfloat16)
     if provider == "auto":
-        return "sdpa-flash" if device.type == "cuda" and flash_runs else "torch"
+        if device.type != "cuda":
+            return "torch"
+        if dtype in (None, *TRITON_DTYPES) and triton_installed():
+            return "triton"
+        return "sdpa-flash" if flash_runs else "torch"
     if provider == "sdpa-flash" and not flash_runs:
         raise ValueError(
             f"attention provider 'sdpa-flash' has no {dtype} on CUDA; use precision bf16, or provider torch or auto"

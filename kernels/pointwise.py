@@ -15,31 +15,31 @@ import torch
 from torch import Tensor
 
 from longreel.kernels import reference
-from longreel.kernels.checks import check_modulation, check_same
+from longreel.kernels.checks import TRITON_DTYPES, check_modulation, check_same
 from longreel.kernels.memory_bound import count_no_flops
-from longreel.kernels.triton_common import require_triton
+from longreel.kernels.triton_common import require_triton, triton_installed
 
 PROVIDERS = ("torch", "triton")
-_TRITON_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 def resolve_pointwise_provider(provider: str, x: Tensor) -> str:
     """The implementation that runs a memory-bound op on x: what `auto` picks, or the named one.
 
     Args:
-        provider: `auto` (the eager specification, until measured figures choose), `torch` or `triton`.
+        provider: `auto` (Triton on CUDA where it computes in x's dtype and is installed, the eager specification
+            elsewhere), `torch` or `triton`.
         x: the op's first tensor; its device and dtype decide what can run.
 
     Raises:
         ValueError: the name is unknown, or Triton cannot run here; the message says why and what would work.
     """
     if provider == "auto":
-        return "torch"
+        return "triton" if x.device.type == "cuda" and x.dtype in TRITON_DTYPES and triton_installed() else "torch"
     if provider not in PROVIDERS:
         raise ValueError(f"unknown pointwise provider {provider!r}; providers are auto, {', '.join(PROVIDERS)}")
     if provider == "triton":
         require_triton(x.device)
-        if x.dtype not in _TRITON_DTYPES:
+        if x.dtype not in TRITON_DTYPES:
             raise ValueError(
                 f"provider 'triton' takes bfloat16, float16 and float32, got {x.dtype}; use provider 'torch'"
             )
@@ -208,8 +208,8 @@ def adaln_modulate(
         x: [B, S, C].
         shift, scale: [B, C], or [N, C]: row n modulates the tokens of segment n of cu_seqlens.
         eps: added to the variance.
-        cu_seqlens: [N + 1] offsets (int64 or int32) of the segments that one sequence (B = 1) falls into, or None: every
-            sample is one. A segment is what shares a row: a packed clip, a frame of it; it may be empty.
+        cu_seqlens: [N + 1] offsets (int64 or int32) of the segments that one sequence (B = 1) falls into, or None:
+            every sample is one. A segment is what shares a row: a packed clip, a frame of it; it may be empty.
         provider: see resolve_pointwise_provider.
 
     Returns:
@@ -231,8 +231,8 @@ def gated_residual(
     Args:
         x, y: [B, S, C].
         gate: [B, C], or [N, C]: row n gates the tokens of segment n of cu_seqlens.
-        cu_seqlens: [N + 1] offsets (int64 or int32) of the segments that one sequence (B = 1) falls into, or None: every
-            sample is one. A segment is what shares a row: a packed clip, a frame of it; it may be empty.
+        cu_seqlens: [N + 1] offsets (int64 or int32) of the segments that one sequence (B = 1) falls into, or None:
+            every sample is one. A segment is what shares a row: a packed clip, a frame of it; it may be empty.
         provider: see resolve_pointwise_provider.
 
     Returns:

@@ -109,8 +109,8 @@ def gated_residual_adaln(
         x, y: [B, S, C].
         gate, shift, scale: [B, C], or [N, C]: row n modulates the tokens of segment n of cu_seqlens.
         eps: added to the variance.
-        cu_seqlens: [N + 1] offsets (int64 or int32) of the segments that one sequence (B = 1) falls into, or None: every
-            sample is one. A segment is what shares a row: a packed clip, a frame of it; it may be empty.
+        cu_seqlens: [N + 1] offsets (int64 or int32) of the segments that one sequence (B = 1) falls into, or None:
+            every sample is one. A segment is what shares a row: a packed clip, a frame of it; it may be empty.
         provider: see resolve_pointwise_provider.
 
     Returns:

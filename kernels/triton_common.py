@@ -7,15 +7,26 @@ defined, so it must be set before the process imports torch.
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib.util
 
 import torch
 from torch import Tensor
 
 
+@functools.cache
+def _found() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def triton_installed() -> bool:
+    """Whether the package triton is there. Traced code takes it as there, and is checked when it launches."""
+    return torch.compiler.is_compiling() or _found()
+
+
 def interpreting() -> bool:
     """True where TRITON_INTERPRET=1 makes Triton run kernels on the CPU, in Python."""
-    if importlib.util.find_spec("triton") is None:
+    if not _found():
         return False
     from triton import knobs
 
@@ -31,7 +42,7 @@ def require_triton(device: torch.device) -> None:
     """
     if torch.compiler.is_compiling():
         return
-    if importlib.util.find_spec("triton") is None:
+    if not _found():
         raise ValueError("provider 'triton' is missing: the package triton is not installed; pip install 'triton>=3.6'")
     if device.type == "cuda" or (device.type == "cpu" and interpreting()):
         return

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.library import opcheck
 from torch.utils.flop_counter import FlopCounterMode
 
-from longreel.kernels import attention, attention_packed, reference, resolve_attention_provider
+from longreel.kernels import attention, attention_packed, reference, resolve_attention_provider, triton_common
 from longreel.kernels.attention import attention_op, attention_packed_op
 from longreel.kernels.numerics import KERNEL_ERROR_FACTOR, relative_error
 
@@ -201,11 +201,18 @@ def test_packed_input_checks():
         attention_packed(torch.randn(2, 4, 3, 2, 8), cu_seqlens=torch.tensor([0, 4]))
 
 
-def test_auto_picks_by_device():
+def test_auto_picks_by_device(monkeypatch):
     cpu, cuda = torch.device("cpu"), torch.device("cuda")
-    assert resolve_attention_provider("auto", cpu, torch.bfloat16) == "torch"
+    monkeypatch.setattr(triton_common, "_found", lambda: True)
+    for dtype in (None, torch.bfloat16, torch.float16, torch.float32):
+        assert resolve_attention_provider("auto", cpu, dtype) == "torch"
+        assert resolve_attention_provider("auto", cuda, dtype) == "triton"
+    # The Triton kernels do not compute in fp64, and flash attention on CUDA takes half precision only.
+    assert resolve_attention_provider("auto", cuda, torch.float64) == "torch"
+    monkeypatch.setattr(triton_common, "_found", lambda: False)
     assert resolve_attention_provider("auto", cuda, torch.bfloat16) == "sdpa-flash"
-    # Flash attention on CUDA takes half precision only.
     assert resolve_attention_provider("auto", cuda, torch.float32) == "torch"
     with pytest.raises(ValueError, match=r"has no torch\.float32 on CUDA"):
         resolve_attention_provider("sdpa-flash", cuda, torch.float32)
+    with pytest.raises(ValueError, match="provider 'triton' is missing: the package triton is not installed"):
+        resolve_attention_provider("triton", cuda)

@@ -6,9 +6,17 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.library import opcheck
 
-from longreel.kernels import adaln_modulate, bias_gelu, gated_residual, gated_residual_adaln, resolve_pointwise_provider
+from longreel.kernels import (
+    adaln_modulate,
+    bias_gelu,
+    gated_residual,
+    gated_residual_adaln,
+    resolve_pointwise_provider,
+    triton_common,
+)
 from longreel.kernels.numerics import KERNEL_ERROR_FACTOR, relative_error
 from longreel.kernels.pointwise import adaln_modulate_op, bias_gelu_op, gated_residual_op
 from longreel.kernels.residual_adaln import gated_residual_adaln_op
@@ -126,11 +134,18 @@ def test_fused_op_is_the_two_ops(dtype):
         assert relative_error(a, b) <= 2 * torch.finfo(dtype).eps, name
 
 
-def test_auto_is_the_specification_and_providers_are_named():
+def test_auto_picks_by_device_and_providers_are_named(monkeypatch):
     x = torch.randn(1, 2, 8)
+    monkeypatch.setattr(triton_common, "_found", lambda: True)
     assert resolve_pointwise_provider("auto", x) == resolve_pointwise_provider("torch", x) == "torch"
     with pytest.raises(ValueError, match="unknown pointwise provider 'cuda'; providers are auto, torch, triton"):
         resolve_pointwise_provider("cuda", x)
+    with FakeTensorMode():
+        on_cuda = [torch.empty(2, device="cuda", dtype=d) for d in (torch.bfloat16, torch.float32, torch.float64)]
+    assert [resolve_pointwise_provider("auto", t) for t in on_cuda] == ["triton", "triton", "torch"]
+    assert resolve_pointwise_provider("torch", on_cuda[0]) == "torch"
+    monkeypatch.setattr(triton_common, "_found", lambda: False)
+    assert resolve_pointwise_provider("auto", on_cuda[0]) == "torch"
 
 
 @pytest.mark.parametrize("name", OPS)

@@ -225,13 +225,13 @@ def test_ops_pass_opcheck(run_interpreted):
 
 
 def block_step(conditioning: str, provider: str) -> dict[str, Tensor]:
-    """Loss and gradients of one tiny model whose memory-bound ops run by this provider."""
+    """Loss and gradients of one tiny model, all of whose ops run by this provider."""
     from longreel.models.config import DiTConfig
     from longreel.models.dit import DiT
     from longreel.models.sequence import SequenceLengths
     from longreel.parallel.strategies.local import Local
 
-    config = DiTConfig(depth=2, hidden_size=24, num_heads=3, text_dim=8, conditioning=conditioning)
+    config = DiTConfig(depth=2, hidden_size=144, num_heads=2, text_dim=8, conditioning=conditioning)
     torch.manual_seed(0)
     model = DiT(config)
     with torch.no_grad():
@@ -248,7 +248,7 @@ def block_step(conditioning: str, provider: str) -> dict[str, Tensor]:
             coords,
             torch.tensor([3.0, 800.0]),
             text=text,
-            sp=Local(),
+            sp=Local(provider=provider),
             lengths=SequenceLengths(valid=seq_len, padded=seq_len),
         )
         loss = (out * torch.randn_like(out)).sum()
@@ -264,7 +264,7 @@ def steps_agree(conditioning: str) -> tuple[float, int]:
     return max(relative_error(got[name], want[name], floor=1e-3 * scale) for name in want), len(want)
 
 
-@pytest.mark.parametrize("conditioning", ["adaln", pytest.param("cross", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("conditioning", ["adaln", "cross", "in_context"])
 def test_training_step_equals_the_eager_one(run_interpreted, conditioning):
     error, num_gradients = run_interpreted(steps_agree, conditioning)
     assert error < 1e-5 and num_gradients > 20
