@@ -34,8 +34,8 @@ class PredictionCase:
 
     Args:
         model: the DiT.
-        parallel: strategy, sp_degree, engine, policy. Precision must be bf16; attention `auto` means `sdpa-flash`, what
-            `auto` picks on CUDA.
+        parallel: strategy, sp_degree, engine, policy. Precision must be bf16; attention `auto` is predicted as
+            `sdpa-flash`: there are no rates yet for the Triton kernels that `auto` picks on CUDA.
         num_gpus: GPUs of one node; dp_degree = num_gpus / sp_degree.
         target: name of a profile, see longreel.parallel.predict.hardware.
         seq_len: video tokens of one sample, or
