@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Any
 
 from longreel.models.config import DiTConfig, preset
 from longreel.parallel.config import ParallelConfig, Policy, Strategy, check_heads
@@ -80,7 +80,7 @@ class Point:
     def impossible(self) -> str | None:
         """Why this point cannot run, whatever the machine; None when it can."""
         try:
-            check_heads(self.model.num_heads, self.parallel.sp_degree)
+            check_heads(self.model.num_heads, self.parallel.heads_degree)
         except ValueError as error:
             return str(error)
         return None
@@ -240,7 +240,7 @@ PRESETS = {"quick": quick, "smoke": smoke, "thorough": thorough}
 
 def _spreads(
     strategies: tuple[Strategy, ...], sp_degrees: tuple[int, ...], num_devices: int
-) -> Iterator[tuple[Literal["local", "ulysses", "fastseq"], int]]:
+) -> Iterator[tuple[Strategy, int]]:
     """(strategy, SP degree) that num_devices ranks can be split into, the baseline first."""
     if "local" in strategies:
         yield "local", 1

@@ -52,7 +52,7 @@ def measure_point(point: Point, oracle_path: str) -> RankResult:
         oracle_path: written by gate.write_oracle for this model, length and seed.
     """
     silence_fsdp()
-    mesh = build_mesh(sp_degree=point.parallel.sp_degree)
+    mesh = build_mesh(sp_degree=point.parallel.sp_degree, ulysses_degree=point.parallel.ulysses_degree)
     everyone = mesh.flat.get_group().group_name
     model = ParallelDiT(gate.build_model(point.model, point.seed), mesh, point.parallel)
     optimizer = torch.optim.AdamW(model.parameters(), lr=_LEARNING_RATE)

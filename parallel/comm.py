@@ -119,3 +119,17 @@ def ring_chunks(x: Tensor, group: str) -> Iterator[tuple[int, Tensor]]:
         chunk = x if flight is None else flight.wait()
         flight = start_exchange(x, torch.empty_like(x), step=step + 1, group=group) if step + 1 < size else None
         yield (rank - step) % size, chunk
+
+
+def rotating_chunks(x: Tensor, group: str) -> Iterator[tuple[int, Tensor]]:
+    """(owner, chunk) of every rank's x, own chunk first, passed on from neighbour to neighbour while it is used.
+
+    At step s rank r holds the chunk of r - s and sends it to r + 1: only neighbours talk to each other.
+    """
+    size, rank = group_size(group), group_rank(group)
+    chunk = x.contiguous()
+    for step in range(size):
+        flight = start_exchange(chunk, torch.empty_like(chunk), step=1, group=group) if step + 1 < size else None
+        yield (rank - step) % size, chunk
+        if flight is not None:
+            chunk = flight.wait()

@@ -7,7 +7,7 @@ from typing import Literal, get_args
 
 import torch
 
-Strategy = Literal["local", "ulysses", "fastseq"]
+Strategy = Literal["local", "ulysses", "fastseq", "ring", "usp"]
 Engine = Literal["fsdp2-zero2", "fsdp2-zero3", "ddp"]
 Policy = Literal["none", "full"]
 Precision = Literal["fp32", "bf16", "fp64"]
@@ -24,8 +24,9 @@ class ParallelConfig:
     """Sequence parallelism, sharding engine, activation policy and precision of one run.
 
     Args:
-        strategy: `local` (no sequence parallelism), `ulysses` or `fastseq`.
+        strategy: `local` (no sequence parallelism), `ulysses`, `fastseq`, `ring`, or `usp` (Ulysses times ring).
         sp_degree: P, ranks that share one sample's sequence; 1 for `local`.
+        ulysses_degree: of `usp`, U consecutive ranks that split the heads; sp_degree / U ranks form each ring.
         engine: `fsdp2-zero2` (parameters kept gathered between forward and backward), `fsdp2-zero3` or `ddp`.
         policy: activation policy: `none` keeps what backward needs, `full` recomputes each block.
         precision: `bf16` computes in bf16 over fp32 master parameters; `fp32` and `fp64` use one dtype throughout.
@@ -34,6 +35,7 @@ class ParallelConfig:
 
     strategy: Strategy = "local"
     sp_degree: int = 1
+    ulysses_degree: int | None = None
     engine: Engine = "fsdp2-zero2"
     policy: Policy = "none"
     precision: Precision = "fp32"
@@ -49,29 +51,48 @@ class ParallelConfig:
         if self.strategy == "local" and self.sp_degree > 1:
             raise ValueError(
                 f"strategy 'local' does not split the sequence, but sp_degree is {self.sp_degree}; "
-                "use sp_degree 1, or strategy ulysses or fastseq"
+                f"use sp_degree 1, or strategy {', '.join(s for s in STRATEGIES if s != 'local')}"
+            )
+        if (self.ulysses_degree is None) == (self.strategy == "usp"):
+            raise ValueError(
+                f"strategy 'usp' needs a ulysses_degree; divisors of sp_degree {self.sp_degree}: "
+                f"{', '.join(map(str, _divisors(self.sp_degree)))}"
+                if self.strategy == "usp"
+                else f"ulysses_degree {self.ulysses_degree} is of strategy 'usp' only, got strategy {self.strategy!r}"
+            )
+        if self.ulysses_degree is not None and self.ulysses_degree not in _divisors(self.sp_degree):
+            raise ValueError(
+                f"ulysses_degree {self.ulysses_degree} does not divide sp_degree {self.sp_degree}; "
+                f"degrees that do: {', '.join(map(str, _divisors(self.sp_degree)))}"
             )
         if self.engine == "ddp" and self.precision == "bf16":
             raise ValueError(
                 "engine 'ddp' has no mixed precision; use precision fp32, or engine fsdp2-zero2 or fsdp2-zero3 for bf16"
             )
 
+    @property
+    def heads_degree(self) -> int:
+        """Ranks that the heads are split over, which must divide their number."""
+        return {"ring": 1, "usp": self.ulysses_degree or 1}.get(self.strategy, self.sp_degree)
+
     def dp_degree(self, world_size: int) -> int:
         """Data-parallel degree on world_size ranks; ValueError when sp_degree does not divide it."""
         if world_size % self.sp_degree:
-            works = [d for d in range(1, world_size + 1) if world_size % d == 0]
             raise ValueError(
                 f"sp_degree {self.sp_degree} does not divide the world size {world_size}; "
-                f"degrees that do: {', '.join(map(str, works))}"
+                f"degrees that do: {', '.join(map(str, _divisors(world_size)))}"
             )
         return world_size // self.sp_degree
 
 
-def check_heads(num_heads: int, sp_degree: int) -> None:
-    """ValueError unless the heads split evenly over the ranks; it names the degrees that would work."""
-    if num_heads % sp_degree:
-        works = [d for d in range(1, num_heads + 1) if num_heads % d == 0]
+def check_heads(num_heads: int, degree: int) -> None:
+    """ValueError unless the heads split evenly over `degree` ranks; it names the degrees that would work."""
+    if num_heads % degree:
         raise ValueError(
-            f"num_heads {num_heads} does not divide by sp_degree {sp_degree}; degrees that work: "
-            f"{', '.join(map(str, works))}"
+            f"num_heads {num_heads} does not divide by sp_degree {degree}; degrees that work: "
+            f"{', '.join(map(str, _divisors(num_heads)))}; strategy ring takes any"
         )
+
+
+def _divisors(n: int) -> list[int]:
+    return [d for d in range(1, n + 1) if n % d == 0]

@@ -15,10 +15,12 @@ class ParallelMesh:
     Args:
         grid: axes (`dp`, `sp`).
         flat: one axis `dp_sp` over the same ranks, which gradients are averaged and sharded over.
+        hybrid: axes (`dp`, `ring`, `ulysses`) over the same ranks, where an SP group splits both heads and keys.
     """
 
     grid: DeviceMesh
     flat: DeviceMesh
+    hybrid: DeviceMesh | None = None
 
     @property
     def sp_degree(self) -> int:
@@ -45,12 +47,19 @@ class ParallelMesh:
         """Name of this rank's SP group, the key of the strategies' ops."""
         return self.grid["sp"].get_group().group_name
 
+    def hybrid_group(self, axis: str) -> str:
+        """Name of this rank's group along `ulysses` or `ring`; "" where there is no such axis or one rank on it."""
+        if self.hybrid is None or self.hybrid[axis].size() == 1:
+            return ""
+        return self.hybrid[axis].get_group().group_name
 
-def build_mesh(*, sp_degree: int, device_type: str = "cpu") -> ParallelMesh:
+
+def build_mesh(*, sp_degree: int, ulysses_degree: int | None = None, device_type: str = "cpu") -> ParallelMesh:
     """The mesh over all ranks of the default process group.
 
     Args:
         sp_degree: P; must divide the world size.
+        ulysses_degree: U of a hybrid, which divides P: U consecutive ranks split heads. None: no hybrid.
         device_type: `cpu` or `cuda`.
 
     Raises:
@@ -64,4 +73,9 @@ def build_mesh(*, sp_degree: int, device_type: str = "cpu") -> ParallelMesh:
             f"degrees that do: {', '.join(map(str, works))}"
         )
     grid = init_device_mesh(device_type, (world_size // sp_degree, sp_degree), mesh_dim_names=("dp", "sp"))
-    return ParallelMesh(grid=grid, flat=init_device_mesh(device_type, (world_size,), mesh_dim_names=("dp_sp",)))
+    flat = init_device_mesh(device_type, (world_size,), mesh_dim_names=("dp_sp",))
+    hybrid = None
+    if ulysses_degree is not None:
+        shape = world_size // sp_degree, sp_degree // ulysses_degree, ulysses_degree
+        hybrid = init_device_mesh(device_type, shape, mesh_dim_names=("dp", "ring", "ulysses"))
+    return ParallelMesh(grid=grid, flat=flat, hybrid=hybrid)

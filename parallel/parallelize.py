@@ -95,7 +95,7 @@ class ParallelDiT:
     def __init__(self, model: DiT, mesh: ParallelMesh, config: ParallelConfig) -> None:
         if mesh.sp_degree != config.sp_degree:
             raise ValueError(f"the mesh has sp_degree {mesh.sp_degree}, the configuration {config.sp_degree}")
-        check_heads(model.config.num_heads, config.sp_degree)
+        check_heads(model.config.num_heads, config.heads_degree)
         self.model_config: DiTConfig = model.config
         self.config = config
         self.mesh = mesh

@@ -50,8 +50,10 @@ class Sampler:
         self.size = tuple(sizes.values())
         resolve_attention_provider(config.parallel.attention_provider, device)
         self.encoder = ByteTextEncoder(model_config.text_dim, model_config.max_text_tokens)
-        check_heads(model_config.num_heads, config.parallel.sp_degree)
-        mesh = build_mesh(sp_degree=config.parallel.sp_degree, device_type=device.type)
+        check_heads(model_config.num_heads, config.parallel.heads_degree)
+        mesh = build_mesh(
+            sp_degree=config.parallel.sp_degree, ulysses_degree=config.parallel.ulysses_degree, device_type=device.type
+        )
         self.model = ParallelDiT(DiT(model_config).to(device), mesh, config.parallel)
         load_checkpoint(checkpoint, self.model.module)
 

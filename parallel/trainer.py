@@ -57,8 +57,10 @@ class Trainer:
         self.config = config
         self.device = device
         model_config = config.model.build()
-        check_heads(model_config.num_heads, config.parallel.sp_degree)
-        self.mesh = build_mesh(sp_degree=config.parallel.sp_degree, device_type=device.type)
+        check_heads(model_config.num_heads, config.parallel.heads_degree)
+        self.mesh = build_mesh(
+            sp_degree=config.parallel.sp_degree, ulysses_degree=config.parallel.ulysses_degree, device_type=device.type
+        )
         self._first = self.mesh.flat.get_rank() == 0
         self._console = console or Console(stderr=True, soft_wrap=True, highlight=False, markup=False)
         split_samples(config.batch_size, self.mesh.dp_degree, self.mesh.dp_rank)

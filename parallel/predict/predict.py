@@ -75,7 +75,7 @@ class PredictionCase:
                 "sdpa-flash only; use 'auto' or 'sdpa-flash'"
             )
         self.parallel.dp_degree(self.num_gpus)
-        check_heads(self.model.num_heads, self.parallel.sp_degree)
+        check_heads(self.model.num_heads, self.parallel.heads_degree)
 
     @property
     def grid(self) -> tuple[int, int, int]:
@@ -171,7 +171,7 @@ def _trace(
     t, h, w = (n * p for n, p in zip(grid, model.patch_size, strict=True))
     optimizers = _shallow_optimizers(replace(model, depth=1), num_gpus)
     with fake_world(num_gpus):
-        mesh = build_mesh(sp_degree=parallel.sp_degree)
+        mesh = build_mesh(sp_degree=parallel.sp_degree, ulysses_degree=parallel.ulysses_degree)
         return step_at_depth(
             model, parallel, mesh, optimizers, latent_size=(t, h, w), batch=batch, open_pointwise=not fused
         )

@@ -7,14 +7,28 @@ from longreel.parallel.config import ParallelConfig
 from longreel.parallel.mesh import ParallelMesh
 from longreel.parallel.strategies.fastseq import FastSeq
 from longreel.parallel.strategies.local import Local
-from longreel.parallel.strategies.ulysses import Ulysses
+from longreel.parallel.strategies.usp import USP
 
-__all__ = ["FastSeq", "Local", "Ulysses", "build_strategy"]
+__all__ = ["USP", "FastSeq", "Local", "build_strategy"]
 
 
 def build_strategy(config: ParallelConfig, mesh: ParallelMesh) -> SequenceParallel:
     """The strategy that config names, over the mesh's `sp` axis."""
     if config.strategy == "local":
         return Local(provider=config.attention_provider)
-    kind = Ulysses if config.strategy == "ulysses" else FastSeq
-    return kind(group=mesh.sp_group, degree=mesh.sp_degree, provider=config.attention_provider)
+    group, degree, provider = mesh.sp_group, mesh.sp_degree, config.attention_provider
+    if config.strategy == "fastseq":
+        return FastSeq(group=group, degree=degree, provider=provider)
+    ulysses_group, ring_group = {
+        "ulysses": (group, ""),
+        "ring": ("", group),
+        "usp": (mesh.hybrid_group("ulysses"), mesh.hybrid_group("ring")),
+    }[config.strategy]
+    return USP(
+        group=group,
+        degree=degree,
+        provider=provider,
+        ulysses_group=ulysses_group,
+        ulysses_degree=config.heads_degree,
+        ring_group=ring_group,
+    )

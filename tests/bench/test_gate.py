@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from unittest import mock
 
@@ -15,7 +15,7 @@ from longreel.bench.cases import MeasuredGrid, Point, Timing, measured_points, s
 from longreel.bench.measure import RankResult, measure_point
 from longreel.models.sequence import SequenceLengths, Traffic
 from longreel.parallel import parallelize
-from longreel.parallel.strategies import Local, Ulysses, build_strategy
+from longreel.parallel.strategies import USP, Local, build_strategy
 
 SEQ_LEN = 90
 MODEL = small_dit(depth=1, hidden_size=32, num_heads=4)
@@ -60,7 +60,7 @@ def test_right_strategies_pass_and_are_timed(run_distributed, oracle_file, strat
     assert (sum(first.traffic.values()) > sequence) == (ranks > 1)
 
 
-class ScaledGradient(Ulysses):
+class ScaledGradient(USP):
     """Attention's gradient is off by a part in a thousand."""
 
     def self_attention(self, x: Tensor, qkv, *, num_heads: int, lengths: SequenceLengths) -> Tensor:
@@ -69,7 +69,7 @@ class ScaledGradient(Ulysses):
         return out
 
 
-class ScaledOutput(Ulysses):
+class ScaledOutput(USP):
     """Attention's output is off by a part in a hundred."""
 
     def self_attention(self, x: Tensor, qkv, *, num_heads: int, lengths: SequenceLengths) -> Tensor:
@@ -77,7 +77,7 @@ class ScaledOutput(Ulysses):
         return out * 1.01
 
 
-class NotANumber(Ulysses):
+class NotANumber(USP):
     """Attention gives NaN."""
 
     def self_attention(self, x: Tensor, qkv, *, num_heads: int, lengths: SequenceLengths) -> Tensor:
@@ -85,7 +85,7 @@ class NotANumber(Ulysses):
         return out * float("nan")
 
 
-class WrongFormula(Ulysses):
+class WrongFormula(USP):
     """The formula forgets the output's exchange."""
 
     def traffic(self, shape) -> Traffic:
@@ -101,7 +101,7 @@ def measure_with_fault(fault: str, wrong: Point, path: str) -> RankResult:
 
     def build(config, mesh):
         right = build_strategy(config, mesh)
-        return FAULTS[fault](group=right.group, degree=right.degree, provider=right.provider)
+        return FAULTS[fault](**{field.name: getattr(right, field.name) for field in fields(right)})
 
     with mock.patch.object(parallelize, "build_strategy", build):
         return measure_point(wrong, path)

@@ -27,6 +27,7 @@ from longreel.parallel.strategies import Local
 LATENT_SHAPE = (3, 6, 10, 4)
 TEXT_TOKENS = 6
 
+STRATEGIES = ["ulysses", "fastseq", "ring", "usp"]
 CONDITIONINGS: dict[str, dict[str, Any]] = {
     "adaln": {"conditioning": "adaln"},
     "cross": {"conditioning": "cross"},
@@ -91,7 +92,7 @@ def parity(
     config: DiTConfig, parallel: ParallelConfig, counts: tuple[int, ...], dtype: torch.dtype
 ) -> dict[str, float]:
     """Largest errors of one step against one device; counts[d] samples are on dp rank d."""
-    mesh = build_mesh(sp_degree=parallel.sp_degree)
+    mesh = build_mesh(sp_degree=parallel.sp_degree, ulysses_degree=parallel.ulysses_degree)
     model = randomised_dit(config, dtype)
     data = samples(sum(counts), dtype)
     loss0, dx0, grads0 = one_device(model, data)
@@ -124,7 +125,13 @@ def check(run_distributed, config: DiTConfig, parallel: ParallelConfig, counts: 
 
 def fp64(strategy: str, degree: int, engine: str = "fsdp2-zero2", policy: str = "none") -> ParallelConfig:
     return ParallelConfig(
-        strategy=strategy, sp_degree=degree, engine=engine, policy=policy, precision="fp64", attention_provider="torch"
+        strategy=strategy,
+        sp_degree=degree,
+        ulysses_degree=max(degree // 2, 1) if strategy == "usp" else None,
+        engine=engine,
+        policy=policy,
+        precision="fp64",
+        attention_provider="torch",
     )
 
 
@@ -136,13 +143,13 @@ GRID_IDS = [f"P{p}-dp{len(counts)}" for p, counts in GRID]
 @pytest.mark.parametrize(("degree", "counts"), GRID, ids=GRID_IDS)
 @pytest.mark.parametrize("engine", ["fsdp2-zero2", "ddp"])
 @pytest.mark.parametrize("conditioning", ["adaln", "cross", "in_context"])
-@pytest.mark.parametrize("strategy", ["ulysses", "fastseq"])
+@pytest.mark.parametrize("strategy", STRATEGIES)
 def test_gradients_equal_one_device(run_distributed, strategy, conditioning, engine, degree, counts):
     check(run_distributed, tiny_config(conditioning), fp64(strategy, degree, engine), counts, torch.float64)
 
 
 @pytest.mark.parametrize("conditioning", ["text_only", "published", "cross_published"])
-@pytest.mark.parametrize("strategy", ["ulysses", "fastseq"])
+@pytest.mark.parametrize("strategy", STRATEGIES)
 def test_gradients_of_the_published_regime_equal_one_device(run_distributed, strategy, conditioning):
     check(run_distributed, tiny_config(conditioning), fp64(strategy, 4), (1, 2), torch.float64)
 
@@ -154,13 +161,13 @@ def test_engines_and_policies_equal_one_device(run_distributed, strategy, degree
     check(run_distributed, tiny_config("in_context"), fp64(strategy, degree, engine, policy), (2, 1), torch.float64)
 
 
-@pytest.mark.parametrize("strategy", ["ulysses", "fastseq"])
+@pytest.mark.parametrize("strategy", STRATEGIES)
 def test_fp32_gradients_equal_one_device(run_distributed, strategy):
     parallel = replace(fp64(strategy, 4), precision="fp32")
     check(run_distributed, tiny_config("cross"), parallel, (2, 1), torch.float32)
 
 
-@pytest.mark.parametrize("strategy", ["ulysses", "fastseq"])
+@pytest.mark.parametrize("strategy", STRATEGIES)
 def test_a_rank_may_hold_padding_only(run_distributed, strategy):
     # 9 video tokens on 8 ranks: 2 rows each, ranks 5 to 7 hold none that exists.
     config = tiny_config("adaln", patch_size=(1, 2, 10))
@@ -252,12 +259,13 @@ def whole_velocity(config: DiTConfig, strategy: str, degree: int) -> Tensor:
     model = randomised_dit(config, torch.float64)
     parallel = fp64(strategy, degree)
     data = samples(2, torch.float64)
-    spread = ParallelDiT(model, build_mesh(sp_degree=degree), parallel)
+    mesh = build_mesh(sp_degree=degree, ulysses_degree=parallel.ulysses_degree)
+    spread = ParallelDiT(model, mesh, parallel)
     return spread.velocity(data["latents"], data["timestep"], data["text"])
 
 
 @pytest.mark.parametrize("conditioning", ["adaln", "in_context", "published"])
-@pytest.mark.parametrize("strategy", ["ulysses", "fastseq"])
+@pytest.mark.parametrize("strategy", STRATEGIES)
 def test_velocity_is_whole_and_equal_on_every_rank(run_distributed, strategy, conditioning):
     config = tiny_config(conditioning, learn_sigma=conditioning == "adaln")
     reference = run_distributed(whole_velocity, 1, config, "local", 1)[0]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from unittest import mock
 
 import pytest
@@ -17,18 +18,25 @@ from longreel.kernels.numerics import PARALLEL_TOLERANCE, relative_error
 from longreel.models.sequence import AttentionShape, SequenceLengths
 from longreel.parallel.config import ParallelConfig
 from longreel.parallel.mesh import build_mesh
-from longreel.parallel.strategies import FastSeq, Local, Ulysses, build_strategy
+from longreel.parallel.strategies import USP, FastSeq, Local, build_strategy
+from longreel.parallel.strategies.exchange import exchange_attention_op
 from longreel.parallel.strategies.fastseq import fastseq_attention_op
 from longreel.parallel.strategies.layout import gather_heads, scatter_heads
-from longreel.parallel.strategies.ulysses import ulysses_attention_op
 
 HEADS, HEAD_DIM, TEXT = 8, 8, 6
 WIDTH = HEADS * HEAD_DIM
 TOLERANCE = PARALLEL_TOLERANCE[torch.float64]
 
 
-def build(name: str, degree: int):
-    return build_strategy(ParallelConfig(strategy=name, sp_degree=degree), build_mesh(sp_degree=degree))
+STRATEGIES = ["ulysses", "fastseq", "ring", "usp"]
+
+
+def build(name: str, degree: int, *, lean: bool = False):
+    """The strategy on all ranks; the ranks of USP are as near to half Ulysses as they can be."""
+    ulysses_degree = max(degree // 2, 1) if name == "usp" else None
+    config = ParallelConfig(strategy=name, sp_degree=degree, ulysses_degree=ulysses_degree)
+    sp = build_strategy(config, build_mesh(sp_degree=degree, ulysses_degree=ulysses_degree))
+    return replace(sp, lean=True) if lean else sp
 
 
 def padded_lengths(valid: int, degree: int) -> SequenceLengths:
@@ -94,10 +102,10 @@ def run_attention(sp, x: Tensor, text: Tensor, query: nn.Linear, kv: nn.Linear, 
     return sp.self_attention(x_local, query, num_heads=HEADS, lengths=lengths)
 
 
-def layer_errors(name: str, degree: int, num_tokens: int, cross: bool) -> dict[str, float]:
+def layer_errors(name: str, degree: int, num_tokens: int, cross: bool, lean: bool = False) -> dict[str, float]:
     """Output, dX and every dW of one attention layer, against Local on one device; each rank returns them."""
     results = []
-    for sp in (Local(), build(name, degree)):
+    for sp in (Local(), build(name, degree, lean=lean)):
         x, text, query, kv = attention_inputs(num_tokens, cross=cross)
         x.requires_grad_()
         text.requires_grad_()
@@ -119,14 +127,21 @@ def layer_errors(name: str, degree: int, num_tokens: int, cross: bool) -> dict[s
 @pytest.mark.parametrize("cross", [False, True], ids=["self", "cross_published"])
 @pytest.mark.parametrize("num_tokens", [13, 24, 3], ids=lambda n: f"S{n}")
 @pytest.mark.parametrize("degree", [1, 2, 4, 8], ids=lambda p: f"P{p}")
-@pytest.mark.parametrize("name", ["ulysses", "fastseq"])
+@pytest.mark.parametrize("name", STRATEGIES)
 def test_output_and_gradients_equal_one_device(run_distributed, name, degree, num_tokens, cross):
     for errors in run_distributed(layer_errors, degree, name, degree, num_tokens, cross):
         assert max(errors.values()) <= TOLERANCE, errors
 
 
-def traffic_of_layer(name: str, degree: int, batch: int, num_tokens: int, cross: bool) -> tuple:
-    sp = build(name, degree)
+@pytest.mark.parametrize("cross", [False, True], ids=["self", "cross_published"])
+@pytest.mark.parametrize("name", ["ulysses", "usp"])
+def test_lean_output_and_gradients_equal_one_device(run_distributed, name, cross):
+    for errors in run_distributed(layer_errors, 4, name, 4, 13, cross, True):
+        assert max(errors.values()) <= TOLERANCE, errors
+
+
+def traffic_of_layer(name: str, degree: int, batch: int, num_tokens: int, cross: bool, lean: bool) -> tuple:
+    sp = build(name, degree, lean=lean)
     x, text, query, kv = (v[:batch] if isinstance(v, Tensor) else v for v in attention_inputs(num_tokens, cross=cross))
     x.requires_grad_()
     text.requires_grad_()
@@ -148,31 +163,41 @@ def traffic_of_layer(name: str, degree: int, batch: int, num_tokens: int, cross:
 @pytest.mark.parametrize("cross", [False, True], ids=["self", "cross_published"])
 @pytest.mark.parametrize("num_tokens", [16, 13], ids=lambda n: f"S{n}")
 @pytest.mark.parametrize("degree", [2, 4, 8], ids=lambda p: f"P{p}")
-@pytest.mark.parametrize("name", ["ulysses", "fastseq"])
-def test_traffic_formula_equals_bytes_passed_to_the_collectives(run_distributed, name, degree, num_tokens, cross):
-    for traffic, forward, backward in run_distributed(traffic_of_layer, degree, name, degree, 2, num_tokens, cross):
+@pytest.mark.parametrize(
+    ("name", "lean"),
+    [("ulysses", False), ("ulysses", True), ("fastseq", False), ("ring", False), ("usp", False), ("usp", True)],
+)
+def test_traffic_formula_equals_bytes_passed_to_the_collectives(run_distributed, name, lean, degree, num_tokens, cross):
+    found = run_distributed(traffic_of_layer, degree, name, degree, 2, num_tokens, cross, lean)
+    for traffic, forward, backward in found:
         for formula, seen in ((traffic.forward, forward), (traffic.backward, backward)):
-            assert formula["all_to_all"] == seen["all_to_all"]
-            pairwise = formula.get("all_gather", 0) + formula.get("reduce_scatter", 0)
-            assert pairwise == seen["p2p"]
+            assert formula.get("all_to_all", 0) == seen["all_to_all"]
+            assert sum(formula.get(kind, 0) for kind in ("all_gather", "reduce_scatter", "send_recv")) == seen["p2p"]
             assert seen["all_gather"] == seen["reduce_scatter"] == 0
 
 
 @pytest.mark.parametrize(
-    ("kind", "degree", "gigabytes"),
+    ("name", "degree", "gigabytes"),
     [
-        (Ulysses, 2, 1.89),
-        (Ulysses, 4, 1.42),
-        (Ulysses, 8, 0.83),
-        (FastSeq, 2, 1.42),
-        (FastSeq, 4, 1.77),
-        (FastSeq, 8, 1.86),
+        ("ulysses", 2, 1.89),
+        ("ulysses", 4, 1.42),
+        ("ulysses", 8, 0.83),
+        ("fastseq", 2, 1.42),
+        ("fastseq", 4, 1.77),
+        ("fastseq", 8, 1.86),
+        ("ring", 2, 1.89),
+        ("ring", 4, 2.83),
+        ("ring", 8, 3.30),
     ],
 )
-def test_traffic_equals_the_known_table(kind, degree, gigabytes):
+def test_traffic_equals_the_known_table(name, degree, gigabytes):
     shape = AttentionShape(batch=1, seq_len=819_200, num_heads=16, head_dim=72, element_size=2)
-    traffic = kind(group="unused", degree=degree).traffic(shape)
-    assert traffic.forward_bytes / 1e9 == pytest.approx(gigabytes, abs=0.006)
+    sp = {
+        "ulysses": USP(group="sp", degree=degree, ulysses_group="sp", ulysses_degree=degree, ring_group=""),
+        "fastseq": FastSeq(group="sp", degree=degree),
+        "ring": USP(group="sp", degree=degree, ulysses_group="", ulysses_degree=1, ring_group="sp"),
+    }[name]
+    assert sp.traffic(shape).forward_bytes / 1e9 == pytest.approx(gigabytes, abs=0.006)
 
 
 def layout_round_trip(degree: int) -> bool:
@@ -216,7 +241,7 @@ def flops_of_layer(name: str, degree: int) -> float:
     return counter.get_total_flops()
 
 
-@pytest.mark.parametrize("name", ["ulysses", "fastseq"])
+@pytest.mark.parametrize("name", STRATEGIES)
 def test_flops_of_all_ranks_add_up_to_those_of_one_device(run_distributed, name):
     one_device = run_distributed(flops_of_layer, 1, "local", 1)[0]
     projection, attention = 3 * 2 * 2 * 16 * WIDTH * 3 * WIDTH, 7 * 2 * 2 * 16 * 16 * WIDTH
@@ -233,9 +258,11 @@ def check_ops() -> None:
 
     common = (0.3, "torch", group)
     qkv, cross = tensor(2, 3, 3, 4, 8), (tensor(2, 3, 1, 4, 8), tensor(32), tensor(2, 2, 2, 4, 8), tensor(64))
-    opcheck(ulysses_attention_op, (qkv, tensor(96), None, None, 5, 5, *common))
-    opcheck(ulysses_attention_op, (qkv, None, None, None, 5, 5, *common))
-    opcheck(ulysses_attention_op, (*cross, 5, 3, *common))
+    for heads_group, ring_group, lean in ((group, "", False), (group, "", True), ("", group, True)):
+        spread = (0.3, "torch", heads_group, ring_group, lean)
+        opcheck(exchange_attention_op, (qkv, tensor(96), None, None, 5, 5, *spread))
+        opcheck(exchange_attention_op, (qkv, None, None, None, 5, 5, *spread))
+        opcheck(exchange_attention_op, (*cross, 5, 3, *spread))
     x, text = tensor(2, 3, 32), tensor(2, 2, 32)
     opcheck(fastseq_attention_op, (x, tensor(96, 32), tensor(96), None, None, None, 4, 5, 5, *common))
     cross = (tensor(32, 32), tensor(32), text, tensor(64, 32), tensor(64))
@@ -258,7 +285,10 @@ def heads_error(name: str) -> str:
 @pytest.mark.parametrize("name", ["ulysses", "fastseq"])
 def test_indivisible_heads_name_the_degrees_that_work(run_distributed, name):
     for message in run_distributed(heads_error, 3, name):
-        assert message == "num_heads 8 does not divide by sp_degree 3; degrees that work: 1, 2, 4, 8"
+        assert (
+            message
+            == "num_heads 8 does not divide by sp_degree 3; degrees that work: 1, 2, 4, 8; strategy ring takes any"
+        )
 
 
 def compiled_layer(name: str, degree: int, cross: bool) -> bool:
@@ -286,6 +316,6 @@ def compiled_layer(name: str, degree: int, cross: bool) -> bool:
 
 
 @pytest.mark.parametrize("cross", [False, True], ids=["self", "cross_published"])
-@pytest.mark.parametrize("name", ["ulysses", "fastseq"])
+@pytest.mark.parametrize("name", STRATEGIES)
 def test_compiles_without_graph_breaks(run_distributed, name, cross):
     assert all(run_distributed(compiled_layer, 2, name, 2, cross, timeout=240))

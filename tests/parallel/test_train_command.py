@@ -65,7 +65,7 @@ def fails(capsys: pytest.CaptureFixture[str], script: str, *args: str) -> str:
         pytest.param(["--demo", "--learning-rate", "nan"], "learning_rate must be positive", id="nan"),
         pytest.param(
             ["--demo", "--strategy", "ulysses", "--sp-degree", "3"],
-            "num_heads 4 does not divide by sp_degree 3; degrees that work: 1, 2, 4",
+            "num_heads 4 does not divide by sp_degree 3; degrees that work: 1, 2, 4; strategy ring takes any",
             id="heads",
         ),
         pytest.param(

@@ -153,7 +153,7 @@ def test_every_figure_says_where_it_comes_from_and_goes_into_json() -> None:
                 "parallel": _parallel(strategy="ulysses", sp_degree=8),
                 "model": DiTConfig(depth=1, hidden_size=96, num_heads=12),
             },
-            "num_heads 12 does not divide by sp_degree 8; degrees that work: 1, 2, 3, 4, 6, 12",
+            "num_heads 12 does not divide by sp_degree 8; degrees that work: 1, 2, 3, 4, 6, 12; strategy ring",
         ),
     ],
 )

@@ -39,8 +39,8 @@ def test_attention_has_rates_of_its_own() -> None:
 
 
 def test_ulysses_waits_for_its_exchange() -> None:
-    exchange = _op("collective", "alltoall_base_", scope="ulysses_attention", bytes=10**9, group="sp")
-    time = _time({exchange: 2, _op("matmul", scope="ulysses_attention", flops=10**15): 1})
+    exchange = _op("collective", "alltoall_base_", scope="exchange_attention", bytes=10**9, group="sp")
+    time = _time({exchange: 2, _op("matmul", scope="exchange_attention", flops=10**15): 1})
     assert time.breakdown["sequence"] == pytest.approx(2 * (COLLECTIVE_LATENCY.value + 1e9 / H800.link.value))
     assert time.hidden["sequence"] == 0
 

@@ -1,0 +1,249 @@
+"""Attention with heads split over one group and keys going round another: the op of Ulysses, ring and USP.
+
+Heads are split by all-to-all over `heads_group` (U ranks), keys and values then go round `ring_group` (R ranks); an
+empty name leaves that half out. A rank's place among the P = U R is ring_rank * U + heads_rank, so that the U parts
+that meet in an all-to-all are consecutive tokens.
+An absent tensor inside an op is an empty one: op outputs cannot be optional.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from longreel.kernels.reference import compute_dtype
+from longreel.parallel import comm
+from longreel.parallel.strategies.heads import attend, attend_backward, attend_flops
+from longreel.parallel.strategies.layout import gather_heads, pad_tokens, scatter_heads, scatter_heads_backward
+from longreel.parallel.strategies.ring import existing_rows, ring_attend, ring_attend_backward
+
+
+def _size(group: str) -> int:
+    return comm.group_size(group) if group else 1
+
+
+def _rows(valid: int, rows: int, ring_group: str) -> int:
+    """Tokens that exist among the `rows` of this rank's ring part; all valid ones without a ring."""
+    return existing_rows(valid, rows, comm.group_rank(ring_group)) if ring_group else valid
+
+
+def _to_heads(x: Tensor, bias: Tensor | None, heads_group: str) -> Tensor:
+    if heads_group:
+        return scatter_heads(x, heads_group, bias)
+    return x if bias is None else x + bias.view(x.shape[2:])
+
+
+def _to_tokens(x: Tensor, rows: int, heads_group: str) -> Tensor:
+    return gather_heads(x, heads_group, rows=rows) if heads_group else pad_tokens(x, rows)
+
+
+def _attend(
+    q_heads: Tensor, kv_heads: Tensor, valid_q: int, valid_k: int, scale: float, provider: str, ring_group: str
+) -> tuple[Tensor, Tensor]:
+    if not ring_group:
+        return attend(q_heads, kv_heads, valid_q, valid_k, scale, provider)
+    rows = _rows(valid_q, q_heads.shape[1], ring_group)
+    kv = q_heads[:, :, 1:] if q_heads.shape[2] == 3 else kv_heads
+    return ring_attend(q_heads[:, :rows, 0], kv, valid_k, scale, provider, ring_group)
+
+
+def _attend_backward(
+    dout_heads: Tensor,
+    q_heads: Tensor,
+    kv_heads: Tensor,
+    out_heads: Tensor,
+    lse: Tensor,
+    valid_q: int,
+    valid_k: int,
+    scale: float,
+    provider: str,
+    ring_group: str,
+) -> tuple[Tensor, Tensor]:
+    """Gradients of q_heads and kv_heads; rows beyond the existing ones may be left out."""
+    if not ring_group:
+        return attend_backward(dout_heads, q_heads, kv_heads, out_heads, lse, valid_q, valid_k, scale, provider)
+    padded = q_heads.shape[1]
+    rows = _rows(valid_q, padded, ring_group)
+    packed = q_heads.shape[2] == 3
+    kv = q_heads[:, :, 1:] if packed else kv_heads
+    dq, dkv = ring_attend_backward(
+        dout_heads[:, :rows], q_heads[:, :rows, 0], kv, out_heads, lse, valid_k, scale, provider, ring_group
+    )
+    if packed:
+        return torch.cat((pad_tokens(dq, padded).unsqueeze(2), dkv), dim=2), kv_heads
+    return dq.unsqueeze(2), dkv
+
+
+@torch.library.custom_op("longreel::exchange_attention", mutates_args=())
+def exchange_attention_op(
+    q: Tensor,
+    q_bias: Tensor | None,
+    kv: Tensor | None,
+    kv_bias: Tensor | None,
+    valid_q: int,
+    valid_k: int,
+    scale: float,
+    provider: str,
+    heads_group: str,
+    ring_group: str,
+    lean: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Exchange, attend, exchange back.
+
+    Args:
+        q: [B, s, 3, H, D] (q, k, v of self-attention, one exchange), or [B, s, 1, H, D] with kv.
+        q_bias: [3 H D] or [H D], added to q on its way into the exchange, or None.
+        kv, kv_bias: [B, l, 2, H, D] of a cross attention and [2 H D], or None.
+        valid_q, valid_k: tokens of the whole sequences that exist.
+        heads_group, ring_group: names of the process groups, "" for none.
+        lean: return out and lse alone; backward exchanges q, k, v and out again.
+
+    Returns:
+        out [B, s, H, D] and lse [B, h, n] of the n existing queries of this rank's h heads; then, unless lean, what
+        backward reuses: q_heads [B, U s, G, h, D], kv_heads and out_heads [B, n, h, D].
+    """
+    q_heads = _to_heads(q, q_bias, heads_group)
+    kv_heads = q.new_empty(0) if kv is None else _to_heads(kv, kv_bias, heads_group)
+    out_heads, lse = _attend(q_heads, kv_heads, valid_q, valid_k, scale, provider, ring_group)
+    out = _to_tokens(out_heads.unsqueeze(2), q.shape[1], heads_group).squeeze(2)
+    if lean:
+        return out, lse, q.new_empty(0), q.new_empty(0), q.new_empty(0)
+    return out, lse, q_heads, kv_heads, out_heads
+
+
+@torch.library.custom_op("longreel::exchange_attention_backward", mutates_args=())
+def exchange_attention_backward_op(
+    dout: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    q: Tensor,
+    q_bias: Tensor | None,
+    kv: Tensor | None,
+    kv_bias: Tensor | None,
+    valid_q: int,
+    valid_k: int,
+    scale: float,
+    provider: str,
+    heads_group: str,
+    ring_group: str,
+    lean: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """dq [B, s, G, H, D], dq_bias [G H D], dkv [B, l, 2, H, D] and dkv_bias (both empty for self-attention).
+
+    Args:
+        out, q, kv: lean: those of the forward op; else its out_heads, q_heads and kv_heads (empty for None).
+    """
+    s = dout.shape[1]
+    if lean:
+        q_heads = _to_heads(q, q_bias, heads_group)
+        kv_heads = q.new_empty(0) if kv is None else _to_heads(kv, kv_bias, heads_group)
+        both = _to_heads(torch.stack((dout, out), dim=2), None, heads_group)
+        dout_heads, out_heads = both[:, :, 0], both[:, : lse.shape[2], 1]
+    else:
+        assert kv is not None
+        q_heads, kv_heads, out_heads = q, kv, out
+        dout_heads = _to_heads(dout.unsqueeze(2), None, heads_group).squeeze(2)
+    dq_heads, dkv_heads = _attend_backward(
+        dout_heads, q_heads, kv_heads, out_heads, lse, valid_q, valid_k, scale, provider, ring_group
+    )
+    dq, dq_bias = _from_heads(dq_heads, s, heads_group)
+    if not kv_heads.numel():
+        return dq, dq_bias, kv_heads.new_empty(0), kv_heads.new_empty(0)
+    return dq, dq_bias, *_from_heads(dkv_heads, kv_heads.shape[1] // _size(heads_group), heads_group)
+
+
+def _from_heads(dx: Tensor, rows: int, heads_group: str) -> tuple[Tensor, Tensor]:
+    """Gradients of _to_heads: [B, rows, G, H, D], and [G H D] of a bias."""
+    if heads_group:
+        return scatter_heads_backward(dx, heads_group, rows)
+    dbias = dx.sum((0, 1), dtype=compute_dtype(dx.dtype)).to(dx.dtype).flatten()
+    return pad_tokens(dx, rows), dbias
+
+
+@exchange_attention_op.register_fake
+def _(
+    q: Tensor,
+    q_bias: Tensor | None,
+    kv: Tensor | None,
+    kv_bias: Tensor | None,
+    valid_q: int,
+    valid_k: int,
+    scale: float,
+    provider: str,
+    heads_group: str,
+    ring_group: str,
+    lean: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    batch, s, parts, num_heads, head_dim = q.shape
+    size = _size(heads_group)
+    heads = num_heads // size
+    n = _rows(valid_q, size * s, ring_group)
+    out = q.new_empty(batch, s, num_heads, head_dim)
+    lse = q.new_empty(batch, heads, n, dtype=compute_dtype(q.dtype))
+    if lean:
+        return out, lse, q.new_empty(0), q.new_empty(0), q.new_empty(0)
+    q_heads = q.new_empty(batch, size * s, parts, heads, head_dim)
+    kv_heads = q.new_empty(0) if kv is None else q.new_empty(batch, size * kv.shape[1], 2, heads, head_dim)
+    return out, lse, q_heads, kv_heads, q.new_empty(batch, n, heads, head_dim)
+
+
+@exchange_attention_backward_op.register_fake
+def _(
+    dout: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    q: Tensor,
+    q_bias: Tensor | None,
+    kv: Tensor | None,
+    *rest: Any,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    batch, s, heads, head_dim = dout.shape
+    *_, heads_group, _, lean = rest
+    parts = q.shape[2]
+    dq, dq_bias = q.new_empty(batch, s, parts, heads, head_dim), q.new_empty(parts * heads * head_dim)
+    if kv is None or not kv.numel():
+        return dq, dq_bias, q.new_empty(0), q.new_empty(0)
+    rows = kv.shape[1] if lean else kv.shape[1] // _size(heads_group)
+    return dq, dq_bias, q.new_empty(batch, rows, 2, heads, head_dim), q.new_empty(2 * heads * head_dim)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    *tensors, ctx.valid_q, ctx.valid_k, ctx.scale, ctx.provider, ctx.heads_group, ctx.ring_group, ctx.lean = inputs
+    ctx.given = [tensor is not None for tensor in tensors]
+    out, lse, q_heads, kv_heads, out_heads = output
+    q, q_bias, kv, kv_bias = tensors
+    if ctx.lean:
+        ctx.save_for_backward(out, lse, q, q_bias, kv, kv_bias)
+    else:
+        ctx.save_for_backward(out_heads, lse, q_heads, None, kv_heads, None)
+    ctx.mark_non_differentiable(*output[1:])
+    # Zeros for the gradients of what backward reuses would be as large as q, k, v and o.
+    ctx.set_materialize_grads(False)
+
+
+def _grad(ctx: Any, dout: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+    rest = (ctx.valid_q, ctx.valid_k, ctx.scale, ctx.provider, ctx.heads_group, ctx.ring_group, ctx.lean)
+    grads = exchange_attention_backward_op(dout, *ctx.saved_tensors, *rest)
+    wanted = [grad if given else None for grad, given in zip(grads, ctx.given, strict=True)]
+    return *wanted, *(None for _ in rest)
+
+
+exchange_attention_op.register_autograd(_grad, setup_context=_save)
+
+
+@register_flop_formula(torch.ops.longreel.exchange_attention)
+def _flops(q: Any, q_bias: Any, kv: Any, kv_bias: Any, valid_q: int, valid_k: int, *rest: Any, **_: Any) -> int:
+    _, _, heads_group, ring_group, _ = rest
+    size = _size(heads_group)
+    n = _rows(valid_q, size * q[1], ring_group)
+    return attend_flops(q[0], q[3] // size, q[4], n, valid_k, 2)
+
+
+@register_flop_formula(torch.ops.longreel.exchange_attention_backward)
+def _backward_flops(dout: Any, out: Any, lse: Any, *rest: Any, **_: Any) -> int:
+    valid_k = rest[5]
+    batch, heads, n = lse
+    return attend_flops(batch, heads, dout[3], n, valid_k, 5)

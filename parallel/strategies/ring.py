@@ -1,0 +1,90 @@
+"""Ring attention, not causal: queries stay, keys and values go round the ranks while attention runs.
+
+Forward, in step s of P: attention over the keys of rank r - s, which go on to r + 1 meanwhile; partial outputs are
+merged by their lse in step order, in fp32. Backward sends keys and values round again; each rank computes its
+queries' share of dK and dV of every chunk and returns it to the owner, who sums the shares in step order, in fp32.
+(Accumulators that travel with the chunk would go one step further and, in fp32, weigh twice as much.)
+
+Sent per layer and rank, M = B S C elements: forward 2 M (P - 1) / P, backward 4 M (P - 1) / P.
+Source: Liu et al. 2023, Ring Attention (arXiv:2310.01889), for the rotation; FlashAttention's algebra for the merge.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from longreel.kernels.attention import attention_backward_op, attention_op
+from longreel.kernels.lse_merge import merge_attention_op
+from longreel.kernels.pointwise import resolve_pointwise_provider
+from longreel.kernels.reference import compute_dtype
+from longreel.parallel import comm
+from longreel.parallel.strategies.layout import pad_tokens
+
+
+def existing_rows(valid: int, rows: int, owner: int) -> int:
+    """Tokens that exist in the owner's part when parts of `rows` tokens share out `valid` ones."""
+    return min(max(valid - owner * rows, 0), rows)
+
+
+def ring_attend(q: Tensor, kv: Tensor, valid_k: int, scale: float, provider: str, group: str) -> tuple[Tensor, Tensor]:
+    """Attention of this rank's queries over all ranks' keys.
+
+    Args:
+        q: [B, n, H, D], queries that exist; n may differ between ranks and be 0.
+        kv: [B, l, 2, H, D], this rank's keys and values, padded to one length on all ranks.
+        valid_k: keys of all ranks that exist.
+
+    Returns:
+        out [B, n, H, D] and lse [B, H, n].
+    """
+    batch, rows, heads, _ = q.shape
+    dtype = compute_dtype(q.dtype)
+    merge = resolve_pointwise_provider("auto", q)
+    out = torch.zeros(q.shape, dtype=dtype, device=q.device)
+    lse = torch.full((batch, heads, rows), float("-inf"), dtype=dtype, device=q.device)
+    for step, (owner, chunk) in enumerate(comm.rotating_chunks(kv, group)):
+        keys = existing_rows(valid_k, kv.shape[1], owner)
+        if not keys or not rows:
+            continue
+        k, v = chunk[:, :keys].unbind(2)
+        part, part_lse = attention_op(q, k, v, scale, None, None, provider)
+        if step:
+            out, lse = merge_attention_op(out, lse, part.to(dtype), part_lse, merge)
+        else:
+            out, lse = part.to(dtype), part_lse
+    return out.to(q.dtype), lse
+
+
+def ring_attend_backward(
+    dout: Tensor, q: Tensor, kv: Tensor, out: Tensor, lse: Tensor, valid_k: int, scale: float, provider: str, group: str
+) -> tuple[Tensor, Tensor]:
+    """dq [B, n, H, D] and dkv [B, l, 2, H, D] of ring_attend, dkv summed over the ranks, 0 in the padding.
+
+    Args:
+        dout: [B, n, H, D]. out, lse: of the whole attention: each chunk's probabilities are exp(score - lse).
+    """
+    size = comm.group_size(group)
+    dtype = compute_dtype(q.dtype)
+    dq = torch.zeros(q.shape, dtype=dtype, device=q.device)
+    dkv = torch.zeros(kv.shape, dtype=dtype, device=kv.device)
+    flight: comm.Exchange | None = None
+    for step, (owner, chunk) in enumerate(comm.rotating_chunks(kv, group)):
+        keys = existing_rows(valid_k, kv.shape[1], owner)
+        if keys and q.shape[1]:
+            k, v = chunk[:, :keys].unbind(2)
+            dq_share, *dkv_share = attention_backward_op(dout, None, q, k, v, out, lse, scale, None, None, provider)
+            dq += dq_share
+            share = pad_tokens(torch.stack(dkv_share, dim=2), kv.shape[1])
+        else:
+            share = torch.zeros(kv.shape, dtype=kv.dtype, device=kv.device)
+        if flight is not None:
+            dkv += flight.wait()
+        if step:
+            # To the owner, r - step; in its place comes this rank's own share from r + step.
+            flight = comm.start_exchange(share, torch.empty_like(share), step=size - step, group=group)
+        else:
+            dkv += share
+    if flight is not None:
+        dkv += flight.wait()
+    return dq.to(q.dtype), dkv.to(kv.dtype)
