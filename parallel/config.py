@@ -9,7 +9,7 @@ import torch
 
 Strategy = Literal["local", "ulysses", "fastseq", "ring", "usp"]
 Engine = Literal["fsdp2-zero2", "fsdp2-zero3", "ddp"]
-Policy = Literal["none", "full"]
+Policy = Literal["none", "full", "keep_attention"]
 Precision = Literal["fp32", "bf16", "fp64"]
 
 STRATEGIES: tuple[str, ...] = get_args(Strategy)
@@ -28,7 +28,8 @@ class ParallelConfig:
         sp_degree: P, ranks that share one sample's sequence; 1 for `local`.
         ulysses_degree: of `usp`, U consecutive ranks that split the heads; sp_degree / U ranks form each ring.
         engine: `fsdp2-zero2` (parameters kept gathered between forward and backward), `fsdp2-zero3` or `ddp`.
-        policy: activation policy: `none` keeps what backward needs, `full` recomputes each block.
+        policy: activation policy: `none` keeps what backward needs, `full` recomputes each block, `keep_attention`
+            recomputes all of it but self-attention, whose output and log-sum-exp are kept.
         precision: `bf16` computes in bf16 over fp32 master parameters; `fp32` and `fp64` use one dtype throughout.
         attention_provider: see longreel.kernels.resolve_attention_provider.
     """

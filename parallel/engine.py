@@ -5,24 +5,39 @@ Every engine averages gradients over all dp x sp ranks; longreel.parallel.parall
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointImpl, checkpoint_wrapper
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import create_selective_checkpoint_contexts
 
 from longreel.models.dit import DiT
 from longreel.parallel.config import DTYPES, ParallelConfig
 from longreel.parallel.mesh import ParallelMesh
+from longreel.parallel.strategies import SELF_ATTENTION_OPS
 
 
 def apply_policy(model: DiT, policy: str) -> None:
-    """Wrap each block as the activation policy says: `none` leaves it, `full` recomputes it in backward."""
-    if policy == "full":
-        for i, block in enumerate(model.blocks):
-            model.blocks[i] = checkpoint_wrapper(
-                block, checkpoint_impl=CheckpointImpl.NO_REENTRANT, preserve_rng_state=False
-            )
+    """Wrap each block as the activation policy says.
+
+    Args:
+        policy: `none` leaves blocks alone, `full` recomputes them in backward, `keep_attention` recomputes all but
+            self-attention, whose op's outputs are kept (strategies save little else then: their `lean`).
+    """
+    if policy == "none":
+        return
+    context = {"context_fn": _keep_attention} if policy == "keep_attention" else {}
+    for i, block in enumerate(model.blocks):
+        model.blocks[i] = checkpoint_wrapper(
+            block, checkpoint_impl=CheckpointImpl.NO_REENTRANT, preserve_rng_state=False, **context
+        )
+
+
+def _keep_attention() -> tuple[Any, Any]:
+    return create_selective_checkpoint_contexts(list(SELF_ATTENTION_OPS))
 
 
 def apply_engine(model: DiT, mesh: ParallelMesh, config: ParallelConfig) -> nn.Module:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import torch
+
 from longreel.models.sequence import SequenceParallel
 from longreel.parallel.config import ParallelConfig
 from longreel.parallel.mesh import ParallelMesh
@@ -9,7 +11,14 @@ from longreel.parallel.strategies.fastseq import FastSeq
 from longreel.parallel.strategies.local import Local
 from longreel.parallel.strategies.usp import USP
 
-__all__ = ["USP", "FastSeq", "Local", "build_strategy"]
+__all__ = ["SELF_ATTENTION_OPS", "USP", "FastSeq", "Local", "build_strategy"]
+
+# What runs self-attention under each strategy: the ops that an activation policy may keep the results of.
+SELF_ATTENTION_OPS = (
+    torch.ops.longreel.attention_packed.default,
+    torch.ops.longreel.exchange_attention.default,
+    torch.ops.longreel.fastseq_attention.default,
+)
 
 
 def build_strategy(config: ParallelConfig, mesh: ParallelMesh) -> SequenceParallel:
@@ -17,8 +26,9 @@ def build_strategy(config: ParallelConfig, mesh: ParallelMesh) -> SequenceParall
     if config.strategy == "local":
         return Local(provider=config.attention_provider)
     group, degree, provider = mesh.sp_group, mesh.sp_degree, config.attention_provider
+    lean = config.policy == "keep_attention"
     if config.strategy == "fastseq":
-        return FastSeq(group=group, degree=degree, provider=provider)
+        return FastSeq(group=group, degree=degree, provider=provider, lean=lean)
     ulysses_group, ring_group = {
         "ulysses": (group, ""),
         "ring": ("", group),
@@ -31,4 +41,5 @@ def build_strategy(config: ParallelConfig, mesh: ParallelMesh) -> SequenceParall
         ulysses_group=ulysses_group,
         ulysses_degree=config.heads_degree,
         ring_group=ring_group,
+        lean=lean,
     )

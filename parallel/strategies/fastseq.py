@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.flop_counter import register_flop_formula
 
@@ -24,65 +23,9 @@ from longreel.kernels.reference import compute_dtype
 from longreel.models.sequence import AttentionShape, SequenceLengths, Traffic
 from longreel.parallel import comm
 from longreel.parallel.strategies.base import SequenceGroup
-from longreel.parallel.strategies.heads import attend, attend_backward, attend_flops, empty_results
+from longreel.parallel.strategies.gather_project import gather_project, gather_project_backward
+from longreel.parallel.strategies.heads import attend, attend_backward, attend_flops
 from longreel.parallel.strategies.layout import gather_heads, pad_tokens, scatter_heads
-
-
-def gather_project(x: Tensor, weight: Tensor, bias: Tensor | None, parts: int, num_heads: int, group: str) -> Tensor:
-    """Projection of every rank's x [B, s, C] to this rank's heads: [B, P s, G, h, D], chunk by chunk on arrival.
-
-    Args:
-        weight: [G H D, C], rows ordered [G, H, D]. bias: [G H D] or None.
-        parts: G.
-    """
-    size = comm.group_size(group)
-    batch, s, channels = x.shape
-    head_weight = _head_slice(weight, parts, num_heads, group)
-    heads, head_dim = head_weight.shape[1:3]
-    matrix = head_weight.reshape(-1, channels)
-    offset = None if bias is None else _head_slice(bias, parts, num_heads, group).reshape(-1)
-    y = x.new_empty(batch, size, s, parts * heads * head_dim)
-    for owner, chunk in comm.ring_chunks(x, group):
-        y[:, owner] = F.linear(chunk, matrix, offset)
-    return y.view(batch, size * s, parts, heads, head_dim)
-
-
-def gather_project_backward(
-    dy: Tensor, x: Tensor, weight: Tensor, num_heads: int, group: str
-) -> tuple[Tensor, Tensor, Tensor]:
-    """dx [B, s, C] summed over the ranks, and this rank's share of dweight and dbias (zero outside its heads).
-
-    Args:
-        dy: [B, P s, G, h, D], gradient of gather_project's result.
-    """
-    size, rank = comm.group_size(group), comm.group_rank(group)
-    batch, s, channels = x.shape
-    parts = dy.shape[2]
-    by_owner = dy.reshape(batch, size, s, -1)
-    matrix = _head_slice(weight, parts, num_heads, group).reshape(-1, channels)
-    # Shares are summed in fp32: P roundings to half precision would lose what one device's GEMM keeps.
-    dtype = compute_dtype(x.dtype)
-    dmatrix = torch.zeros(matrix.shape, dtype=dtype, device=x.device)
-    dx = (by_owner[:, rank] @ matrix).to(dtype)
-    for step, (owner, chunk) in enumerate(comm.ring_chunks(x, group)):
-        flight = None
-        if step:
-            share = by_owner[:, (rank + step) % size] @ matrix
-            flight = comm.start_exchange(share, torch.empty_like(share), step=step, group=group)
-        dmatrix += by_owner[:, owner].flatten(0, 1).t() @ chunk.flatten(0, 1)
-        if flight is not None:
-            dx += flight.wait()
-    dweight = torch.zeros_like(weight, memory_format=torch.contiguous_format)
-    _head_slice(dweight, parts, num_heads, group).copy_(dmatrix.view(*dy.shape[2:], channels))
-    dbias = weight.new_zeros(weight.shape[0])
-    _head_slice(dbias, parts, num_heads, group).copy_(dy.sum((0, 1), dtype=dtype))
-    return dx.to(x.dtype), dweight, dbias
-
-
-def _head_slice(value: Tensor, parts: int, num_heads: int, group: str) -> Tensor:
-    """View of this rank's heads in rows ordered [G, H, D]: [G, h, D, ...]."""
-    heads = num_heads // comm.group_size(group)
-    return value.unflatten(0, (parts, num_heads, -1)).narrow(1, comm.group_rank(group) * heads, heads)
 
 
 @torch.library.custom_op("longreel::fastseq_attention", mutates_args=())
@@ -99,6 +42,7 @@ def fastseq_attention_op(
     scale: float,
     provider: str,
     group: str,
+    lean: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gather and project, attend, exchange back.
 
@@ -106,32 +50,50 @@ def fastseq_attention_op(
         x: [B, s, C]. weight, bias: [3 C, C] and [3 C] for self-attention, [C, C] and [C] with text.
         text, kv_weight, kv_bias: [B, l, C], [2 C, C] and [2 C] of a cross attention, or None.
         valid_q, valid_k: tokens of the whole sequences that exist.
+        lean: return out and lse alone; backward gathers and projects again.
 
     Returns:
-        out [B, s, H, D], then what backward reuses: q_heads [B, P s, G, h, D], kv_heads, out_heads [B, valid_q, h, D]
-        and lse [B, h, valid_q].
+        out [B, s, H, D] and lse [B, h, valid_q]; then, unless lean, what backward reuses: q_heads [B, P s, G, h, D],
+        kv_heads and out_heads [B, valid_q, h, D].
     """
-    q_heads = gather_project(x, weight, bias, 3 if text is None else 1, num_heads, group)
-    if text is None or kv_weight is None:
-        kv_heads = x.new_empty(0)
-    else:
-        kv_heads = gather_project(text, kv_weight, kv_bias, 2, num_heads, group)
+    q_heads, kv_heads = _project_all(x, weight, bias, text, kv_weight, kv_bias, num_heads, group)
     out_heads, lse = attend(q_heads, kv_heads, valid_q, valid_k, scale, provider)
     out = gather_heads(out_heads.unsqueeze(2), group, rows=x.shape[1]).squeeze(2)
-    return out, q_heads, kv_heads, out_heads, lse
+    if lean:
+        return out, lse, x.new_empty(0), x.new_empty(0), x.new_empty(0)
+    return out, lse, q_heads, kv_heads, out_heads
+
+
+def _project_all(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    text: Tensor | None,
+    kv_weight: Tensor | None,
+    kv_bias: Tensor | None,
+    num_heads: int,
+    group: str,
+) -> tuple[Tensor, Tensor]:
+    """q_heads and kv_heads (empty for self-attention)."""
+    q_heads = gather_project(x, weight, bias, 3 if text is None else 1, num_heads, group)
+    if text is None or kv_weight is None:
+        return q_heads, x.new_empty(0)
+    return q_heads, gather_project(text, kv_weight, kv_bias, 2, num_heads, group)
 
 
 @torch.library.custom_op("longreel::fastseq_attention_backward", mutates_args=())
 def fastseq_attention_backward_op(
     dout: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    q_heads: Tensor | None,
+    kv_heads: Tensor | None,
     x: Tensor,
     weight: Tensor,
+    bias: Tensor | None,
     text: Tensor | None,
     kv_weight: Tensor | None,
-    q_heads: Tensor,
-    kv_heads: Tensor,
-    out_heads: Tensor,
-    lse: Tensor,
+    kv_bias: Tensor | None,
     num_heads: int,
     valid_q: int,
     valid_k: int,
@@ -139,8 +101,18 @@ def fastseq_attention_backward_op(
     provider: str,
     group: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """dx, dweight, dbias, then dtext, dkv_weight, dkv_bias (empty for self-attention)."""
-    dout_heads = scatter_heads(dout.unsqueeze(2), group).squeeze(2)
+    """dx, dweight, dbias, then dtext, dkv_weight, dkv_bias (empty for self-attention).
+
+    Args:
+        out: the forward op's out_heads; its out when q_heads and kv_heads are None, as after a lean forward.
+    """
+    if q_heads is None or kv_heads is None:
+        q_heads, kv_heads = _project_all(x, weight, bias, text, kv_weight, kv_bias, num_heads, group)
+        both = scatter_heads(torch.stack((dout, out), dim=2), group)
+        dout_heads, out_heads = both[:, :, 0], both[:, :valid_q, 1]
+    else:
+        out_heads = out
+        dout_heads = scatter_heads(dout.unsqueeze(2), group).squeeze(2)
     dq_heads, dkv_heads = attend_backward(
         dout_heads, q_heads, kv_heads, out_heads, lse, valid_q, valid_k, scale, provider
     )
@@ -165,18 +137,34 @@ def _(
     scale: float,
     provider: str,
     group: str,
+    lean: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     batch, s, _ = x.shape
     size = comm.group_size(group)
     head_dim = weight.shape[0] // (num_heads * (3 if text is None else 1))
-    padded_k = None if text is None else size * text.shape[1]
+    heads = num_heads // size
     out = x.new_empty(batch, s, num_heads, head_dim)
-    return out, *empty_results(x, batch, size * s, padded_k, num_heads // size, head_dim, valid_q)
+    lse = x.new_empty(batch, heads, valid_q, dtype=compute_dtype(x.dtype))
+    if lean:
+        return out, lse, x.new_empty(0), x.new_empty(0), x.new_empty(0)
+    q_heads = x.new_empty(batch, size * s, 3 if text is None else 1, heads, head_dim)
+    kv_heads = x.new_empty(0) if text is None else x.new_empty(batch, size * text.shape[1], 2, heads, head_dim)
+    return out, lse, q_heads, kv_heads, x.new_empty(batch, valid_q, heads, head_dim)
 
 
 @fastseq_attention_backward_op.register_fake
 def _(
-    dout: Tensor, x: Tensor, weight: Tensor, text: Tensor | None, kv_weight: Tensor | None, *_: Any
+    dout: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    q_heads: Tensor | None,
+    kv_heads: Tensor | None,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    text: Tensor | None,
+    kv_weight: Tensor | None,
+    *_: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     grads = x.new_empty(x.shape), weight.new_empty(weight.shape), weight.new_empty(weight.shape[0])
     if text is None or kv_weight is None:
@@ -186,25 +174,21 @@ def _(
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, weight, bias, text, kv_weight, kv_bias, *ctx.rest = inputs
-    ctx.has_bias, ctx.has_text, ctx.has_kv_bias = bias is not None, text is not None, kv_bias is not None
-    ctx.save_for_backward(x, weight, text, kv_weight, *output[1:])
+    *tensors, ctx.num_heads, ctx.valid_q, ctx.valid_k, ctx.scale, ctx.provider, ctx.group, lean = inputs
+    ctx.given = [tensor is not None for tensor in tensors]
+    out, lse, q_heads, kv_heads, out_heads = output
+    saved = (out, lse, None, None) if lean else (out_heads, lse, q_heads, kv_heads)
+    ctx.save_for_backward(*saved, *tensors)
     ctx.mark_non_differentiable(*output[1:])
     # Zeros for the gradients of what backward reuses would be as large as q, k, v and o.
     ctx.set_materialize_grads(False)
 
 
 def _grad(ctx: Any, dout: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-    dx, dw, db, dtext, dkv_w, dkv_b = fastseq_attention_backward_op(dout, *ctx.saved_tensors, *ctx.rest)
-    grads = (
-        dx,
-        dw,
-        db if ctx.has_bias else None,
-        dtext if ctx.has_text else None,
-        dkv_w if ctx.has_text else None,
-        dkv_b if ctx.has_kv_bias else None,
-    )
-    return grads + (None,) * len(ctx.rest)
+    rest = ctx.num_heads, ctx.valid_q, ctx.valid_k, ctx.scale, ctx.provider, ctx.group
+    grads = fastseq_attention_backward_op(dout, *ctx.saved_tensors, *rest)
+    wanted = [grad if given else None for grad, given in zip(grads, ctx.given, strict=True)]
+    return *wanted, *(None for _ in rest), None
 
 
 fastseq_attention_op.register_autograd(_grad, setup_context=_save)
@@ -232,6 +216,7 @@ def _flops(
     scale: float,
     provider: str,
     group: str,
+    lean: bool,
     **_: Any,
 ) -> int:
     size = comm.group_size(group)
@@ -242,28 +227,24 @@ def _flops(
 
 @register_flop_formula(torch.ops.longreel.fastseq_attention_backward)
 def _backward_flops(
-    dout: Any,
-    x: Any,
-    weight: Any,
-    text: Any,
-    kv_weight: Any,
-    q_heads: Any,
-    kv_heads: Any,
-    out_heads: Any,
-    lse: Any,
-    num_heads: int,
-    valid_q: int,
-    valid_k: int,
-    *_: Any,
-    **__: Any,
+    dout: Any, out: Any, lse: Any, q_heads: Any, kv_heads: Any, x: Any, weight: Any, *rest: Any, **_: Any
 ) -> int:
-    attended = attend_flops(q_heads[0], q_heads[3], q_heads[4], valid_q, valid_k, 5)
-    return attended + 2 * _projection_flops(x, weight, text, kv_weight, num_heads // q_heads[3])
+    text, kv_weight, (num_heads, valid_q, valid_k) = rest[1], rest[2], rest[4:7]
+    batch, heads, _ = lse
+    attended = attend_flops(batch, heads, dout[3], valid_q, valid_k, 5)
+    # Two products per projection, and once more its forward where it was not kept.
+    return attended + (3 if q_heads is None else 2) * _projection_flops(x, weight, text, kv_weight, num_heads // heads)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FastSeq(SequenceGroup):
-    """Heads split over the ranks of a group, hidden states gathered instead of q, k, v exchanged."""
+    """Heads split over the ranks of a group, hidden states gathered instead of q, k, v exchanged.
+
+    Args:
+        lean: save only attention's out and lse for backward, which gathers, projects and exchanges out again.
+    """
+
+    lean: bool = False
 
     def self_attention(self, x: Tensor, qkv: nn.Linear, *, num_heads: int, lengths: SequenceLengths) -> Tensor:
         """See longreel.models.sequence.SequenceParallel."""
@@ -308,16 +289,25 @@ class FastSeq(SequenceGroup):
             scale,
             self.resolved_provider(x),
             self.group,
+            self.lean,
         )
         return out.flatten(2)
 
     def traffic(self, shape: AttentionShape) -> Traffic:
-        """Gathered x (and text) and the exchange of o; backward gathers again and scatters the sum of dX."""
+        """Gathered x (and text) and the exchange of o; backward gathers again and scatters the sum of dX.
+
+        Lean backward gathers once more, to project, and exchanges o with its gradient.
+        """
         away = self.degree - 1
         width = shape.batch * shape.num_heads * shape.head_dim * shape.element_size
         gathered = away * width * (self.rows(shape.seq_len) + self.rows(shape.kv_len or 0))
         exchanged = away * width * self.rows(shape.seq_len) // self.degree
+        again = 2 if self.lean else 1
         return Traffic(
             forward={"all_gather": gathered, "all_to_all": exchanged},
-            backward={"all_gather": gathered, "all_to_all": exchanged, "reduce_scatter": gathered},
+            backward={
+                "all_gather": again * gathered,
+                "all_to_all": again * exchanged,
+                "reduce_scatter": gathered,
+            },
         )

@@ -16,7 +16,6 @@ from longreel.kernels.attention import (
     attention_packed_backward_op,
     attention_packed_op,
 )
-from longreel.kernels.reference import compute_dtype
 
 
 def attend(
@@ -53,15 +52,3 @@ def attend_backward(
 def attend_flops(batch: int, heads: int, head_dim: int, valid_q: int, valid_k: int, products: int) -> int:
     """FLOPs of `products` matrix products over this rank's heads and the valid tokens."""
     return attention_flops((batch, valid_q, heads, head_dim), (batch, valid_k, heads, head_dim), products)
-
-
-def empty_results(
-    like: Tensor, batch: int, padded_q: int, padded_k: int | None, heads: int, head_dim: int, valid_q: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """q_heads, kv_heads, out_heads and lse as the ops return them, uninitialised; padded_k None: self-attention."""
-    parts = 3 if padded_k is None else 1
-    q_heads = like.new_empty(batch, padded_q, parts, heads, head_dim)
-    kv_heads = like.new_empty(0) if padded_k is None else like.new_empty(batch, padded_k, 2, heads, head_dim)
-    out_heads = like.new_empty(batch, valid_q, heads, head_dim)
-    lse = like.new_empty(batch, heads, valid_q, dtype=compute_dtype(like.dtype))
-    return q_heads, kv_heads, out_heads, lse

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from longreel.kernels import reference
 from longreel.kernels.numerics import PARALLEL_TOLERANCE, gradient_errors, relative_error
 from longreel.models.config import DiTConfig
 from longreel.models.dit import DiT
@@ -154,11 +155,33 @@ def test_gradients_of_the_published_regime_equal_one_device(run_distributed, str
     check(run_distributed, tiny_config(conditioning), fp64(strategy, 4), (1, 2), torch.float64)
 
 
-@pytest.mark.parametrize("policy", ["none", "full"])
+@pytest.mark.parametrize("policy", ["none", "full", "keep_attention"])
 @pytest.mark.parametrize("engine", ["fsdp2-zero2", "fsdp2-zero3", "ddp"])
-@pytest.mark.parametrize(("strategy", "degree"), [("local", 1), ("ulysses", 2), ("fastseq", 2)])
+@pytest.mark.parametrize(("strategy", "degree"), [("local", 1), *((name, 2) for name in STRATEGIES)])
 def test_engines_and_policies_equal_one_device(run_distributed, strategy, degree, engine, policy):
     check(run_distributed, tiny_config("in_context"), fp64(strategy, degree, engine, policy), (2, 1), torch.float64)
+
+
+def attention_runs(strategy: str, degree: int, policy: str) -> tuple[int, int]:
+    """(attention forwards, backwards) of one training step, counted at the kernel's specification."""
+    parallel = fp64(strategy, degree, policy=policy)
+    mesh = build_mesh(sp_degree=degree, ulysses_degree=parallel.ulysses_degree)
+    spread = ParallelDiT(randomised_dit(tiny_config("adaln"), torch.float64), mesh, parallel)
+    with (
+        mock.patch.object(reference, "attention_fwd", wraps=reference.attention_fwd) as forward,
+        mock.patch.object(reference, "attention_bwd", wraps=reference.attention_bwd) as backward,
+    ):
+        spread.loss(Batch(**samples(1, torch.float64), global_samples=1)).backward()
+    return forward.call_count, backward.call_count
+
+
+@pytest.mark.parametrize(("strategy", "degree"), [("local", 1), *((name, 2) for name in STRATEGIES)])
+def test_keep_attention_runs_attention_once(run_distributed, strategy, degree):
+    # Two blocks; a ring of two ranks attends to each of two chunks.
+    per_step = 4 if strategy in ("ring", "usp") else 2
+    for policy, repeats in (("none", 1), ("full", 2), ("keep_attention", 1)):
+        for forwards, backwards in run_distributed(attention_runs, degree, strategy, degree, policy):
+            assert (forwards, backwards) == (per_step * repeats, per_step)
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)

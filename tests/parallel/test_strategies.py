@@ -134,7 +134,7 @@ def test_output_and_gradients_equal_one_device(run_distributed, name, degree, nu
 
 
 @pytest.mark.parametrize("cross", [False, True], ids=["self", "cross_published"])
-@pytest.mark.parametrize("name", ["ulysses", "usp"])
+@pytest.mark.parametrize("name", ["ulysses", "fastseq", "usp"])
 def test_lean_output_and_gradients_equal_one_device(run_distributed, name, cross):
     for errors in run_distributed(layer_errors, 4, name, 4, 13, cross, True):
         assert max(errors.values()) <= TOLERANCE, errors
@@ -165,7 +165,15 @@ def traffic_of_layer(name: str, degree: int, batch: int, num_tokens: int, cross:
 @pytest.mark.parametrize("degree", [2, 4, 8], ids=lambda p: f"P{p}")
 @pytest.mark.parametrize(
     ("name", "lean"),
-    [("ulysses", False), ("ulysses", True), ("fastseq", False), ("ring", False), ("usp", False), ("usp", True)],
+    [
+        ("ulysses", False),
+        ("ulysses", True),
+        ("fastseq", False),
+        ("fastseq", True),
+        ("ring", False),
+        ("usp", False),
+        ("usp", True),
+    ],
 )
 def test_traffic_formula_equals_bytes_passed_to_the_collectives(run_distributed, name, lean, degree, num_tokens, cross):
     found = run_distributed(traffic_of_layer, degree, name, degree, 2, num_tokens, cross, lean)
@@ -264,9 +272,11 @@ def check_ops() -> None:
         opcheck(exchange_attention_op, (qkv, None, None, None, 5, 5, *spread))
         opcheck(exchange_attention_op, (*cross, 5, 3, *spread))
     x, text = tensor(2, 3, 32), tensor(2, 2, 32)
-    opcheck(fastseq_attention_op, (x, tensor(96, 32), tensor(96), None, None, None, 4, 5, 5, *common))
+    for lean in (False, True):
+        none = (None, None, None)
+        opcheck(fastseq_attention_op, (x, tensor(96, 32), tensor(96), *none, 4, 5, 5, *common, lean))
     cross = (tensor(32, 32), tensor(32), text, tensor(64, 32), tensor(64))
-    opcheck(fastseq_attention_op, (x, *cross, 4, 5, 3, *common))
+    opcheck(fastseq_attention_op, (x, *cross, 4, 5, 3, *common, False))
 
 
 def test_ops_pass_opcheck(run_distributed):

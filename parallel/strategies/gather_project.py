@@ -1,0 +1,67 @@
+"""Projection of gathered hidden states to one rank's heads, and its backward, chunk by chunk as they arrive."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from longreel.kernels.reference import compute_dtype
+from longreel.parallel import comm
+
+
+def gather_project(x: Tensor, weight: Tensor, bias: Tensor | None, parts: int, num_heads: int, group: str) -> Tensor:
+    """Projection of every rank's x [B, s, C] to this rank's heads: [B, P s, G, h, D], chunk by chunk on arrival.
+
+    Args:
+        weight: [G H D, C], rows ordered [G, H, D]. bias: [G H D] or None.
+        parts: G.
+    """
+    size = comm.group_size(group)
+    batch, s, channels = x.shape
+    head_weight = _head_slice(weight, parts, num_heads, group)
+    heads, head_dim = head_weight.shape[1:3]
+    matrix = head_weight.reshape(-1, channels)
+    offset = None if bias is None else _head_slice(bias, parts, num_heads, group).reshape(-1)
+    y = x.new_empty(batch, size, s, parts * heads * head_dim)
+    for owner, chunk in comm.ring_chunks(x, group):
+        y[:, owner] = F.linear(chunk, matrix, offset)
+    return y.view(batch, size * s, parts, heads, head_dim)
+
+
+def gather_project_backward(
+    dy: Tensor, x: Tensor, weight: Tensor, num_heads: int, group: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dx [B, s, C] summed over the ranks, and this rank's share of dweight and dbias (zero outside its heads).
+
+    Args:
+        dy: [B, P s, G, h, D], gradient of gather_project's result.
+    """
+    size, rank = comm.group_size(group), comm.group_rank(group)
+    batch, s, channels = x.shape
+    parts = dy.shape[2]
+    by_owner = dy.reshape(batch, size, s, -1)
+    matrix = _head_slice(weight, parts, num_heads, group).reshape(-1, channels)
+    # Shares are summed in fp32: P roundings to half precision would lose what one device's GEMM keeps.
+    dtype = compute_dtype(x.dtype)
+    dmatrix = torch.zeros(matrix.shape, dtype=dtype, device=x.device)
+    dx = (by_owner[:, rank] @ matrix).to(dtype)
+    for step, (owner, chunk) in enumerate(comm.ring_chunks(x, group)):
+        flight = None
+        if step:
+            share = by_owner[:, (rank + step) % size] @ matrix
+            flight = comm.start_exchange(share, torch.empty_like(share), step=step, group=group)
+        dmatrix += by_owner[:, owner].flatten(0, 1).t() @ chunk.flatten(0, 1)
+        if flight is not None:
+            dx += flight.wait()
+    dweight = torch.zeros_like(weight, memory_format=torch.contiguous_format)
+    _head_slice(dweight, parts, num_heads, group).copy_(dmatrix.view(*dy.shape[2:], channels))
+    dbias = weight.new_zeros(weight.shape[0])
+    _head_slice(dbias, parts, num_heads, group).copy_(dy.sum((0, 1), dtype=dtype))
+    return dx.to(x.dtype), dweight, dbias
+
+
+def _head_slice(value: Tensor, parts: int, num_heads: int, group: str) -> Tensor:
+    """View of this rank's heads in rows ordered [G, H, D]: [G, h, D, ...]."""
+    heads = num_heads // comm.group_size(group)
+    return value.unflatten(0, (parts, num_heads, -1)).narrow(1, comm.group_rank(group) * heads, heads)
