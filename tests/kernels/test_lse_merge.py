@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-from torch.library import opcheck
 
 from longreel.kernels import attention, merge_attention
-from longreel.kernels.lse_merge import merge_attention_backward_op, merge_attention_op
 from longreel.kernels.numerics import KERNEL_ERROR_FACTOR, relative_error
 
 INF = float("inf")
@@ -119,13 +118,8 @@ def test_whatever_lies_where_no_key_was_seen_is_not_read():
         assert torch.equal(a, b)
 
 
-def test_ops_pass_opcheck_and_compile():
-    inputs = partials(2, 3, 2, 8)
-    leaves = [t.requires_grad_() for t in (torch.randn_like(t) for t in inputs)]
-    opcheck(merge_attention_op, (*leaves, "torch"))
-    dout, dlse = (t.detach() for t in leaves[:2])
-    opcheck(merge_attention_backward_op, (dout, dlse, *(t.detach() for t in leaves), "torch"))
-    opcheck(merge_attention_backward_op, (dout, None, *(t.detach() for t in leaves), "torch"))
+def test_compiles_without_graph_breaks():
+    leaves = [t.requires_grad_() for t in (torch.randn_like(t) for t in partials(2, 3, 2, 8))]
     compiled = torch.compile(merge_attention, backend="aot_eager", fullgraph=True)
     for a, b in zip(compiled(*leaves), merge_attention(*leaves), strict=True):
         assert torch.equal(a, b)
@@ -165,7 +159,7 @@ def triton_errors(shape: tuple[int, int, int, int], dtype: torch.dtype, device: 
     return [(relative_error(a, w), relative_error(e, w)) for a, e, w in zip(got, eager, want, strict=True)]
 
 
-SHAPES = [(2, 21, 3, 72), (1, 65, 2, 40), (1, 1, 1, 8), (3, 3, 5, 64)]
+SHAPES = [(2, 21, 3, 72), (1, 65, 2, 40), (1, 1, 1, 8), (3, 3, 5, 64), (1, 3, 1, 96), (2, 1, 2, 128)]
 SHAPE_IDS = [f"B{b}-S{s}-H{h}-D{d}" for b, s, h, d in SHAPES]
 
 
@@ -195,6 +189,10 @@ def triton_corners() -> None:
         for a, b in zip(*(torch.autograd.grad(t, inputs, allow_unused=True) for t in total), strict=True):
             assert relative_error(a, b) < 1e-6
     out1, lse1, out2, lse2 = (t.detach() for t in inputs)
+    # Heads before tokens in memory, as other attention kernels return them, and an lse laid out the other way.
+    turned = [t.transpose(1, 2).contiguous().transpose(1, 2) for t in (out1, lse1, out2, lse2)]
+    for a, b in zip(run(*turned), run(out1, lse1, out2, lse2), strict=True):
+        assert torch.equal(a, b)
     dirty = out1.clone()
     dirty[:, :2] = float("nan")
     for a, b in zip(with_grads(run, [dirty, lse1, out2, lse2]), with_grads(run, [out1, lse1, out2, lse2]), strict=True):
@@ -225,3 +223,4 @@ def test_kernels_compile_for_hopper_without_spills(compile_kernel, backward):
     assert compiled.spills == compiled.local_bytes == 0
     assert "ld.global.v4.b32" in compiled.ptx and "st.global.v4.b32" in compiled.ptx
     assert compiled.programs_per_sm() >= 4
+    assert not re.findall(r"arith\.muli .*: (?:tensor<[^>]*x)?i32", compiled.ttir)
