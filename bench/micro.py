@@ -13,6 +13,7 @@ from longreel.bench.console import prepare_folder
 from longreel.bench.micro_options import MicroConfig
 from longreel.bench.micro_sweep import load, run_plan
 from longreel.parallel.command_line import parse_arguments
+from longreel.parallel.workers import WorkerPool
 from longreel.reports.op_report import write_op_report
 
 RECORDS = "records.jsonl"
@@ -39,7 +40,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     origin = op_provenance.gather(command, torch.device(plan.device), commit=config.commit)
     deadline = None if config.minutes is None else start + 60 * config.minutes
     try:
-        _, left = run_plan(plan, file, origin, resume=config.resume, deadline=deadline)
+        with WorkerPool(1) as pool:
+            _, left = run_plan(plan, file, origin, pool=pool, resume=config.resume, deadline=deadline)
     except KeyboardInterrupt:
         print(f"interrupted; finished cases are in {file}, and the same command goes on", file=sys.stderr)
         return 130

@@ -62,44 +62,51 @@ def run_plan(
     file: Path,
     provenance: dict[str, Any],
     *,
+    pool: WorkerPool,
     resume: bool = True,
     deadline: float | None = None,
+    run: str | None = None,
     say: Callable[[str], None] = print,
 ) -> tuple[list[OpRecord], list[OpCase]]:
     """Run a plan, appending every record to a file as its case finishes.
 
     Args:
         plan: what to run. file: records.jsonl, appended to. provenance: of all records.
+        pool: of one worker, in which the cases run.
         resume: leave out cases whose points are all in the file already (same configuration, source, environment).
         deadline: time.monotonic() by which to stop; None for no limit.
-        say: gets a line per record.
+        run: label of the run, the time now if not given. say: gets a line per record.
 
     Returns:
         The records made, and the cases left undone at the deadline.
     """
     done = {r.key for r in load(file) if r.status != "error"} if resume and file.exists() else set()
-    run = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
+    run = run or run_label()
     made: list[OpRecord] = []
     # (op, provider, head_dim, dtype) -> why it is not tried at further lengths.
     not_again: dict[tuple[str, str, int, str], str] = {}
-    with WorkerPool(1) as pool:
-        for i, case in enumerate(plan.cases):
-            request = _request(plan, case, run, provenance, not_again)
-            if not request.providers or all(key in done for key in _keys(request)):
-                continue
-            left = None if deadline is None else deadline - time.monotonic()
-            if left is not None and left < _LEAST_S:
-                return made, list(plan.cases[i:])
-            for record in _run_request(request, pool, left, isolate=plan.isolate):
-                store.append(file, record)
-                made.append(record)
-                # A provider that is missing is missing in every direction.
-                if record.status == "ok" or record.direction == request.possible_directions[0]:
-                    say(line(record))
-                if record.status == "error":
-                    reason = f"failed at seq_len {case.seq_len:,}: {record.reason}"
-                    not_again.setdefault((case.op, record.provider, case.head_dim, case.dtype), reason)
+    for i, case in enumerate(plan.cases):
+        request = _request(plan, case, run, provenance, not_again)
+        if not request.providers or all(key in done for key in _keys(request)):
+            continue
+        left = None if deadline is None else deadline - time.monotonic()
+        if left is not None and left < _LEAST_S:
+            return made, list(plan.cases[i:])
+        for record in _run_request(request, pool, left, isolate=plan.isolate):
+            store.append(file, record)
+            made.append(record)
+            # A provider that is missing is missing in every direction.
+            if record.status == "ok" or record.direction == request.possible_directions[0]:
+                say(line(record))
+            if record.status == "error":
+                reason = f"failed at seq_len {case.seq_len:,}: {record.reason}"
+                not_again.setdefault((case.op, record.provider, case.head_dim, case.dtype), reason)
     return made, []
+
+
+def run_label() -> str:
+    """The time now, as the label of a run."""
+    return time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
 
 
 def load(file: Path) -> list[OpRecord]:

@@ -26,8 +26,8 @@ _BLOCK_ELEMENTS = 2**24
 # Floors in units of eps, as the kernels' tests have them: one rounding of the result; attention rounds P as well.
 _FLOOR = 1.0
 _ATTENTION_FLOOR = 2.0
-# Peers must compute the same thing, not meet our bar: torch.compile on a CPU, say, adds up tokens one after the other in
-# fp32, at four times eager's error.
+# Peers must compute the same thing, not meet our bar: torch.compile on a CPU, say, adds up tokens one after the other
+# in fp32, at four times eager's error.
 PEER_SLACK = 4.0
 
 

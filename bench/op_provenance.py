@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import importlib.metadata
 from collections.abc import Sequence
@@ -13,6 +12,7 @@ import torch
 
 from longreel.bench import provenance
 from longreel.bench.nvml import driver_version
+from longreel.kernels.triton_common import interpreting
 
 _PEERS = ("flash-attn", "flash-attn-3", "flash-attn-4", "liger-kernel")
 _REPOSITORY = Path(__file__).resolve().parents[1]
@@ -20,13 +20,12 @@ _REPOSITORY = Path(__file__).resolve().parents[1]
 _SOURCE = ("kernels", "bench")
 
 
-@functools.cache
 def device_words(device: torch.device) -> str:
-    """The device in words, the same in every record made on it."""
+    """The device in words, the same in every record made on it; interpreted kernels say so, as they say no speed."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     cores = provenance.num_cores()
-    return f"CPU with {cores} core{'s' if cores > 1 else ''}"
+    return f"CPU with {cores} core{'s' if cores > 1 else ''}" + (", Triton interpreted" if interpreting() else "")
 
 
 def gather(command: Sequence[str], device: torch.device, *, commit: str | None = None) -> dict[str, Any]:

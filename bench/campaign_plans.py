@@ -1,0 +1,130 @@
+"""What a campaign measures, in the order of what matters most: on a Hopper GPU, and as a rehearsal on a CPU."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from longreel.bench.micro_options import HOPPER, MEASURED_OPS
+from longreel.bench.micro_sweep import MicroPlan, sweep_cases
+from longreel.bench.ops import OpCase
+from longreel.bench.providers import kernel_providers, known_providers
+from longreel.bench.timing import TimingRule
+from longreel.bench.tune import TunePlan, default_plan
+
+_POINTWISE = tuple(op for op in MEASURED_OPS if not op.startswith("attention"))
+BEFORE, AFTER = "before", "after"
+_TIMED = TimingRule(min_samples=5, max_samples=30, budget_s=0.1, wall_cap_s=20.0, warm_up_s=0.02)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CampaignPlan:
+    """Everything that a campaign's steps do, as data.
+
+    Args:
+        device: torch device. validate: arguments of one pytest run each.
+        rooflines: cases of the ceilings. sustained_s: window of the sustained ones.
+        micro: plans in order; what is not reached within the budget is left for the next run of the command.
+        tune: attention's constants. micro_after: plans measured again with the constants chosen.
+        interpret: Triton kernels are interpreted.
+    """
+
+    device: str
+    validate: tuple[tuple[str, ...], ...]
+    rooflines: tuple[OpCase, ...]
+    sustained_s: float
+    micro: tuple[MicroPlan, ...]
+    tune: TunePlan
+    micro_after: tuple[MicroPlan, ...]
+    interpret: bool = False
+
+
+def hopper(validate: tuple[tuple[str, ...], ...], *, device: str = "cuda") -> CampaignPlan:
+    """The campaign on one Hopper GPU."""
+    ours = kernel_providers("attention")
+    # Flex compiles for every shape, for longer than everything else runs: at two lengths.
+    quick = tuple(name for name in known_providers() if name not in ("flex", "eager", "compiled", "torch"))
+    pointwise = (*kernel_providers("adaln_modulate"), "compiled", "liger")
+
+    def attention(lengths: tuple[int, ...], head_dims: tuple[int, ...], **changes: object) -> MicroPlan:
+        cases = sweep_cases(
+            ["attention"], seq_lens=lengths, head_dims=head_dims, num_heads=2, model_heads=16, dtypes=["bf16"]
+        )
+        plan = _plan(cases, quick, device)
+        return replace(plan, **changes)  # type: ignore[arg-type]
+
+    def fused(lengths: tuple[int, ...]) -> MicroPlan:
+        cases = sweep_cases(_POINTWISE, seq_lens=lengths, head_dims=[72], num_heads=2, model_heads=16, dtypes=["bf16"])
+        return _plan(cases, pointwise, device)
+
+    rivals = (*ours, "sdpa-cudnn", "sdpa-flash")
+    apart = ("forward", "backward")
+    one = TimingRule(min_samples=2, max_samples=3, budget_s=0.0, wall_cap_s=25.0, warm_up_s=0.0)
+    packed = sweep_cases(
+        ["attention_packed"], seq_lens=[65_536], head_dims=[72], num_heads=2, model_heads=16, dtypes=["bf16"]
+    )
+    return CampaignPlan(
+        device=device,
+        validate=validate,
+        rooflines=HOPPER.rooflines("bf16"),
+        sustained_s=4.0,
+        micro=(
+            attention((32_768, 131_072), (72,)),
+            fused((131_072,)),
+            attention((819_200,), (72,), providers=(*ours, "sdpa-cudnn"), directions=apart, rule=one),
+            attention((65_536,), (72,)),
+            attention((32_768,), (128, 64)),
+            _plan(packed, rivals, device),
+            attention((4096, 8192, 16_384), (72,)),
+            attention((32_768, 131_072), (72,), providers=("flex",)),
+            attention((262_144, 524_288), (72,), providers=(*ours, "sdpa-cudnn"), directions=apart, rule=one),
+            fused((32_768, 819_200)),
+            attention((131_072,), (128, 64)),
+        ),
+        tune=default_plan(device),
+        micro_after=(
+            attention((32_768, 131_072), (72,), providers=rivals),
+            attention((819_200,), (72,), providers=ours, directions=apart, rule=one),
+            attention((32_768,), (128, 64), providers=rivals),
+            attention((65_536, 262_144), (72,), providers=rivals, directions=apart, rule=one),
+        ),
+    )
+
+
+def rehearsal(validate: tuple[tuple[str, ...], ...]) -> CampaignPlan:
+    """The same path in under a minute on a CPU: tiny sizes, Triton interpreted."""
+    rule = TimingRule(min_samples=2, max_samples=2, budget_s=0.0, wall_cap_s=10.0, warm_up_s=0.0)
+    providers = ("triton", "eager", "sdpa-flash")
+    tiny = {"head_dims": [72], "num_heads": 1, "model_heads": 2, "dtypes": ["fp16"]}
+    attention = MicroPlan(
+        cases=sweep_cases(["attention", "attention_packed"], seq_lens=[48], **tiny),  # type: ignore[arg-type]
+        providers=providers,
+        directions=("forward", "backward", "both"),
+        rule=rule,
+        device="cpu",
+        label=BEFORE,
+    )
+    fused = replace(attention, cases=sweep_cases(_POINTWISE, seq_lens=[6], **tiny), directions=("both",))  # type: ignore[arg-type]
+    case = OpCase(op="attention", dtype="fp16", seq_len=48, num_heads=1, head_dim=72)
+    return CampaignPlan(
+        device="cpu",
+        validate=validate,
+        rooflines=tuple(
+            OpCase(op=op, dtype="fp32", seq_len=256, num_heads=1, head_dim=256) for op in ("matmul", "clone")
+        ),
+        sustained_s=0.2,
+        micro=(attention, fused),
+        tune=TunePlan(cases=(case,), device="cpu", rule=rule, final_rule=rule, kernels=("forward", "dkdv"), most=1),
+        micro_after=(replace(attention, cases=attention.cases[:1]),),
+        interpret=True,
+    )
+
+
+def _plan(cases: tuple[OpCase, ...], providers: tuple[str, ...], device: str) -> MicroPlan:
+    return MicroPlan(
+        cases=cases,
+        providers=providers,
+        directions=("forward", "backward", "both"),
+        rule=_TIMED,
+        device=device,
+        label=BEFORE,
+    )
