@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from longreel.kernels import adaln_modulate, attention, bias_gelu, gated_residual, gated_residual_adaln
 from longreel.models.config import DiTConfig
 from longreel.models.sequence import SequenceLengths, SequenceParallel
+from longreel.models.tiled_mlp import tiled_mlp
 
 
 class TextAttention(nn.Module):
@@ -75,6 +76,8 @@ class DiTBlock(nn.Module):
         self.cross = TextAttention(config) if config.conditioning == "cross" else None
         self.fc1 = nn.Linear(width, config.mlp_hidden)
         self.fc2 = nn.Linear(config.mlp_hidden, width)
+        # Rows of x that the MLP takes at a time; None: all of them, by plain layers.
+        self.mlp_tile: int | None = None
 
     def forward(
         self,
@@ -108,9 +111,13 @@ class DiTBlock(nn.Module):
             x = gated_residual(x, attended, gate_a)
             x = x + self._attend_text(x, text, sp=sp, lengths=lengths, text_lengths=text_lengths)
             modulated = adaln_modulate(x, shift_m, scale_m)
+        return gated_residual(x, self._mlp(modulated), gate_m)
+
+    def _mlp(self, x: Tensor) -> Tensor:
+        if self.mlp_tile is not None:
+            return tiled_mlp(x, self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias, tile=self.mlp_tile)
         # The bias joins the GELU's pass over the hidden layer instead of the GEMM's epilogue.
-        hidden = F.linear(modulated, self.fc1.weight)
-        return gated_residual(x, self.fc2(bias_gelu(hidden, self.fc1.bias)), gate_m)
+        return self.fc2(bias_gelu(F.linear(x, self.fc1.weight), self.fc1.bias))
 
     def _attend_text(
         self,

@@ -30,6 +30,8 @@ class ParallelConfig:
         engine: `fsdp2-zero2` (parameters kept gathered between forward and backward), `fsdp2-zero3` or `ddp`.
         policy: activation policy: `none` keeps what backward needs, `full` recomputes each block, `keep_attention`
             recomputes all of it but self-attention, whose output and log-sum-exp are kept.
+        mlp_tile: tokens that the MLP takes at a time, so that its hidden layer of the whole sequence never lives;
+            backward computes it again. None: all at once.
         precision: `bf16` computes in bf16 over fp32 master parameters; `fp32` and `fp64` use one dtype throughout.
         attention_provider: see longreel.kernels.resolve_attention_provider.
     """
@@ -39,6 +41,7 @@ class ParallelConfig:
     ulysses_degree: int | None = None
     engine: Engine = "fsdp2-zero2"
     policy: Policy = "none"
+    mlp_tile: int | None = None
     precision: Precision = "fp32"
     attention_provider: str = "auto"
 
@@ -49,6 +52,8 @@ class ParallelConfig:
                 raise ValueError(f"unknown {name} {getattr(self, name)!r}; there are {', '.join(allowed)}")
         if self.sp_degree < 1:
             raise ValueError(f"sp_degree must be at least 1, got {self.sp_degree}")
+        if self.mlp_tile is not None and self.mlp_tile < 1:
+            raise ValueError(f"mlp_tile must be at least 1 token, got {self.mlp_tile}")
         if self.strategy == "local" and self.sp_degree > 1:
             raise ValueError(
                 f"strategy 'local' does not split the sequence, but sp_degree is {self.sp_degree}; "

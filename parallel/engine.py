@@ -14,19 +14,23 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import create_selective_checkpoint_contexts
 
+from longreel.models.block import DiTBlock
 from longreel.models.dit import DiT
 from longreel.parallel.config import DTYPES, ParallelConfig
 from longreel.parallel.mesh import ParallelMesh
 from longreel.parallel.strategies import SELF_ATTENTION_OPS
 
 
-def apply_policy(model: DiT, policy: str) -> None:
-    """Wrap each block as the activation policy says.
+def apply_policy(model: DiT, policy: str, mlp_tile: int | None) -> None:
+    """Set each block up as the activation policy and the MLP's tile say.
 
     Args:
         policy: `none` leaves blocks alone, `full` recomputes them in backward, `keep_attention` recomputes all but
             self-attention, whose op's outputs are kept (strategies save little else then: their `lean`).
     """
+    for block in model.blocks:
+        assert isinstance(block, DiTBlock)
+        block.mlp_tile = mlp_tile
     if policy == "none":
         return
     context = {"context_fn": _keep_attention} if policy == "keep_attention" else {}

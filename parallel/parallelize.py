@@ -102,7 +102,7 @@ class ParallelDiT:
         self.strategy: SequenceParallel = build_strategy(config, mesh)
         if config.precision == "fp64":
             model = model.double()
-        apply_policy(model, config.policy)
+        apply_policy(model, config.policy, config.mlp_tile)
         self.module: nn.Module = apply_engine(model, mesh, config)
 
     def parameters(self) -> Iterator[nn.Parameter]:

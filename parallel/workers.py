@@ -1,7 +1,8 @@
 """A pool of worker processes that run one function on every rank of a gloo group: for tests and CPU sweeps.
 
 Starting a process costs seconds (it imports torch), so workers live on; each call gets a fresh process group. A
-worker that dies, hangs or raises costs its own call only: the pool replaces the workers at the next call.
+worker that dies, hangs or raises costs its own call only: the pool replaces the workers at the next call. Ctrl-C and
+SIGTERM are the parent's business: workers end with it, however it ends, and the last of them cleans up.
 """
 
 from __future__ import annotations
@@ -11,12 +12,16 @@ import importlib
 import importlib.util
 import multiprocessing
 import os
+import shutil
+import signal
 import sys
 import tempfile
+import threading
 import time
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -58,6 +63,11 @@ class WorkerPool:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         self.close()
 
+    @property
+    def scratch(self) -> Path:
+        """A folder for files of calls, there as long as the pool."""
+        return Path(self._folder.name)
+
     def close(self) -> None:
         """End all workers."""
         self._end(list(self._workers))
@@ -84,7 +94,7 @@ class WorkerPool:
             if rank not in self._workers or not self._workers[rank][0].is_alive():
                 self._start(rank)
         self._calls += 1
-        rendezvous = str(Path(self._folder.name) / f"rendezvous-{self._calls}")
+        rendezvous = str(self.scratch / f"rendezvous-{self._calls}")
         call = (_locate(fn), args, world_size, rendezvous, timeout)
         try:
             for rank in ranks:
@@ -103,8 +113,15 @@ class WorkerPool:
         self._end([rank])
         context = multiprocessing.get_context("spawn")
         here, there = context.Pipe()
-        process = context.Process(target=_serve, args=(there, self._num_threads), daemon=True)
-        process.start()
+        process = context.Process(target=_serve, args=(there, self._num_threads, self._folder.name), daemon=True)
+        # A terminal's Ctrl-C goes to workers too, which would each print where they were: they start with it blocked.
+        # The tracker of multiprocessing, started with the first worker, would lift the block: it has to run before.
+        resource_tracker.ensure_running()
+        blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        try:
+            process.start()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
         there.close()
         self._workers[rank] = (process, here)
 
@@ -198,33 +215,55 @@ def _execute(name: str, file: str) -> ModuleType:
     return module
 
 
-def _serve(connection: Connection, num_threads: int) -> None:
+def _serve(connection: Connection, num_threads: int, folder: str) -> None:
     """Worker main loop: one call per message until the pool closes the pipe."""
+    threading.Thread(target=_end_with_parent, args=(folder,), daemon=True).start()
     import torch
-    import torch.distributed as dist
 
     torch.set_num_threads(num_threads)
-    while True:
+    # The pool may be gone at any message.
+    with contextlib.suppress(EOFError, ConnectionError):
+        while True:
+            call = connection.recv()
+            connection.send(("started", None))
+            connection.send(_answer(*call))
+
+
+def _answer(
+    rank: int,
+    located: tuple[str, str | None, str],
+    args: tuple[Any, ...],
+    world_size: int,
+    rendezvous: str,
+    timeout: float,
+) -> tuple[str, Any]:
+    """("ok", result) of one call on this rank, or ("error", traceback)."""
+    import torch.distributed as dist
+
+    try:
+        fn = _load(*located)
+        dist.init_process_group(
+            "gloo",
+            init_method=f"file://{rendezvous}",
+            rank=rank,
+            world_size=world_size,
+            timeout=timedelta(seconds=timeout),
+        )
+        # A rank that is done before its peers have connected would take their connections with it.
+        dist.barrier()
         try:
-            rank, located, args, world_size, rendezvous, timeout = connection.recv()
-        except EOFError:
-            return
-        connection.send(("started", None))
-        try:
-            fn = _load(*located)
-            dist.init_process_group(
-                "gloo",
-                init_method=f"file://{rendezvous}",
-                rank=rank,
-                world_size=world_size,
-                timeout=timedelta(seconds=timeout),
-            )
-            # A rank that is done before its peers have connected would take their connections with it.
-            dist.barrier()
-            try:
-                value = fn(*args)
-            finally:
-                dist.destroy_process_group()
-            connection.send(("ok", value))
-        except BaseException:  # noqa: BLE001 - the parent raises it again with the rank's name
-            connection.send(("error", traceback.format_exc()))
+            value = fn(*args)
+        finally:
+            dist.destroy_process_group()
+        return "ok", value
+    except BaseException:  # noqa: BLE001 - the parent raises it again with the rank's name
+        return "error", traceback.format_exc()
+
+
+def _end_with_parent(folder: str) -> None:
+    """End this process with its parent, even one that was killed, and remove the pool's folder in its place."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    shutil.rmtree(folder, ignore_errors=True)
+    os._exit(1)

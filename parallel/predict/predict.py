@@ -197,7 +197,9 @@ def _inputs(case: PredictionCase, profile: GPUProfile) -> dict[str, Any]:
     return {
         "target": profile.name,
         "peak_flop_s": vendor(profile.matmul_flops),
-        "memory_bytes": vendor(profile.memory_bytes),
+        "memory_bytes": assumed(
+            profile.memory_bytes, f"GB of {profile.name}'s data sheet taken as GiB, which the driver shows within 1 %"
+        ),
         "fixed_reserve_bytes": assumed(FIXED_RESERVE_BYTES, FIXED_RESERVE_SOURCE),
         "fragmentation_share": assumed(FRAGMENTATION_SHARE, FRAGMENTATION_SOURCE),
         "attention": assumed("sdpa-flash", "FlashAttention-2 as PyTorch runs it, its dQ accumulator included"),

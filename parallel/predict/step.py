@@ -224,4 +224,7 @@ def costs_by_phase(*costs: Mapping[OpCost, int]) -> Mapping[OpCost, int]:
 
 def group_sizes(mesh: ParallelMesh) -> dict[str, int]:
     """Ranks of the mesh's process groups, by name."""
-    return {mesh.sp_group: mesh.sp_degree, mesh.flat.get_group().group_name: mesh.flat.size()}
+    axes = [mesh.grid["sp"], mesh.flat]
+    if mesh.hybrid is not None:
+        axes += [mesh.hybrid["ring"], mesh.hybrid["ulysses"]]
+    return {axis.get_group().group_name: axis.size() for axis in axes}

@@ -162,6 +162,14 @@ def test_engines_and_policies_equal_one_device(run_distributed, strategy, degree
     check(run_distributed, tiny_config("in_context"), fp64(strategy, degree, engine, policy), (2, 1), torch.float64)
 
 
+@pytest.mark.parametrize("policy", ["none", "keep_attention"])
+@pytest.mark.parametrize("conditioning", ["adaln", "cross"])
+def test_tiled_mlp_gradients_equal_one_device(run_distributed, conditioning, policy):
+    # Tiles of 5 rows: neither the rows of a rank nor those of both samples divide.
+    parallel = replace(fp64("fastseq", 2, policy=policy), mlp_tile=5)
+    check(run_distributed, tiny_config(conditioning), parallel, (2, 1), torch.float64)
+
+
 def attention_runs(strategy: str, degree: int, policy: str) -> tuple[int, int]:
     """(attention forwards, backwards) of one training step, counted at the kernel's specification."""
     parallel = fp64(strategy, degree, policy=policy)
