@@ -10,6 +10,7 @@ import torch
 Strategy = Literal["local", "ulysses", "fastseq", "ring", "usp"]
 Engine = Literal["fsdp2-zero2", "fsdp2-zero3", "ddp"]
 Policy = Literal["none", "full", "keep_attention"]
+FastSeqOverlap = Literal["auto", "projection", "attention"]
 Precision = Literal["fp32", "bf16", "fp64"]
 
 STRATEGIES: tuple[str, ...] = get_args(Strategy)
@@ -27,6 +28,7 @@ class ParallelConfig:
         strategy: `local` (no sequence parallelism), `ulysses`, `fastseq`, `ring`, or `usp` (Ulysses times ring).
         sp_degree: P, ranks that share one sample's sequence; 1 for `local`.
         ulysses_degree: of `usp`, U consecutive ranks that split the heads; sp_degree / U ranks form each ring.
+        fastseq_overlap: of `fastseq`, what the gather hides behind: the `projection`, `attention` as well, or `auto`.
         engine: `fsdp2-zero2` (parameters kept gathered between forward and backward), `fsdp2-zero3` or `ddp`.
         policy: activation policy: `none` keeps what backward needs, `full` recomputes each block, `keep_attention`
             recomputes all of it but self-attention, whose output and log-sum-exp are kept.
@@ -39,6 +41,7 @@ class ParallelConfig:
     strategy: Strategy = "local"
     sp_degree: int = 1
     ulysses_degree: int | None = None
+    fastseq_overlap: FastSeqOverlap = "auto"
     engine: Engine = "fsdp2-zero2"
     policy: Policy = "none"
     mlp_tile: int | None = None
@@ -46,7 +49,13 @@ class ParallelConfig:
     attention_provider: str = "auto"
 
     def __post_init__(self) -> None:
-        choices = (("strategy", STRATEGIES), ("engine", ENGINES), ("policy", POLICIES), ("precision", tuple(DTYPES)))
+        choices = (
+            ("strategy", STRATEGIES),
+            ("fastseq_overlap", get_args(FastSeqOverlap)),
+            ("engine", ENGINES),
+            ("policy", POLICIES),
+            ("precision", tuple(DTYPES)),
+        )
         for name, allowed in choices:
             if getattr(self, name) not in allowed:
                 raise ValueError(f"unknown {name} {getattr(self, name)!r}; there are {', '.join(allowed)}")

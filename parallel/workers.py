@@ -24,6 +24,7 @@ from datetime import timedelta
 from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
+from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 from types import ModuleType, TracebackType
 from typing import Any
@@ -226,7 +227,7 @@ def _serve(connection: Connection, num_threads: int, folder: str) -> None:
         while True:
             call = connection.recv()
             connection.send(("started", None))
-            connection.send(_answer(*call))
+            connection.send_bytes(_answer(*call))
 
 
 def _answer(
@@ -236,8 +237,8 @@ def _answer(
     world_size: int,
     rendezvous: str,
     timeout: float,
-) -> tuple[str, Any]:
-    """("ok", result) of one call on this rank, or ("error", traceback)."""
+) -> memoryview:
+    """("ok", result) of one call on this rank, or ("error", traceback), as Connection.recv reads it."""
     import torch.distributed as dist
 
     try:
@@ -255,9 +256,9 @@ def _answer(
             value = fn(*args)
         finally:
             dist.destroy_process_group()
-        return "ok", value
+        return ForkingPickler.dumps(("ok", value))
     except BaseException:  # noqa: BLE001 - the parent raises it again with the rank's name
-        return "error", traceback.format_exc()
+        return ForkingPickler.dumps(("error", traceback.format_exc()))
 
 
 def _end_with_parent(folder: str) -> None:

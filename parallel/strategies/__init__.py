@@ -28,7 +28,7 @@ def build_strategy(config: ParallelConfig, mesh: ParallelMesh) -> SequenceParall
     group, degree, provider = mesh.sp_group, mesh.sp_degree, config.attention_provider
     lean = config.policy == "keep_attention"
     if config.strategy == "fastseq":
-        return FastSeq(group=group, degree=degree, provider=provider, lean=lean)
+        return FastSeq(group=group, degree=degree, provider=provider, lean=lean, overlap=config.fastseq_overlap)
     ulysses_group, ring_group = {
         "ulysses": (group, ""),
         "ring": ("", group),

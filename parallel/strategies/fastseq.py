@@ -1,7 +1,8 @@
 """FastSeq: gather the normed hidden states while projecting each rank's part to this rank's heads as it arrives.
 
-Forward, in step s of P: project the chunk of rank r - s to this rank's slice of the heads, while the chunk of
-r - s - 1 is in flight; then attention of whole sequences, and an all-to-all from heads back to tokens.
+Forward, in step s of P: project the chunk of rank r - s to this rank's slice of the heads, and attend with what is
+there (chunked_attention.py), while the chunk of r - s - 1 is in flight; or attention of whole sequences once all
+chunks are projected; then an all-to-all from heads back to tokens.
 Backward: all-to-all of the output's gradient, attention backward, then for every chunk its share of dW (x gathered
 again, chunk by chunk) while dX shares travel to their owners, who sum them in a fixed order: a reduce-scatter.
 
@@ -22,10 +23,15 @@ from torch.utils.flop_counter import register_flop_formula
 from longreel.kernels.reference import compute_dtype
 from longreel.models.sequence import AttentionShape, SequenceLengths, Traffic
 from longreel.parallel import comm
+from longreel.parallel.config import FastSeqOverlap
 from longreel.parallel.strategies.base import SequenceGroup
-from longreel.parallel.strategies.gather_project import gather_project, gather_project_backward
+from longreel.parallel.strategies.chunked_attention import gather_project_attend
+from longreel.parallel.strategies.gather_project import gather_project, gather_project_backward, own_heads
 from longreel.parallel.strategies.heads import attend, attend_backward, attend_flops
 from longreel.parallel.strategies.layout import gather_heads, pad_tokens, scatter_heads
+
+# Assumed: below, attention on single chunks would leave much of a GPU idle.
+ATTENTION_FROM = 4096
 
 
 @torch.library.custom_op("longreel::fastseq_attention", mutates_args=())
@@ -43,6 +49,7 @@ def fastseq_attention_op(
     provider: str,
     group: str,
     lean: bool,
+    chunked: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gather and project, attend, exchange back.
 
@@ -51,13 +58,20 @@ def fastseq_attention_op(
         text, kv_weight, kv_bias: [B, l, C], [2 C, C] and [2 C] of a cross attention, or None.
         valid_q, valid_k: tokens of the whole sequences that exist.
         lean: return out and lse alone; backward gathers and projects again.
+        chunked: self-attention starts on the chunks that are there (see chunked_attention.py).
 
     Returns:
         out [B, s, H, D] and lse [B, h, valid_q]; then, unless lean, what backward reuses: q_heads [B, P s, G, h, D],
         kv_heads and out_heads [B, valid_q, h, D].
     """
-    q_heads, kv_heads = _project_all(x, weight, bias, text, kv_weight, kv_bias, num_heads, group)
-    out_heads, lse = attend(q_heads, kv_heads, valid_q, valid_k, scale, provider)
+    if chunked:
+        heads = num_heads // comm.group_size(group)
+        own_weight, own_bias = own_heads(weight, bias, 3, num_heads, group)
+        q_heads, out_heads, lse = gather_project_attend(x, own_weight, own_bias, heads, valid_q, scale, provider, group)
+        kv_heads = x.new_empty(0)
+    else:
+        q_heads, kv_heads = _project_all(x, weight, bias, text, kv_weight, kv_bias, num_heads, group)
+        out_heads, lse = attend(q_heads, kv_heads, valid_q, valid_k, scale, provider)
     out = gather_heads(out_heads.unsqueeze(2), group, rows=x.shape[1]).squeeze(2)
     if lean:
         return out, lse, x.new_empty(0), x.new_empty(0), x.new_empty(0)
@@ -138,6 +152,7 @@ def _(
     provider: str,
     group: str,
     lean: bool,
+    chunked: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     batch, s, _ = x.shape
     size = comm.group_size(group)
@@ -174,7 +189,7 @@ def _(
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    *tensors, ctx.num_heads, ctx.valid_q, ctx.valid_k, ctx.scale, ctx.provider, ctx.group, lean = inputs
+    *tensors, ctx.num_heads, ctx.valid_q, ctx.valid_k, ctx.scale, ctx.provider, ctx.group, lean, _ = inputs
     ctx.given = [tensor is not None for tensor in tensors]
     out, lse, q_heads, kv_heads, out_heads = output
     saved = (out, lse, None, None) if lean else (out_heads, lse, q_heads, kv_heads)
@@ -188,7 +203,7 @@ def _grad(ctx: Any, dout: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
     rest = ctx.num_heads, ctx.valid_q, ctx.valid_k, ctx.scale, ctx.provider, ctx.group
     grads = fastseq_attention_backward_op(dout, *ctx.saved_tensors, *rest)
     wanted = [grad if given else None for grad, given in zip(grads, ctx.given, strict=True)]
-    return *wanted, *(None for _ in rest), None
+    return *wanted, *(None for _ in rest), None, None
 
 
 fastseq_attention_op.register_autograd(_grad, setup_context=_save)
@@ -217,6 +232,7 @@ def _flops(
     provider: str,
     group: str,
     lean: bool,
+    chunked: bool,
     **_: Any,
 ) -> int:
     size = comm.group_size(group)
@@ -242,9 +258,12 @@ class FastSeq(SequenceGroup):
 
     Args:
         lean: save only attention's out and lse for backward, which gathers, projects and exchanges out again.
+        overlap: what the gather of forward hides behind: the `projection` of the chunks, `attention` on them as well,
+            or `auto`: attention from chunks of ATTENTION_FROM tokens.
     """
 
     lean: bool = False
+    overlap: FastSeqOverlap = "auto"
 
     def self_attention(self, x: Tensor, qkv: nn.Linear, *, num_heads: int, lengths: SequenceLengths) -> Tensor:
         """See longreel.models.sequence.SequenceParallel."""
@@ -290,8 +309,14 @@ class FastSeq(SequenceGroup):
             self.resolved_provider(x),
             self.group,
             self.lean,
+            text is None and self._attends_in_chunks(x.shape[1]),
         )
         return out.flatten(2)
+
+    def _attends_in_chunks(self, rows: int) -> bool:
+        if self.degree == 1 or self.overlap == "projection":
+            return False
+        return self.overlap == "attention" or rows >= ATTENTION_FROM
 
     def traffic(self, shape: AttentionShape) -> Traffic:
         """Gathered x (and text) and the exchange of o; backward gathers again and scatters the sum of dX.

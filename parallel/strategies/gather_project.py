@@ -18,15 +18,12 @@ def gather_project(x: Tensor, weight: Tensor, bias: Tensor | None, parts: int, n
         parts: G.
     """
     size = comm.group_size(group)
-    batch, s, channels = x.shape
-    head_weight = _head_slice(weight, parts, num_heads, group)
-    heads, head_dim = head_weight.shape[1:3]
-    matrix = head_weight.reshape(-1, channels)
-    offset = None if bias is None else _head_slice(bias, parts, num_heads, group).reshape(-1)
-    y = x.new_empty(batch, size, s, parts * heads * head_dim)
+    batch, s, _ = x.shape
+    matrix, offset = own_heads(weight, bias, parts, num_heads, group)
+    y = x.new_empty(batch, size, s, matrix.shape[0])
     for owner, chunk in comm.ring_chunks(x, group):
         y[:, owner] = F.linear(chunk, matrix, offset)
-    return y.view(batch, size * s, parts, heads, head_dim)
+    return y.view(batch, size * s, parts, num_heads // size, -1)
 
 
 def gather_project_backward(
@@ -41,7 +38,7 @@ def gather_project_backward(
     batch, s, channels = x.shape
     parts = dy.shape[2]
     by_owner = dy.reshape(batch, size, s, -1)
-    matrix = _head_slice(weight, parts, num_heads, group).reshape(-1, channels)
+    matrix, _ = own_heads(weight, None, parts, num_heads, group)
     # Shares are summed in fp32: P roundings to half precision would lose what one device's GEMM keeps.
     dtype = compute_dtype(x.dtype)
     dmatrix = torch.zeros(matrix.shape, dtype=dtype, device=x.device)
@@ -59,6 +56,14 @@ def gather_project_backward(
     dbias = weight.new_zeros(weight.shape[0])
     _head_slice(dbias, parts, num_heads, group).copy_(dy.sum((0, 1), dtype=dtype))
     return dx.to(x.dtype), dweight, dbias
+
+
+def own_heads(
+    weight: Tensor, bias: Tensor | None, parts: int, num_heads: int, group: str
+) -> tuple[Tensor, Tensor | None]:
+    """Rows of this rank's heads: [G h D, C] of weight [G H D, C], and [G h D] of bias."""
+    matrix = _head_slice(weight, parts, num_heads, group).reshape(-1, weight.shape[1])
+    return matrix, None if bias is None else _head_slice(bias, parts, num_heads, group).reshape(-1)
 
 
 def _head_slice(value: Tensor, parts: int, num_heads: int, group: str) -> Tensor:

@@ -28,13 +28,15 @@ WIDTH = HEADS * HEAD_DIM
 TOLERANCE = PARALLEL_TOLERANCE[torch.float64]
 
 
-STRATEGIES = ["ulysses", "fastseq", "ring", "usp"]
+STRATEGIES = ["ulysses", "fastseq-projection", "fastseq-attention", "ring", "usp"]
 
 
 def build(name: str, degree: int, *, lean: bool = False):
     """The strategy on all ranks; the ranks of USP are as near to half Ulysses as they can be."""
+    name, _, overlap = name.partition("-")
     ulysses_degree = max(degree // 2, 1) if name == "usp" else None
-    config = ParallelConfig(strategy=name, sp_degree=degree, ulysses_degree=ulysses_degree)
+    more = {"fastseq_overlap": overlap} if overlap else {}
+    config = ParallelConfig(strategy=name, sp_degree=degree, ulysses_degree=ulysses_degree, **more)
     sp = build_strategy(config, build_mesh(sp_degree=degree, ulysses_degree=ulysses_degree))
     return replace(sp, lean=True) if lean else sp
 
@@ -134,7 +136,7 @@ def test_output_and_gradients_equal_one_device(run_distributed, name, degree, nu
 
 
 @pytest.mark.parametrize("cross", [False, True], ids=["self", "cross_published"])
-@pytest.mark.parametrize("name", ["ulysses", "fastseq", "usp"])
+@pytest.mark.parametrize("name", ["ulysses", "fastseq-projection", "fastseq-attention", "usp"])
 def test_lean_output_and_gradients_equal_one_device(run_distributed, name, cross):
     for errors in run_distributed(layer_errors, 4, name, 4, 13, cross, True):
         assert max(errors.values()) <= TOLERANCE, errors
@@ -274,9 +276,9 @@ def check_ops() -> None:
     x, text = tensor(2, 3, 32), tensor(2, 2, 32)
     for lean in (False, True):
         none = (None, None, None)
-        opcheck(fastseq_attention_op, (x, tensor(96, 32), tensor(96), *none, 4, 5, 5, *common, lean))
+        opcheck(fastseq_attention_op, (x, tensor(96, 32), tensor(96), *none, 4, 5, 5, *common, lean, lean))
     cross = (tensor(32, 32), tensor(32), text, tensor(64, 32), tensor(64))
-    opcheck(fastseq_attention_op, (x, *cross, 4, 5, 3, *common, False))
+    opcheck(fastseq_attention_op, (x, *cross, 4, 5, 3, *common, False, False))
 
 
 def test_ops_pass_opcheck(run_distributed):

@@ -1,0 +1,83 @@
+"""FastSeq's forward with attention on the chunks that are there, so that the gather hides behind attention too.
+
+In step s the chunk of rank r - s has arrived: it is projected, its queries attend to all keys so far and the earlier
+queries attend to its keys, while the chunk of r - s - 1 is in flight. Partial outputs are merged by their lse in fp32,
+in the order of the steps: results do not depend on when a chunk arrives. What is left to wait for at the end is one
+P-th of the projection and (2 P - 1) / P^2 of the attention.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from longreel.kernels.attention import attention_op
+from longreel.kernels.lse_merge import merge_attention_op
+from longreel.kernels.pointwise import resolve_pointwise_provider
+from longreel.kernels.reference import compute_dtype
+from longreel.parallel import comm
+
+
+def token_ranges(first: int, last: int, size: int, rows: int, valid: int) -> list[slice]:
+    """Existing tokens of the owners first, first + 1, ..., last (modulo size): one range, or two where they wrap."""
+    owners = [(first, last)] if first <= last else [(0, last), (first, size - 1)]
+    found = (slice(a * rows, min((b + 1) * rows, valid)) for a, b in owners)
+    return [tokens for tokens in found if tokens.start < tokens.stop]
+
+
+def gather_project_attend(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    heads: int,
+    valid: int,
+    scale: float,
+    provider: str,
+    group: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Self-attention of this rank's heads over every rank's tokens, chunk by chunk on arrival.
+
+    Args:
+        x: [B, s, C], this rank's tokens. weight, bias: [3 h D, C] and [3 h D] or None, of this rank's heads.
+        heads: h. valid: tokens of the whole sequence that exist.
+
+    Returns:
+        q_heads [B, P s, 3, h, D], out [B, valid, h, D] and lse [B, h, valid].
+    """
+    size, rank = comm.group_size(group), comm.group_rank(group)
+    batch, rows, _ = x.shape
+    qkv = x.new_empty(batch, size * rows, 3, heads, weight.shape[0] // (3 * heads))
+    chunks = qkv.view(batch, size, rows, -1)
+    merged = _Merged(qkv, valid)
+    for step, (owner, chunk) in enumerate(comm.ring_chunks(x, group)):
+        chunks[:, owner] = F.linear(chunk, weight, bias)
+        for new in token_ranges(owner, owner, size, rows, valid):
+            for keys in token_ranges(owner, rank, size, rows, valid):
+                merged.attend(new, keys, scale, provider)
+            for earlier in token_ranges((owner + 1) % size, rank, size, rows, valid) if step else ():
+                merged.attend(earlier, new, scale, provider)
+    return qkv, merged.out.to(x.dtype), merged.lse
+
+
+class _Merged:
+    """Attention over the pairs of query and key ranges so far, in fp32."""
+
+    def __init__(self, qkv: Tensor, valid: int) -> None:
+        batch, _, _, heads, head_dim = qkv.shape
+        dtype = compute_dtype(qkv.dtype)
+        self._qkv = qkv
+        self._merge = resolve_pointwise_provider("auto", qkv)
+        self._seen: set[int] = set()
+        self.out = torch.empty(batch, valid, heads, head_dim, dtype=dtype, device=qkv.device)
+        self.lse = torch.empty(batch, heads, valid, dtype=dtype, device=qkv.device)
+
+    def attend(self, queries: slice, keys: slice, scale: float, provider: str) -> None:
+        q, k, v = self._qkv[:, queries, 0], self._qkv[:, keys, 1], self._qkv[:, keys, 2]
+        out, lse = attention_op(q, k, v, scale, None, None, provider)
+        out = out.to(self.out.dtype)
+        if queries.start in self._seen:
+            before = self.out[:, queries].contiguous(), self.lse[:, :, queries].contiguous()
+            out, lse = merge_attention_op(*before, out, lse, self._merge)
+        self._seen.add(queries.start)
+        self.out[:, queries], self.lse[:, :, queries] = out, lse
