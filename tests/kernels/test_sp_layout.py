@@ -11,6 +11,7 @@ from torch import Tensor
 
 from longreel.kernels import pack_heads, pack_tokens, unpack_heads, unpack_tokens
 from longreel.kernels.numerics import KERNEL_ERROR_FACTOR, relative_error
+from longreel.kernels.sp_layout import sp_pack_heads_backward_op
 
 # Ranks, batch, tokens of a rank, G, heads of a rank, D: one rank, one row, widths that are and are not multiples of 8.
 SHAPES = [
@@ -224,3 +225,30 @@ def test_every_head_dim_moves_16_bytes(compile_kernel, head_dim):
     kernel, arguments = production_kernels(102_401)["pack_heads_bias"]
     compiled = compile_kernel(kernel, arguments | {"W": head_dim, "VEC": 8})
     assert set(re.findall(r"(?:ld|st)\.global\S*?(\.v\d)?\.b(\d+)", compiled.ptx)) == {(".v4", "32")}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("shape", SHAPES, ids=SHAPE_IDS)
+def test_on_the_gpu_every_element_goes_there_too(shape):
+    check_layouts(shape, "triton", "cuda")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", [*SHAPES, (8, 2, 4099, 3, 2, 72)], ids=[*SHAPE_IDS, "P8-B2-s4099-G3-h2-D72"])
+def test_on_the_gpu_bias_and_its_gradient_err_as_eager_does(shape, dtype):
+    for got, eager in bias_errors(shape, dtype, 1056, "cuda"):
+        assert got <= KERNEL_ERROR_FACTOR * eager + torch.finfo(dtype).eps
+
+
+@pytest.mark.gpu
+def test_on_the_gpu_offsets_pass_31_bits_and_two_runs_are_equal():
+    torch.manual_seed(0)
+    x = torch.randn(1, 819_203, 3, 16, 72, device="cuda", dtype=torch.bfloat16)
+    packed = pack_heads(x, num_ranks=8, provider="triton")
+    assert torch.equal(packed[7, 0, -5:], x[0, -5:, :, 14:])
+    assert torch.equal(unpack_heads(packed, provider="triton"), x)
+    grads = [sp_pack_heads_backward_op(packed, "triton") for _ in range(2)]
+    assert torch.equal(grads[0][0], x) and torch.equal(grads[0][1], grads[1][1])
+    want = x.double().sum((0, 1)).flatten()
+    assert relative_error(grads[0][1], want) < 2 * torch.finfo(torch.bfloat16).eps
