@@ -69,8 +69,8 @@ def hopper(validate: tuple[tuple[str, ...], ...], *, device: str = "cuda") -> Ca
         sustained_s=4.0,
         micro=(
             attention((32_768, 131_072), (72,)),
-            fused((131_072,)),
             attention((819_200,), (72,), providers=(*ours, "sdpa-cudnn"), directions=apart, rule=one),
+            fused((131_072,)),
             attention((65_536,), (72,)),
             attention((32_768,), (128, 64)),
             _plan(packed, rivals, device),

@@ -23,7 +23,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line.
 
     Returns:
-        0; 2 after one `error:` line on stderr about what the user got wrong; 130 when interrupted.
+        0; 1 when a kernel of ours is wrong or fails; 2 after one `error:` line on stderr about a bad command; 130 when
+        interrupted.
     """
     command = sys.argv if arguments is None else ["bench/micro.py", *arguments]
     start = time.monotonic()
@@ -41,7 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     deadline = None if config.minutes is None else start + 60 * config.minutes
     try:
         with WorkerPool(1) as pool:
-            _, left = run_plan(plan, file, origin, pool=pool, resume=config.resume, deadline=deadline)
+            made, left = run_plan(plan, file, origin, pool=pool, resume=config.resume, deadline=deadline)
     except KeyboardInterrupt:
         print(f"interrupted; finished cases are in {file}, and the same command goes on", file=sys.stderr)
         return 130
@@ -49,7 +50,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if left:
         print(f"{len(left)} cases not started after {config.minutes:g} minutes; run the same command again to go on")
     print(f"{time.monotonic() - start:.0f} s. Report: {page}\nRecords: {file}, {config.folder / 'ops.csv'}")
-    return 0
+    ours = [r for r in made if r.is_ours and r.status in ("wrong", "error")]
+    if ours:
+        print(f"error: {len(ours)} points of our kernels are wrong or failed; the report says why", file=sys.stderr)
+    return 1 if ours else 0
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from longreel.bench.providers import providers_of
 from longreel.bench.run import one_line
 from longreel.bench.tiles import Tiles
 from longreel.bench.timing import TimingRule
-from longreel.parallel.workers import WorkerError, WorkerPool
+from longreel.parallel.workers import WorkerError, WorkerPool, WorkerTimeout
 from longreel.reports import store
 from longreel.reports.op_records import OpRecord
 from longreel.reports.records import Status
@@ -27,6 +27,10 @@ from longreel.reports.records import Status
 _SETUP_S = 120.0
 # With less than this left of a budget nothing is started.
 _LEAST_S = 5.0
+
+
+class _OutOfTime(Exception):
+    """The deadline of all cases came before this one was done: it is left for the next run, and is no failure."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -92,7 +96,11 @@ def run_plan(
         left = None if deadline is None else deadline - time.monotonic()
         if left is not None and left < _LEAST_S:
             return made, list(plan.cases[i:])
-        for record in _run_request(request, pool, left, isolate=plan.isolate):
+        try:
+            records = list(_run_request(request, pool, left, isolate=plan.isolate))
+        except _OutOfTime:
+            return made, list(plan.cases[i:])
+        for record in records:
             store.append(file, record)
             made.append(record)
             # A provider that is missing is missing in every direction.
@@ -153,8 +161,10 @@ def _run_request(request: CaseRequest, pool: WorkerPool, left: float | None, *, 
     try:
         yield from pool.run(run_case, 1, request, timeout=limit if left is None else min(limit, left))[0]
     except WorkerError as error:
+        if isinstance(error, WorkerTimeout) and left is not None and left <= limit:
+            raise _OutOfTime from None
         rest = None if left is None else left - (time.monotonic() - started)
-        if len(request.providers) > 1 and (rest is None or rest > _LEAST_S):
+        if len(request.providers) > 1:
             yield from _one_by_one(request, pool, rest)
             return
         reason = one_line(error)
@@ -166,7 +176,9 @@ def _run_request(request: CaseRequest, pool: WorkerPool, left: float | None, *, 
 def _one_by_one(request: CaseRequest, pool: WorkerPool, left: float | None) -> Iterator[OpRecord]:
     started = time.monotonic()
     for name in request.providers:
-        rest = None if left is None else max(_LEAST_S, left - (time.monotonic() - started))
+        rest = None if left is None else left - (time.monotonic() - started)
+        if rest is not None and rest < _LEAST_S:
+            raise _OutOfTime
         yield from _run_request(replace(request, providers=(name,)), pool, rest, isolate=False)
 
 

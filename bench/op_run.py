@@ -203,8 +203,14 @@ def _time_direction(
     monitor: Monitor,
 ) -> list[OpRecord]:
     device = torch.device(request.device)
-    remaining = dict(passed)
     records: list[OpRecord] = []
+    remaining: dict[str, _Passed] = {}
+    for name, found in passed.items():
+        other = providers.same_as(name, direction)
+        if other in passed:
+            records.append(request.record(name, direction, "skipped", reason=f"its {direction} is that of {other}"))
+        else:
+            remaining[name] = found
     timings: dict[str, Timing] = {}
     clock = clock_for(device)
     while remaining and not timings:
@@ -222,8 +228,8 @@ def _time_direction(
         verdict = passed[name].verdict
         comparison: dict[str, Any] = {}
         if best_peer is not None and name not in peers:
-            found = compare(timing.samples_s, timings[best_peer].samples_s)
-            comparison = {"provider": best_peer, "verdict": found.verdict} | asdict(found)
+            ratio = compare(timing.samples_s, timings[best_peer].samples_s)
+            comparison = {"provider": best_peer, "verdict": ratio.verdict} | asdict(ratio)
         shown = [
             key for key in verdict.error if direction == "both" or key.startswith("d") == (direction == "backward")
         ]

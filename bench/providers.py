@@ -39,6 +39,8 @@ ATTENTION_PEERS = ("eager", "compiled", *_SDPA, "flex", "flash-attn-2", "flash-a
 _ATTENTION_OPS = ("attention", "attention_packed")
 # What the kernels' own lists hold besides kernels: the specification, and peers that are called directly here.
 _SPECIFICATION = "torch"
+# What a provider takes over from another as it is: timed once, under the other's name.
+_SAME_AS = {("triton-atomic", "forward"): "triton", ("triton-hopper", "backward"): "triton"}
 
 
 class Unavailable(Exception):
@@ -66,6 +68,11 @@ def providers_of(op: str) -> tuple[str, ...]:
 def known_providers() -> tuple[str, ...]:
     """Every name that some op knows, the specification included."""
     return tuple(dict.fromkeys([*(name for op in OPS for name in providers_of(op)), _SPECIFICATION]))
+
+
+def same_as(provider: str, direction: str) -> str | None:
+    """The provider whose kernel this one runs in that direction, None where it has its own."""
+    return _SAME_AS.get((provider, direction))
 
 
 def build(case: OpCase, provider: str, device: torch.device) -> Provider:

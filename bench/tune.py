@@ -25,7 +25,7 @@ from longreel.bench.tiles import AnyTiles, Kernel, Tiles, candidates, listed_wid
 from longreel.bench.timing import TimingRule, Work, clock_for, measure
 from longreel.bench.verdict import compare
 from longreel.kernels.triton_attention_tuning import LengthClass, length_class
-from longreel.parallel.workers import WorkerError, WorkerPool
+from longreel.parallel.workers import WorkerError, WorkerPool, WorkerTimeout
 from longreel.reports import store
 from longreel.reports.op_records import OpRecord
 
@@ -264,6 +264,9 @@ class _Search:
             return None
         try:
             record = self.pool.run(run_candidate, 1, TuneRequest(base=base, current=self.before), timeout=left)[0]
+        except WorkerTimeout:
+            # Cut short by the deadline: to be timed by the next run.
+            return None
         except WorkerError as error:
             record = base.record(provider, direction, "error", reason=one_line(error))
         store.append(self.file, record)

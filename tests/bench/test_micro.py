@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import time
 
 import pytest
 
@@ -141,6 +142,23 @@ def test_the_deadline_leaves_cases_for_the_next_run(tmp_path, pool):
     cases = (tiny_case("clone"), tiny_case("clone", seq_len=32))
     made, left = run_plan(tiny_plan(*cases), tmp_path / "r.jsonl", ORIGIN, pool=pool, deadline=0.0, say=lambda _: None)
     assert (made, left) == ([], list(cases))
+
+
+def test_a_case_cut_by_the_deadline_is_left_and_is_no_failure(tmp_path, pool, monkeypatch):
+    monkeypatch.setattr(micro_sweep, "run_case", run_case_forever)
+    monkeypatch.setattr(micro_sweep, "_LEAST_S", 0.1)
+    cases = (tiny_case("clone"), tiny_case("attention"))
+    deadline = time.monotonic() + 1.0
+    made, left = run_plan(
+        tiny_plan(*cases), tmp_path / "r.jsonl", ORIGIN, pool=pool, deadline=deadline, say=lambda _: None
+    )
+    assert (made, left) == ([], list(cases))
+    assert not (tmp_path / "r.jsonl").exists()
+
+
+def run_case_forever(request):
+    """In the worker: a case that does not end."""
+    time.sleep(600)
 
 
 def test_hopper_preset_covers_what_is_asked_for():

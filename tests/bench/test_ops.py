@@ -145,3 +145,13 @@ def test_kernels_of_this_project_come_from_its_own_lists(monkeypatch):
     assert providers.kernel_providers("attention") == ("triton", "triton-next")
     assert providers.providers_of("attention")[:3] == ("triton", "triton-next", "eager")
     assert providers.kernel_providers("clone") == ()
+
+
+def test_a_kernel_taken_over_from_another_provider_is_really_the_other_s():
+    pytest.importorskip("triton")
+    from longreel.kernels import triton_attention, triton_attention_atomic, triton_attention_hopper
+
+    assert triton_attention_atomic.attention_fwd is triton_attention.attention_fwd
+    assert triton_attention_hopper.attention_bwd is triton_attention.attention_bwd
+    assert providers.same_as("triton-atomic", "forward") == providers.same_as("triton-hopper", "backward") == "triton"
+    assert providers.same_as("triton", "forward") is None
