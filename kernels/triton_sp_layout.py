@@ -92,7 +92,7 @@ def pack_heads_bwd_kernel(
     NUM_C: tl.constexpr = tl.cdiv(G * W, BLOCK_C)
     pid = tl.program_id(0).to(tl.int64)
     i_p = pid // NUM_C % P
-    i_chunk = pid // (NUM_C * P)
+    i_chunk = pid // NUM_C // P
     token = i_chunk * CHUNK
     o_col = (pid % NUM_C) * BLOCK_C + tl.arange(0, BLOCK_C)
     m_col = o_col < G * W
