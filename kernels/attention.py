@@ -8,6 +8,7 @@ Source: Dao 2023, FlashAttention-2 (arXiv:2307.08691), equations for the backwar
 
 from __future__ import annotations
 
+import importlib
 from types import ModuleType
 from typing import Any
 
@@ -19,7 +20,7 @@ from longreel.kernels import reference, sdpa
 from longreel.kernels.checks import TRITON_DTYPES, check_cu_seqlens, check_head_dim, check_same, check_triton_dtype
 from longreel.kernels.triton_common import require_triton, triton_installed
 
-PROVIDERS = ("torch", "sdpa-flash", "triton")
+PROVIDERS = ("torch", "sdpa-flash", "triton", "triton-atomic", "triton-hopper")
 
 
 def resolve_attention_provider(provider: str, device: torch.device, dtype: torch.dtype | None = None) -> str:
@@ -27,8 +28,9 @@ def resolve_attention_provider(provider: str, device: torch.device, dtype: torch
 
     Args:
         provider: `auto` (on CUDA Triton where it computes in this dtype and is installed, else sdpa-flash for half
-            precision; the eager specification elsewhere), `torch`, `sdpa-flash` (half precision only on CUDA) or
-            `triton` (CUDA, or CPU under TRITON_INTERPRET=1).
+            precision; the eager specification elsewhere), `torch`, `sdpa-flash` (half precision only on CUDA),
+            `triton` (CUDA, or CPU under TRITON_INTERPRET=1), `triton-atomic` (a backward with fewer products that is
+            not deterministic) or `triton-hopper` (a forward for Hopper GPUs alone; see triton_attention_hopper).
         device: where the tensors live.
         dtype: of the tensors; None asks what runs for half precision.
 
@@ -48,18 +50,17 @@ def resolve_attention_provider(provider: str, device: torch.device, dtype: torch
         )
     if provider not in PROVIDERS:
         raise ValueError(f"unknown attention provider {provider!r}; providers are auto, {', '.join(PROVIDERS)}")
-    if provider == "triton":
+    if provider.startswith("triton"):
         require_triton(device)
     return provider
 
 
 def _implementation(provider: str) -> ModuleType:
     """The module whose attention_fwd and attention_bwd run for a resolved provider."""
-    if provider == "triton":
+    if provider.startswith("triton"):
         # Triton is optional, and importing the kernels takes time.
-        from longreel.kernels import triton_attention
-
-        return triton_attention
+        name = {"triton": "triton_attention"}.get(provider, f"triton_attention_{provider.removeprefix('triton-')}")
+        return importlib.import_module(f"longreel.kernels.{name}")
     return sdpa if provider == "sdpa-flash" else reference
 
 
@@ -119,10 +120,11 @@ def attention_packed_backward_op(
     provider: str,
 ) -> Tensor:
     """Backward op: dqkv [B, S, 3, H, D], one tensor; the Triton kernels write it in place, others stack it."""
-    if provider == "triton":
-        from longreel.kernels import triton_attention
-
-        return triton_attention.attention_packed_bwd(dout, dlse, qkv, out, lse, softmax_scale, cu_seqlens)
+    if provider.startswith("triton"):
+        dqkv: Tensor = _implementation(provider).attention_packed_bwd(
+            dout, dlse, qkv, out, lse, softmax_scale, cu_seqlens
+        )
+        return dqkv
     grads = attention_backward_op(dout, dlse, *qkv.unbind(2), out, lse, softmax_scale, cu_seqlens, cu_seqlens, provider)
     return torch.stack(grads, dim=2)
 
@@ -261,7 +263,7 @@ def attention(
         check_cu_seqlens("cu_seqlens_k", cu_seqlens_k, k.shape[1], rows=cu_seqlens_q.numel() - 1)
     scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
     provider = resolve_attention_provider(provider, q.device, q.dtype)
-    if provider == "triton":
+    if provider.startswith("triton"):
         check_triton_dtype("q", q.dtype)
     return attention_op(q, k, v, scale, cu_seqlens_q, cu_seqlens_k, provider)
 
@@ -297,6 +299,6 @@ def attention_packed(
         check_cu_seqlens("cu_seqlens", cu_seqlens, qkv.shape[1])
     scale = qkv.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
     provider = resolve_attention_provider(provider, qkv.device, qkv.dtype)
-    if provider == "triton":
+    if provider.startswith("triton"):
         check_triton_dtype("qkv", qkv.dtype)
     return attention_packed_op(qkv, scale, cu_seqlens, provider)

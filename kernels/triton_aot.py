@@ -31,8 +31,9 @@ _POINTERS = {
 class CompiledKernel:
     """One kernel compiled for one target.
 
-    registers are per thread; local_bytes is the stack of a thread (spilled registers live there); shared_bytes is per
-    program. ttir, ptx and sass are the texts of the stages.
+    num_warps counts those that a warp-specialised kernel adds. registers are per thread, at the start; local_bytes is
+    the stack of a thread (spilled registers live there); shared_bytes is per program. ttir (a Gluon kernel's ttgir),
+    ptx and sass are the texts of the stages.
     """
 
     name: str
@@ -74,11 +75,11 @@ def compile_kernel(
     """Compile as a launch with these arguments would, for an NVIDIA GPU of this capability; needs no GPU.
 
     Args:
-        kernel: a @triton.jit function, defined with the interpreter off.
+        kernel: a @triton.jit or @gluon.jit function, defined with the interpreter off.
         arguments: a value for every parameter. For a pointer a tensor (meta tensors will do, taken as starting at 16
             bytes unless their storage offset says otherwise) or its torch.dtype; an int gets the type and the
-            divisibility by 16 that its value has in a launch; the kernel's tl.constexpr parameters and None are
-            compiled in.
+            divisibility by 16 that its value has in a launch; a TMA descriptor stands for itself; the kernel's
+            tl.constexpr parameters and None are compiled in.
         num_warps, num_stages: launch options. options: further ones, as maxnreg.
         capability: 90 for sm_90.
 
@@ -88,6 +89,7 @@ def compile_kernel(
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
+    from triton.experimental.gluon._runtime import GluonASTSource
 
     if not isinstance(kernel, triton.runtime.JITFunction):
         raise ValueError(f"kernel {kernel} is not compilable: it was defined with TRITON_INTERPRET=1; unset it")
@@ -107,8 +109,9 @@ def compile_kernel(
         signature[name], aligned = _argument_type(value)
         if aligned:
             attributes[(index,)] = [["tt.divisibility", 16]]
+    source = GluonASTSource if kernel.is_gluon() else ASTSource
     compiled = triton.compile(
-        ASTSource(kernel, signature, constexprs=constexprs, attrs=attributes),
+        source(kernel, signature, constexprs=constexprs, attrs=attributes),
         target=GPUTarget("cuda", capability, 32),
         options={"num_warps": num_warps, "num_stages": num_stages, **(options or {})},
     )
@@ -116,11 +119,12 @@ def compile_kernel(
     found = {key: int(value) for key, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", usage)}
     return CompiledKernel(
         name=kernel.__name__,
-        num_warps=num_warps,
+        # More than asked for where a kernel is warp-specialised.
+        num_warps=compiled.metadata.num_warps,
         registers=found["REG"],
         local_bytes=found["STACK"] + found["LOCAL"],
         shared_bytes=compiled.metadata.shared,
-        ttir=str(compiled.asm["ttir"]),
+        ttir=str(compiled.asm["ttir" if "ttir" in compiled.asm else "ttgir"]),
         ptx=compiled.asm["ptx"],
         cubin=compiled.asm["cubin"],
     )
@@ -132,6 +136,10 @@ def _argument_type(value: Any) -> tuple[str, bool]:
         return _POINTERS[value], True
     if isinstance(value, Tensor):
         return _POINTERS[value.dtype], value.storage_offset() * value.element_size() % 16 == 0
+    if hasattr(value, "block_shape"):
+        # A TMA descriptor; Gluon's names the layout in shared memory too.
+        layout = f",{value.layout!r}" if hasattr(value, "layout") else ""
+        return f"tensordesc<{_POINTERS[value.base.dtype][1:]}{list(value.block_shape)}{layout}>", False
     if isinstance(value, bool):
         return "i1", False
     if isinstance(value, int):

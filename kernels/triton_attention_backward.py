@@ -1,8 +1,8 @@
-"""Flash attention backward, deterministic: delta once, then one kernel for dk and dv and one for dq.
+"""Flash attention backward: delta first, then one kernel for dk and dv and one for dq, or the first for all three.
 
 P = exp(scale q k^T - lse), dv = P^T dout, dS = P * (dout v^T - delta), dq = scale dS k, dk = scale dS^T q, with
-delta = rowsum(dout * out) - dlse. Both kernels recompute P: 7 matrix products instead of 5, and no atomics.
-lse and delta go through a padded copy, 8 bytes a row and head: without it their loads cost registers that spill.
+delta = rowsum(dout * out) - dlse. Two kernels recompute P twice: 7 matrix products, no atomics, deterministic. One
+kernel needs 5, and adds dq to fp32 memory atomically: the order of additions, and so the last bits, differ every time.
 Source: Dao 2023, FlashAttention-2 (arXiv:2307.08691), algorithm 2, its loop split in two.
 """
 
@@ -12,71 +12,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from longreel.kernels.triton_attention_tiles import load_tile, program_tile, tile_bounds, widen
+from longreel.kernels.triton_attention_tiles import add_tile, load_tile, program_tile, tile_bounds, widen
 
 LOG2_E = tl.constexpr(1.4426950408889634)
-
-
-@triton.jit
-def attention_delta_kernel(
-    out,
-    dout,
-    lse,
-    dlse,
-    rows,
-    cu_q,
-    s_ob,
-    s_os,
-    s_oh,
-    s_gb,
-    s_gs,
-    s_gh,
-    s_lb,
-    s_lh,
-    s_ls,
-    num_heads,
-    q_len,
-    num_tiles,
-    num_segments,
-    search_steps,
-    ALIGN: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    D0: tl.constexpr,
-    D1: tl.constexpr,
-    PAD: tl.constexpr,
-    HAS_DLSE: tl.constexpr,
-    VARLEN: tl.constexpr,
-):
-    """rows [2, B, H, num_tiles * PAD]: lse and delta, every segment's from a multiple of PAD on.
-
-    So every tile of PAD query rows reads its values aligned and unmasked. Rows that are not there get an lse of +inf,
-    which makes their P zero, and a delta of 0. dlse's strides are in elements.
-    """
-    i_tile, i_b, i_h = program_tile(num_tiles, num_heads)
-    row, q_end, _, _, _ = tile_bounds(i_tile, cu_q, cu_q, q_len, q_len, num_segments, search_steps, PAD, VARLEN)
-    o_m = row + tl.arange(0, PAD)
-    m_m = o_m < q_end
-    o_d0 = tl.arange(0, D0)
-    m_d0 = o_d0 < HEAD_DIM
-    p_o = out + i_b * widen(s_ob, ALIGN) + i_h * widen(s_oh, ALIGN) + o_m[:, None] * widen(s_os, ALIGN)
-    p_g = dout + i_b * widen(s_gb, ALIGN) + i_h * widen(s_gh, ALIGN) + o_m[:, None] * widen(s_gs, ALIGN)
-    b_o0 = load_tile(p_o + o_d0[None, :], m_m, m_d0, True, D0 > HEAD_DIM).to(tl.float32)
-    b_g0 = load_tile(p_g + o_d0[None, :], m_m, m_d0, True, D0 > HEAD_DIM).to(tl.float32)
-    b_delta = tl.sum(b_o0 * b_g0, 1)
-    if D1 > 0:
-        o_d1 = D0 + tl.arange(0, D1)
-        m_d1 = o_d1 < HEAD_DIM
-        b_o1 = load_tile(p_o + o_d1[None, :], m_m, m_d1, True, D0 + D1 > HEAD_DIM).to(tl.float32)
-        b_g1 = load_tile(p_g + o_d1[None, :], m_m, m_d1, True, D0 + D1 > HEAD_DIM).to(tl.float32)
-        b_delta += tl.sum(b_o1 * b_g1, 1)
-    if HAS_DLSE:
-        p_l = dlse + i_b * widen(s_lb, 1) + i_h * widen(s_lh, 1) + o_m * widen(s_ls, 1)
-        b_delta -= tl.load(p_l, mask=m_m, other=0.0)
-    b_lse = tl.load(lse + (i_b * num_heads + i_h) * q_len + o_m, mask=m_m, other=float("inf"))
-    # Programs are numbered (batch, head, tile), and so are the rows they own.
-    p_rows = rows + widen(tl.program_id(0), PAD) + tl.arange(0, PAD)
-    tl.store(p_rows, b_lse)
-    tl.store(p_rows + widen(tl.num_programs(0), PAD), b_delta)
 
 
 @triton.jit
@@ -88,6 +26,7 @@ def attention_dkdv_kernel(
     rows,
     dk,
     dv,
+    dq,
     cu_q,
     cu_k,
     scale,
@@ -126,8 +65,12 @@ def attention_dkdv_kernel(
     BLOCK_N: tl.constexpr,
     STAGES: tl.constexpr,
     VARLEN: tl.constexpr,
+    ATOMIC: tl.constexpr,
 ):
-    """One tile of BLOCK_N keys; query rows pass by in tiles of BLOCK_M. Scores are held transposed, [N, M]."""
+    """One tile of BLOCK_N keys; query rows pass by in tiles of BLOCK_M. Scores are held transposed, [N, M].
+
+    ATOMIC: dq [B, H, S, D], fp32 and zero at the start, gets dS k added, without the scale, in no fixed order.
+    """
     i_tile, i_b, i_h = program_tile(num_tiles, num_heads)
     row, k_end, q_start, q_end, segment = tile_bounds(
         i_tile, cu_k, cu_q, k_len, q_len, num_segments, search_steps, BLOCK_N, VARLEN
@@ -167,6 +110,9 @@ def attention_dkdv_kernel(
         b_dk1 = tl.zeros([BLOCK_N, D1], tl.float32)
         b_dv1 = tl.zeros([BLOCK_N, D1], tl.float32)
 
+    if ATOMIC:
+        p_dq = dq + widen((i_b * num_heads + i_h) * q_len + q_start, HEAD_DIM)
+        o_dq = o_m[:, None] * HEAD_DIM
     q_rows = q_end - q_start
     num_full = (q_rows // BLOCK_M).to(tl.int32)
     num_part = ((q_rows + BLOCK_M - 1) // BLOCK_M).to(tl.int32) - num_full
@@ -198,6 +144,13 @@ def attention_dkdv_kernel(
             b_dk0 = tl.dot(b_ds, b_q0, b_dk0, input_precision="ieee")
             if D1 > 0:
                 b_dk1 = tl.dot(b_ds, b_q1, b_dk1, input_precision="ieee")
+            if ATOMIC:
+                p_dq_rows = p_dq + first * HEAD_DIM + o_dq
+                b_dq0 = tl.dot(tl.trans(b_ds), b_k0, input_precision="ieee")
+                add_tile(p_dq_rows + o_d0[None, :], b_dq0, m_m, m_d0, MASKED, MASK_D0)
+                if D1 > 0:
+                    b_dq1 = tl.dot(tl.trans(b_ds), b_k1, input_precision="ieee")
+                    add_tile(p_dq_rows + o_d1[None, :], b_dq1, m_m, m_d1, MASKED, MASK_D1)
 
     p_dk = dk + i_b * widen(s_dkb, ALIGN) + i_h * widen(s_dkh, ALIGN) + o_n[:, None] * widen(s_dks, ALIGN)
     p_dv = dv + i_b * widen(s_dvb, ALIGN) + i_h * widen(s_dvh, ALIGN) + o_n[:, None] * widen(s_dvs, ALIGN)

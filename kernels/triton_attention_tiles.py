@@ -95,3 +95,16 @@ def load_tile(p_tile, m_rows, m_columns, MASK_ROWS: tl.constexpr, MASK_COLUMNS: 
     else:
         b_tile = tl.load(p_tile)
     return b_tile
+
+
+@triton.jit
+def add_tile(p_tile, b_tile, m_rows, m_columns, MASK_ROWS: tl.constexpr, MASK_COLUMNS: tl.constexpr):
+    """Atomic additions of a tile, in no order; what needs no mask gets none."""
+    if MASK_ROWS and MASK_COLUMNS:
+        tl.atomic_add(p_tile, b_tile, mask=m_rows[:, None] & m_columns[None, :], sem="relaxed")
+    elif MASK_ROWS:
+        tl.atomic_add(p_tile, b_tile, mask=m_rows[:, None], sem="relaxed")
+    elif MASK_COLUMNS:
+        tl.atomic_add(p_tile, b_tile, mask=m_columns[None, :], sem="relaxed")
+    else:
+        tl.atomic_add(p_tile, b_tile, sem="relaxed")

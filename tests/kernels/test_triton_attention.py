@@ -120,13 +120,14 @@ def check_dense(
     cu_q: list[int] | None = None,
     cu_k: list[int] | None = None,
     cu_dtype: torch.dtype = torch.int64,
+    provider: str = "triton",
 ) -> None:
     inputs = make((lengths[0], lengths[1], lengths[1]), batch, heads, head_dim, dtype)
     offsets = {}
     if cu_q is not None:
         offsets = {f"cu_seqlens_{s}": torch.tensor(c, dtype=cu_dtype) for s, c in (("q", cu_q), ("k", cu_k))}
     with conditions(tiles):
-        got = results(lambda *x: attention(*x, softmax_scale=scale, provider="triton", **offsets), inputs)
+        got = results(lambda *x: attention(*x, softmax_scale=scale, provider=provider, **offsets), inputs)
     wanted = segments_of(lambda *x: definition(*x, scale), cu_q, cu_k)
     exact = results(wanted, [t.detach().double().requires_grad_() for t in inputs])
     eager = results(wanted, inputs)
@@ -145,6 +146,20 @@ def check_dense(
 def test_outputs_and_gradients_equal_the_definition(run_interpreted, head_dim, dtype):
     # A full tile and a ragged one of queries, two and a ragged one of keys; batch and heads above one.
     run_interpreted(check_dense, (20, 37), 2, 2, head_dim, dtype, SMALL)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("head_dim", [8, 64, 72, 128])
+def test_atomic_backward_equals_the_definition(run_interpreted, head_dim, dtype):
+    run_interpreted(check_dense, (20, 37), 2, 2, head_dim, dtype, SMALL, 0.3, None, None, torch.int64, "triton-atomic")
+
+
+def test_atomic_backward_of_packed_sequences(run_interpreted):
+    cu_q = [0, 0, 17, 20, 20, 20, 36, 41, 41]
+    cu_k = [0, 3, 36, 36, 40, 40, 41, 57, 57]
+    run_interpreted(
+        check_dense, (41, 57), 1, 2, 72, torch.float32, SMALL, 0.3, cu_q, cu_k, torch.int64, "triton-atomic"
+    )
 
 
 @pytest.mark.parametrize("lengths", [(1, 1), (1, 33), (33, 1), (16, 32)], ids=["S1-T1", "S1-T33", "S33-T1", "whole"])
@@ -174,16 +189,16 @@ def test_one_packed_segment_is_the_whole(run_interpreted):
     run_interpreted(check_dense, (18, 35), 1, 1, 8, torch.float32, SMALL, 0.3, [0, 18], [0, 35])
 
 
-def check_packed_qkv(cu: list[int] | None, aligned: bool) -> None:
+def check_packed_qkv(cu: list[int] | None, aligned: bool, provider: str = "triton") -> None:
     torch.manual_seed(0)
     # Rows of a wider buffer: strides that are not those of a contiguous tensor, nor multiples of 8 if not aligned.
     wide = torch.randn(1 if cu else 2, 31, 3, 2, 40 if aligned else 43)[:, 2:29, :, :, :40]
     qkv = wide.requires_grad_()
     offsets = None if cu is None else torch.tensor(cu)
     with conditions(SMALL):
-        packed = results(lambda x: attention_packed(x, cu_seqlens=offsets, provider="triton"), [qkv])
+        packed = results(lambda x: attention_packed(x, cu_seqlens=offsets, provider=provider), [qkv])
         cu_both = {"cu_seqlens_q": offsets, "cu_seqlens_k": offsets}
-        views = results(lambda x: attention(*x.unbind(2), provider="triton", **cu_both), [qkv])
+        views = results(lambda x: attention(*x.unbind(2), provider=provider, **cu_both), [qkv])
     wanted = segments_of(lambda *x: definition(*x, 40**-0.5), cu, cu)
     exact = results(lambda x: wanted(*x.unbind(2)), [qkv.detach().double().requires_grad_()])
     eager = results(lambda x: wanted(*x.unbind(2)), [qkv])
@@ -197,6 +212,10 @@ def check_packed_qkv(cu: list[int] | None, aligned: bool) -> None:
 @pytest.mark.parametrize("cu", [None, [0, 5, 5, 27]], ids=["batch", "packed"])
 def test_packed_qkv_and_strided_views(run_interpreted, cu, aligned):
     run_interpreted(check_packed_qkv, cu, aligned)
+
+
+def test_packed_qkv_with_the_atomic_backward(run_interpreted):
+    run_interpreted(check_packed_qkv, [0, 5, 5, 27], True, "triton-atomic")
 
 
 def check_partial_gradients() -> None:
@@ -368,6 +387,14 @@ def test_gpu_long_sequences_match_sdpa_in_error(head_dim, dtype):
     tensors = cuda_inputs((16_383, 16_385, 16_385), 1, 2, head_dim, dtype)
     exact = cuda_results("torch", [t.detach().float().requires_grad_() for t in tensors])
     hold_to_the_bar(cuda_results("triton", tensors), cuda_results("sdpa-flash", tensors), exact, dtype)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("head_dim", [64, 72, 128])
+def test_gpu_atomic_backward_matches_the_deterministic_one_in_error(head_dim):
+    tensors = cuda_inputs((4_099, 4_097, 4_097), 1, 2, head_dim, torch.bfloat16)
+    exact = cuda_results("torch", [t.detach().float().requires_grad_() for t in tensors])
+    hold_to_the_bar(cuda_results("triton-atomic", tensors), cuda_results("triton", tensors), exact, torch.bfloat16)
 
 
 @pytest.mark.gpu

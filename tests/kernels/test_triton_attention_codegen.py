@@ -19,7 +19,7 @@ ROW_BYTES = {4, 8}
 
 def launches(head_dim: int, dtype: torch.dtype, *, packed: bool = False, length: int = 819_200) -> dict[str, Any]:
     """The launches of attention_packed with 16 heads, forward and backward, by kernel, on meta tensors."""
-    from longreel.kernels.triton_attention import plan_backward, plan_forward
+    from longreel.kernels.triton_attention_plan import plan_backward, plan_forward
 
     heads = 16
     qkv = torch.empty(1, length, 3, heads, head_dim, dtype=dtype, device="meta")
@@ -32,6 +32,20 @@ def launches(head_dim: int, dtype: torch.dtype, *, packed: bool = False, length:
         *plan_backward(torch.empty_like(qkv).unbind(2), out, None, views, out, lse, 0.1, cu, cu),
     ]
     return {plan.kernel.__name__: plan for plan in plans}
+
+
+def fused_launch(head_dim: int) -> Any:
+    """The kernel of provider triton-atomic that computes dk, dv and dq."""
+    from longreel.kernels.triton_attention_plan import plan_backward
+
+    qkv = torch.empty(1, 819_200, 3, 16, head_dim, dtype=torch.bfloat16, device="meta")
+    out = qkv.new_empty(1, 819_200, 16, head_dim)
+    lse = qkv.new_empty(1, 16, 819_200, dtype=torch.float32)
+    dq_sum = qkv.new_empty(1, 16, 819_200, head_dim, dtype=torch.float32)
+    views = qkv.unbind(2)
+    delta, fused = plan_backward(views, out, None, views, out, lse, 0.1, None, None, dq_sum)
+    assert delta.kernel.__name__ == "attention_delta_kernel"
+    return fused
 
 
 def compiled(compile_kernel, plan: Any) -> Any:
@@ -86,6 +100,17 @@ def test_compiled_for_hopper(compile_kernel, head_dim, name):
     assert copies[16] * 16 * 32 * plan.num_warps >= 2 * rows * columns * 2
     # Rows outside the loop: q, and the ragged last tile. Below 8 bytes only values per row are left.
     assert not {1, 2} & set(loads)
+
+
+@pytest.mark.parametrize("head_dim", [64, 72, 128])
+def test_atomic_backward_adds_16_bytes_at_a_time_and_spills_nothing(compile_kernel, head_dim):
+    plan = fused_launch(head_dim)
+    kernel = compiled(compile_kernel, plan)
+    assert kernel.local_bytes == kernel.spills == 0
+    assert kernel.programs_per_sm() >= plan.planned_programs
+    check_no_32_bit_products(kernel.ttir)
+    added = re.findall(r"(?:red|atom)\.global\S*\.add\S*f32", kernel.ptx)
+    assert added and all(".v4" in name for name in added), set(added)
 
 
 @pytest.mark.parametrize("name", ["attention_fwd_kernel", "attention_dkdv_kernel", "attention_dq_kernel"])

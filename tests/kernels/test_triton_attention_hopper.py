@@ -1,0 +1,315 @@
+"""The warp-specialised Gluon kernel: emulated against the definition, as compiled for sm_90, and on a GPU (-m gpu)."""
+
+from __future__ import annotations
+
+import math
+import re
+import struct
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from longreel.kernels import attention, reference
+from longreel.kernels.numerics import KERNEL_ERROR_FACTOR, relative_error
+
+pytest.importorskip("triton")
+
+HEADS = 16
+
+
+def inputs(lengths: tuple[int, int], batch: int, heads: int, head_dim: int, dtype: torch.dtype) -> list[Tensor]:
+    torch.manual_seed(0)
+    return [torch.randn(batch, n, heads, head_dim).to(dtype) for n in (lengths[0], lengths[1], lengths[1])]
+
+
+def offsets(bounds: list[int] | None) -> Tensor | None:
+    return None if bounds is None else torch.tensor(bounds, dtype=torch.int32)
+
+
+def hold_to_the_bar(got: tuple[Tensor, Tensor], eager: tuple[Tensor, Tensor], exact: tuple[Tensor, Tensor]) -> None:
+    for name, a, e, b in zip(("out", "lse"), got, eager, exact, strict=True):
+        assert torch.equal(a == -math.inf, b == -math.inf), name
+        a, e, b = (t.masked_fill(t == -math.inf, 0.0) for t in (a, e, b))
+        allowed = KERNEL_ERROR_FACTOR * relative_error(e, b) + 2 * torch.finfo(got[0].dtype).eps
+        assert relative_error(a, b) <= allowed, name
+
+
+def emulated(
+    qkv: list[Tensor],
+    scale: float = 0.3,
+    cu_q: list[int] | None = None,
+    cu_k: list[int] | None = None,
+    num_programs: int = 2,
+    **tiles: int,
+) -> tuple[Tensor, Tensor]:
+    """The kernel at its production tiles, on two programs, so that each has several tiles of queries."""
+    from gluon_emulator import run_kernel
+
+    from longreel.kernels.triton_attention_hopper import plan_forward
+    from longreel.kernels.triton_attention_tuning import HopperTiles
+
+    q = qkv[0]
+    out = torch.full(q.shape, math.nan, dtype=q.dtype)
+    lse = torch.full((q.shape[0], q.shape[2], q.shape[1]), math.nan)
+    chosen = HopperTiles(**tiles) if tiles else None
+    plan = plan_forward(*qkv, out, lse, scale, offsets(cu_q), offsets(cu_k), tiles=chosen)
+    run_kernel(plan.kernel, min(num_programs, plan.num_programs), plan.arguments)
+    return out, lse
+
+
+def check(qkv: list[Tensor], scale: float = 0.3, cu_q: Any = None, cu_k: Any = None, **tiles: int) -> None:
+    got = emulated(qkv, scale, cu_q, cu_k, **tiles)
+    exact = reference.attention_fwd(*(t.double() for t in qkv), scale, offsets(cu_q), offsets(cu_k))
+    eager = reference.attention_fwd(*qkv, scale, offsets(cu_q), offsets(cu_k))
+    hold_to_the_bar(got, eager, exact)
+
+
+@pytest.fixture(autouse=True)
+def _emulator_is_importable(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(Path(__file__).parent))
+
+
+@pytest.mark.parametrize("head_dim", [16, 24, 32, 40, 64, 72, 128])
+def test_emulated_equals_the_definition(head_dim):
+    check(inputs((300, 401), 1, 2, head_dim, torch.float16))
+
+
+@pytest.mark.parametrize("lengths", [(1, 1), (1, 129), (129, 1), (128, 128), (128, 1024)], ids=str)
+def test_emulated_lengths_at_the_edges(lengths):
+    check(inputs(lengths, 2, 1, 72, torch.float16))
+
+
+@pytest.mark.parametrize("scale", [-0.5, 0.0, 40.0], ids=["negative", "zero", "sharp"])
+def test_emulated_any_softmax_scale(scale):
+    check(inputs((65, 200), 1, 1, 72, torch.float16), scale)
+
+
+def test_emulated_packed_sequences():
+    cu_q = [0, 0, 17, 200, 200, 200, 336, 341, 341]
+    cu_k = [0, 3, 36, 36, 240, 240, 241, 457, 457]
+    check(inputs((341, 457), 1, 2, 72, torch.float16), 0.3, cu_q, cu_k)
+
+
+def test_emulated_with_three_consumers_and_short_stages():
+    qkv = inputs((400, 500), 1, 1, 72, torch.float16)
+    check(qkv, block_n=64, consumers=3, num_stages=6, registers=160, poly=2)
+    check(qkv, block_n=64, consumers=2, num_stages=2, registers=240, poly=0)
+    # A consumer waits for the keys after the next before it leaves v: one stage would wait for itself.
+    with pytest.raises(ValueError, match="num_stages 1 would deadlock; it must be at least 2"):
+        check(qkv, block_n=64, consumers=2, num_stages=1, registers=240, poly=0)
+
+
+def test_emulated_views_of_the_projection():
+    torch.manual_seed(0)
+    qkv = torch.randn(2, 150, 3, 2, 72).half()[:, 7:140]
+    check(list(qkv.unbind(2)))
+
+
+def test_emulated_nan_in_a_query_stays_in_its_row():
+    q, k, v = inputs((100, 150), 1, 1, 72, torch.float16)
+    q[0, 3] = math.nan
+    out, lse = emulated([q, k, v])
+    bad = torch.zeros(100, dtype=torch.bool)
+    bad[3] = True
+    assert torch.equal(out[0, :, 0].isnan().all(-1), bad)
+    assert torch.equal(lse[0, 0].isnan(), bad)
+
+
+@pytest.mark.parametrize("fault", ["reads-too-soon", "never-released"])
+def test_emulator_finds_faults_of_the_protocol(monkeypatch, fault):
+    import gluon_emulator
+
+    if fault == "reads-too-soon":
+        for name in ("wait", "change"):
+            monkeypatch.setattr(gluon_emulator.Barrier, name, lambda self, *args, **options: None)
+    else:
+        change = gluon_emulator.Barrier.change
+        # Arrivals without bytes are the consumers': they release a stage.
+        monkeypatch.setattr(
+            gluon_emulator.Barrier,
+            "change",
+            lambda self, arrivals=0, expected=0: expected and change(self, arrivals, expected),
+        )
+        monkeypatch.setattr(gluon_emulator, "TIMEOUT", 0.2)
+    with pytest.raises((AssertionError, TimeoutError)):
+        check(inputs((300, 901), 1, 1, 72, torch.float16))
+
+
+def run_ptx(text: str, values: list[float]) -> list[float]:
+    """The few instructions of exp2_assembly in fp32, one after the other."""
+
+    def rounded(value: float) -> float:
+        return struct.unpack(">f", struct.pack(">f", value))[0]
+
+    def bits(value: float) -> int:
+        return struct.unpack(">i", struct.pack(">f", value))[0]
+
+    registers: dict[str, Any] = {f"${8 + i}": v for i, v in enumerate(values)}
+
+    def read(name: str) -> Any:
+        return struct.unpack(">f", bytes.fromhex(name[2:]))[0] if name.startswith("0f") else registers[name]
+
+    def as_bits(a: float, target: str) -> Any:
+        return bits(a) if target in "ip" else struct.unpack(">f", struct.pack(">i", a))[0]
+
+    def wrapped(value: int) -> int:
+        return (value + 2**31) % 2**32 - 2**31
+
+    operations: dict[str, Any] = {
+        "ex2.approx.ftz.f32": lambda a: rounded(2.0**a),
+        "max.f32": max,
+        "add.rn.f32": lambda a, b: rounded(a + b),
+        "sub.rn.f32": lambda a, b: rounded(a - b),
+        "fma.rn.f32": lambda a, b, c: rounded(a * b + c),
+        "shl.b32": lambda a, b: wrapped(a << b),
+        "add.s32": lambda a, b: wrapped(a + b),
+    }
+    for line in text.splitlines()[3:-1]:
+        name, target, *operands = line.rstrip(";").replace(",", "").split()
+        read_in = [int(o) if o.isdigit() else read(o) for o in operands]
+        registers[target] = as_bits(read_in[0], target) if name == "mov.b32" else operations[name](*read_in)
+    return [registers[f"${i}"] for i in range(8)]
+
+
+def test_polynomial_exponentials_are_far_below_the_rounding_of_bf16():
+    from longreel.kernels.triton_attention_exp import exp2_assembly
+
+    text = exp2_assembly(8)
+    assert "ex2" not in str(text)
+    assert Counter(str(exp2_assembly(2)).split())["ex2.approx.ftz.f32"] == 6
+    grid = [-i * 0.0137 for i in range(2000)] + [0.0, -0.5, -125.0, -125.4] + [0.03] * 4
+    for start in range(0, len(grid), 8):
+        got = run_ptx(str(text), grid[start : start + 8])
+        for x, y in zip(grid[start : start + 8], got, strict=True):
+            assert abs(y / 2.0**x - 1) < 1.1e-4, x
+    # Far below, nothing that a sum in bf16 or fp16 would see.
+    assert max(run_ptx(str(text), [-127.0, -1e4, -1e30, -math.inf] * 2)) <= 2.0**-126
+
+
+def launch(head_dim: int, dtype: torch.dtype = torch.bfloat16, *, packed: bool = False, length: int = 819_200) -> Any:
+    from longreel.kernels.triton_attention_hopper import check_hopper, plan_forward
+
+    qkv = torch.empty(1, length, 3, HEADS, head_dim, dtype=dtype, device="meta")
+    cu = torch.empty(9, dtype=torch.int32, device="meta") if packed else None
+    check_hopper(*qkv.unbind(2))
+    out = qkv.new_empty(1, length, HEADS, head_dim)
+    lse = qkv.new_empty(1, HEADS, length, dtype=torch.float32)
+    return plan_forward(*qkv.unbind(2), out, lse, 0.1, cu, cu)
+
+
+def compiled(compile_kernel: Any, plan: Any) -> Any:
+    return compile_kernel(plan.kernel, plan.arguments, num_warps=plan.num_warps, num_stages=plan.num_stages)
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["batch", "packed"])
+@pytest.mark.parametrize("head_dim", [64, 72, 128])
+def test_compiled_for_hopper(compile_kernel, head_dim, packed):
+    kernel = compiled(compile_kernel, launch(head_dim, packed=packed))
+    assert kernel.local_bytes == kernel.spills == 0
+    # Two consumers, and a warpgroup for the producer; their registers fill the multiprocessor.
+    assert kernel.num_warps == 12
+    assert kernel.programs_per_sm() == 1
+    assert "cp.async.bulk.tensor.4d" in kernel.ptx
+    assert not re.search(r"cp\.async\.c[ag]|ldmatrix|ld\.global\S*b16", kernel.ptx)
+    assert {0xF0, 0x18} <= {int(n, 0) for n in re.findall(r"USETMAXREG\S+ (?:UP0, )?(0x[0-9a-f]+)", kernel.sass)}
+
+
+def test_head_dim_72_is_80_columns_and_its_sums_come_from_the_product(compile_kernel):
+    ptx = compiled(compile_kernel, launch(72)).ptx
+    shapes = Counter(re.findall(r"wgmma\.mma_async\.sync\.aligned\.m64n(\d+)k16", ptx))
+    # Per consumer, in the loop and outside it: 5 steps of scores; 8 of output in 64 columns and 8 in 16.
+    assert shapes == {"128": 2 * 2 * 5, "64": 2 * 2 * 8, "16": 2 * 2 * 8}
+    # The tail's two stacks of core matrices: 1024 and 2048 bytes apart for q and k; for v, keys 128, columns 2048.
+    for descriptor in (0x8_0040_0000, 0x8_0080_0000, 0x80_0008_0000):
+        assert re.search(rf"or\.b64\s+%rd\d+, %rd\d+, {descriptor};", ptx), hex(descriptor)
+
+
+@pytest.mark.parametrize("head_dim", [64, 72, 128])
+def test_softmax_runs_beside_the_product_with_v(compile_kernel, head_dim):
+    lines = compiled(compile_kernel, launch(head_dim)).sass.splitlines()
+    text = [line for line in lines if re.search(r"HGMMA|DEPBAR|MUFU\.EX2|BRA", line)]
+    later = 2 if head_dim == 72 else 1
+    begin = next(i for i, line in enumerate(text) if f"DEPBAR.LE gsb0, 0x{later}" in line)
+    end = next(i for i, line in enumerate(text[begin:], begin) if "DEPBAR.LE gsb0, 0x0" in line)
+    # All exponentials of 64 scores a thread but those of the polynomials lie between the two waits.
+    assert sum("MUFU.EX2" in line for line in text[begin:end]) >= 48
+    # ptxas has not put a wait behind every wgmma.
+    products = "".join("H" if "HGMMA" in line else "W" for line in text if "HGMMA" in line or "DEPBAR" in line)
+    assert "HWHWH" not in products
+
+
+def test_other_candidates_compile_without_spills(compile_kernel):
+    from longreel.kernels.triton_attention_hopper import plan_forward
+    from longreel.kernels.triton_attention_tuning import hopper_candidates
+
+    plan = launch(72)
+    q, k, v = (plan.arguments[n].base for n in ("q0", "k0", "v0"))
+    tiles = next(t for t in hopper_candidates(72, "long") if t.consumers == 3)
+    plan = plan_forward(q, k, v, plan.arguments["out"], plan.arguments["lse"], 0.1, None, None, tiles=tiles)
+    kernel = compiled(compile_kernel, plan)
+    assert kernel.local_bytes == kernel.spills == 0
+    assert kernel.num_warps == 16
+
+
+def test_what_the_kernel_cannot_take_is_refused_with_the_reason():
+    from longreel.kernels.triton_attention_hopper import check_hopper
+
+    q = torch.empty(1, 8, 2, 72, dtype=torch.bfloat16, device="meta")
+    with pytest.raises(
+        ValueError, match="runs on a Hopper GPU only, not on cpu nor interpreted; use provider 'triton'"
+    ):
+        check_hopper(*(torch.empty(1, 8, 2, 72, dtype=torch.bfloat16),) * 3)
+    with pytest.raises(ValueError, match=r"q has head_dim 96; provider 'triton-hopper' has \[16, 24, 32, 40, 64, 72"):
+        check_hopper(*(q.new_empty(1, 8, 2, 96),) * 3)
+    with pytest.raises(ValueError, match=r"q has dtype torch.float32; .* bfloat16 and float16"):
+        check_hopper(*(q.float(),) * 3)
+    with pytest.raises(ValueError, match=r"k has strides \(1232, 154, 77, 1\); TMA needs multiples of 8 but 0"):
+        check_hopper(q, q.new_empty(1, 8, 2, 77)[..., :72], q)
+    with pytest.raises(ValueError, match=r"v has strides .*; TMA needs multiples of 8 but 0"):
+        check_hopper(q, q, q[:, :1].expand(1, 8, 2, 72))
+    with pytest.raises(ValueError, match="k starts 8 bytes off a multiple of 16"):
+        check_hopper(q, q.new_empty(1, 8, 2, 80)[..., 4:76], q)
+
+
+def test_cpu_tensors_are_refused_by_the_op():
+    q = torch.randn(1, 8, 2, 72).bfloat16()
+    with pytest.raises(ValueError, match="needs a CUDA device, got tensors on cpu"):
+        attention(q, q, q, provider="triton-hopper")
+
+
+def on_gpu(lengths: tuple[int, int], batch: int, heads: int, head_dim: int, dtype: torch.dtype) -> list[Tensor]:
+    if torch.cuda.get_device_capability()[0] != 9:
+        pytest.skip("the kernel is for Hopper GPUs")
+    return [t.cuda() for t in inputs(lengths, batch, heads, head_dim, dtype)]
+
+
+def chunked_truth(q: Tensor, k: Tensor, v: Tensor, rows: int = 2048) -> tuple[Tensor, Tensor]:
+    parts = [attention(part, k.float(), v.float(), provider="torch") for part in q.float().split(rows, 1)]
+    return torch.cat([p[0] for p in parts], 1), torch.cat([p[1] for p in parts], 2)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("head_dim", [16, 24, 32, 40, 64, 72, 128])
+@pytest.mark.parametrize("lengths", [(1, 1), (127, 129), (1000, 1537), (8191, 8193)], ids=str)
+def test_gpu_error_is_that_of_the_portable_kernel(lengths, head_dim, dtype):
+    qkv = on_gpu(lengths, 2, 3, head_dim, dtype)
+    hold_to_the_bar(attention(*qkv, provider="triton-hopper"), attention(*qkv, provider="triton"), chunked_truth(*qkv))
+
+
+@pytest.mark.gpu
+def test_gpu_packed_segments_and_repeated_runs():
+    bounds = torch.tensor([0, 0, 700, 701, 701, 3000], dtype=torch.int32, device="cuda")
+    cu = {"cu_seqlens_q": bounds, "cu_seqlens_k": bounds}
+    qkv = on_gpu((3000, 3000), 1, 2, 72, torch.bfloat16)
+    first = attention(*qkv, provider="triton-hopper", **cu)
+    exact = attention(*(t.float() for t in qkv), provider="torch", **cu)
+    hold_to_the_bar(first, attention(*qkv, provider="triton", **cu), exact)
+    # A race would change bits.
+    for _ in range(20):
+        for a, b in zip(attention(*qkv, provider="triton-hopper", **cu), first, strict=True):
+            assert torch.equal(a, b)
