@@ -70,16 +70,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         config = parse_arguments(CampaignConfig, command[1:], prog="python bench/campaign.py")
         steps = config.steps()
-        prepare_folder(config.out)
-        if (config.out / RECORDS).exists():
-            load(config.out / RECORDS)
+        # Tests run in another folder than this process.
+        folder = config.out.expanduser().resolve()
+        prepare_folder(folder)
+        if (folder / RECORDS).exists():
+            load(folder / RECORDS)
     except (ValueError, OSError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     plan = rehearsal(_validation(rehearse=True)) if config.rehearse else hopper(_validation(), device=config.device)
     with interpreting(plan.interpret), WorkerPool(1) as pool:
         campaign = Campaign(
-            folder=config.out,
+            folder=folder,
             plan=plan,
             provenance=op_provenance.gather(command, torch.device(plan.device), commit=config.commit),
             pool=pool,

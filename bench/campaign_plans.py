@@ -109,7 +109,7 @@ def rehearsal(validate: tuple[tuple[str, ...], ...]) -> CampaignPlan:
         device="cpu",
         validate=validate,
         rooflines=tuple(
-            OpCase(op=op, dtype="fp32", seq_len=256, num_heads=1, head_dim=256) for op in ("matmul", "clone")
+            OpCase(op=op, dtype="fp16", seq_len=256, num_heads=1, head_dim=256) for op in ("matmul", "clone")
         ),
         sustained_s=0.2,
         micro=(attention, fused),

@@ -15,6 +15,7 @@ from longreel.bench.micro_sweep import load, run_plan
 from longreel.parallel.command_line import parse_arguments
 from longreel.parallel.workers import WorkerPool
 from longreel.reports.op_report import write_op_report
+from longreel.reports.op_summary import summary_lines
 
 RECORDS = "records.jsonl"
 
@@ -47,6 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"interrupted; finished cases are in {file}, and the same command goes on", file=sys.stderr)
         return 130
     page = write_op_report(config.folder, load(file), source_files=[RECORDS])
+    print("", *summary_lines(load(file)), "", sep="\n")
     if left:
         print(f"{len(left)} cases not started after {config.minutes:g} minutes; run the same command again to go on")
     print(f"{time.monotonic() - start:.0f} s. Report: {page}\nRecords: {file}, {config.folder / 'ops.csv'}")

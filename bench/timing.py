@@ -22,6 +22,7 @@ from longreel.bench.outcome import quantile
 _HOLD_FACTOR, _HOLD_EXTRA_S, _HOLD_MOST_S = 2.0, 20e-6, 10e-3
 # torch.cuda._sleep counts cycles; at the highest clock of current parts this is at least the time asked for.
 _CYCLES_PER_S = 2.0e9
+_CALLS_PER_LOOK = 32
 # The buffer that pushes everything else out of L2 is this many times its size.
 _FLUSH_FACTOR = 2
 
@@ -225,10 +226,10 @@ def sustain(work: Work, seconds: float, *, device: torch.device, monitor: Monito
     wait()
     calls, energy_before, start = 0, monitor.energy_j(), time.monotonic()
     while True:
-        # A few calls between two looks at the clock keep the queue full; a look costs microseconds.
-        for _ in range(4):
+        # Many calls between two looks at the clock: the queue runs empty for some microseconds at each.
+        for _ in range(_CALLS_PER_LOOK):
             work.run(state)
-        calls += 4
+        calls += _CALLS_PER_LOOK
         wait()
         readings.append(monitor.latest)
         if time.monotonic() - start >= seconds:

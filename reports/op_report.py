@@ -20,6 +20,7 @@ from longreel.reports import embed, formatting
 from longreel.reports.op_compare import ROOFLINE_OPS, Peers, Rooflines, groups
 from longreel.reports.op_figures import draw_rates, rate_unit
 from longreel.reports.op_records import DIRECTIONS, OpRecord
+from longreel.reports.op_summary import HEADINGS, duels
 from longreel.reports.provenance import origins
 from longreel.reports.store import latest, write_files
 from longreel.reports.tables import Cell, Column, Row, Table
@@ -122,6 +123,8 @@ def render(records: Sequence[OpRecord], *, title: str = DEFAULT_TITLE, source_fi
         num_records=len(points),
         statuses=Counter(r.status for r in points).most_common(),
         sections=sections,
+        headings=HEADINGS,
+        duels=[duel.words() for duel in duels(points)],
         columns=sections[0].table.columns,
         origins=origins(points),
         data=embed.script_json(_data(points)),

@@ -12,6 +12,7 @@ from longreel.reports import store
 from longreel.reports.op_compare import Peers, Rooflines
 from longreel.reports.op_records import OpRecord
 from longreel.reports.op_report import csv_text, write_op_report
+from longreel.reports.op_summary import summary_lines
 
 
 def op_record(**changes: Any) -> OpRecord:
@@ -106,11 +107,23 @@ def test_speed_up_and_roofline_are_of_the_same_run():
     assert Rooflines(records).fraction(copies) is None
 
 
+def test_summary_sets_our_best_against_the_best_peer():
+    records = [*some_records(), op_record(provider="triton-hopper", median_s=1.6e-3)]
+    records.append(op_record(provider="triton-hopper", median_s=1e-4, config={"label": "tune forward 80 long"}))
+    lines = summary_lines(records)
+    assert len(lines) == 3
+    assert "triton-hopper" in lines[1]
+    assert "2.50×" in lines[1]
+    assert lines[1].endswith("sdpa-cudnn")
+    assert "62 %" in lines[1]
+    assert summary_lines([r for r in records if not r.is_ours]) == []
+
+
 def test_page_and_csv(tmp_path):
     page = write_op_report(tmp_path, some_records(), source_files=["records.jsonl"]).read_text()
     assert "it was error" in page
     assert page.count('role="img"') == 1
-    assert "2.00×" in page
+    assert page.count("2.00×") == 2
     assert "SwPowerCap" in page
     rows = list(csv.DictReader(io.StringIO(csv_text(some_records()))))
     assert [float(row["speedup"]) for row in rows if row["provider"] == "triton"] == pytest.approx([2.0, 1.8])
