@@ -91,8 +91,8 @@ def differing_rounds(name: str, options: dict[str, Any], rounds: int, skipped_wa
         if next(counter) != skipped_wait:
             return wait(exchange)
         pending.append(exchange)
-        # A copy, as a computation would read it now; what is in flight lands in the buffer, not in the copy.
-        return exchange.received.clone()
+        # What a computation reads that does not wait, if nothing has arrived yet.
+        return torch.full_like(exchange.received, float("nan"))
 
     differing = 0
     for seed in range(rounds):
@@ -126,6 +126,6 @@ def test_delays_do_not_change_a_bit(run_distributed, name, options, rounds):
 )
 def test_every_wait_is_needed(run_distributed, name, options, waits):
     for skipped in range(waits):
-        assert sum(run_distributed(differing_rounds, 4, name, options, 12, skipped)) > 0, f"wait {skipped}"
+        assert sum(run_distributed(differing_rounds, 4, name, options, 1, skipped)) > 0, f"wait {skipped}"
     # One more than there are: nothing is left out.
-    assert run_distributed(differing_rounds, 4, name, options, 3, waits) == [0] * 4
+    assert run_distributed(differing_rounds, 4, name, options, 1, waits) == [0] * 4

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import os
+import signal
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -70,3 +74,60 @@ def test_more_ranks_than_workers_is_an_error(pool):
 def test_only_module_level_functions_travel(pool):
     with pytest.raises(ValueError, match="module-level function"):
         pool.run(lambda: None, 1)
+
+
+def unpicklable():
+    return lambda: None
+
+
+def test_result_that_cannot_travel_is_the_ranks_failure(pool):
+    with pytest.raises(WorkerError, match=r"(?s)rank 0 of 1 failed:.*pickle"):
+        pool.run(unpicklable, 1)
+
+
+def blocked_signals() -> set[int]:
+    return {int(s) for s in signal.pthread_sigmask(signal.SIG_BLOCK, [])}
+
+
+def test_workers_leave_interrupts_to_the_parent(pool):
+    assert pool.run(blocked_signals, 1) == [{int(signal.SIGINT)}]
+    assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, [])
+
+
+PARENT = """
+import os, pathlib, sys, time
+from longreel.parallel.workers import WorkerPool
+
+if __name__ == "__main__":
+    pool = WorkerPool(2)
+    print(pool.scratch, *pool.run(os.getpid, 2), flush=True)
+    pool.run(time.sleep, 2, 60)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc").exists(), reason="needs /proc")
+def test_workers_end_with_a_parent_that_was_killed_and_clean_up(tmp_path):
+    script = tmp_path / "parent.py"
+    script.write_text(PARENT)
+    with open(tmp_path / "errors", "w+") as errors:
+        parent = subprocess.Popen([sys.executable, script], stdout=subprocess.PIPE, stderr=errors, text=True)
+        scratch, *workers = parent.stdout.readline().split()
+        assert len(workers) == 2
+        time.sleep(0.5)
+        parent.kill()
+        parent.wait()
+        deadline = time.monotonic() + 10
+        while any(map(runs, workers)) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert not any(map(runs, workers))
+        assert not Path(scratch).exists()
+        assert (tmp_path / "errors").read_text() == ""
+
+
+def runs(process: str) -> bool:
+    """Whether a process is there and no zombie."""
+    try:
+        state = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0]
+    except FileNotFoundError:
+        return False
+    return state != "Z"
