@@ -28,7 +28,7 @@ class Duel:
         return self.ours.rate / self.peer.rate
 
     def words(self) -> tuple[str, ...]:
-        """Op, direction, shape, our rate and provider, per cent of roofline, speed-up and the peer."""
+        """Op, direction, shape, our rate and provider, per cent of roofline, speed-up, the peer, kind and device."""
         unit = "TFLOP/s" if self.ours.is_compute_bound else "TB/s"
         label = str(self.ours.config.get("label", ""))
         fraction = self.roofline_fraction
@@ -41,10 +41,11 @@ class Duel:
             formatting.MISSING if fraction is None else f"{100 * fraction:.0f} %",
             formatting.ratio(self.speedup),
             formatting.MISSING if self.peer is None else self.peer.provider,
+            f"{self.ours.kind}, {self.ours.device}",
         )
 
 
-HEADINGS = ("Op", "Direction", "Shape", "Rate", "Provider", "Roofline", "Speed-up", "Best peer")
+HEADINGS = ("Op", "Direction", "Shape", "Rate", "Provider", "Roofline", "Speed-up", "Best peer", "Figures")
 
 
 def duels(records: Sequence[OpRecord]) -> list[Duel]:

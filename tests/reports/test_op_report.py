@@ -114,7 +114,7 @@ def test_summary_sets_our_best_against_the_best_peer():
     assert len(lines) == 3
     assert "triton-hopper" in lines[1]
     assert "2.50×" in lines[1]
-    assert lines[1].endswith("sdpa-cudnn")
+    assert lines[1].endswith("sdpa-cudnn  measured, a GPU")
     assert "62 %" in lines[1]
     assert summary_lines([r for r in records if not r.is_ours]) == []
 
