@@ -3,8 +3,9 @@
 Time of a call = max(FLOPs / rate, bytes / bandwidth, launch floor); collectives: latency + bytes / link bandwidth. One
 after the other, except where the schedule overlaps:
 - a strategy's all-to-all is waited for: all of it counts (Ulysses; FastSeq's exchange of the output);
-- FastSeq's point-to-point exchange hides behind the projections of the P - 1 chunks in flight, no further:
-  exposed = max(0, exchange - projection * (P - 1) / P);
+- a strategy's point-to-point exchange hides behind what is computed on the P - 1 chunks before the last one arrives,
+  no further: exposed = max(0, exchange - work * (P - 1) / P). The work is FastSeq's projection, with attention where
+  that runs chunk by chunk and its partial outputs are merged; in a ring, attention;
 - the sharding engine's collectives hide behind the compute of their phase, but for the largest one, which has nothing
   to hide behind at the start of forward or the end of backward.
 The interval takes every rate at the fast end with this overlap, and every rate at the slow end without any overlap of
@@ -21,6 +22,9 @@ from typing import Literal
 
 from longreel.parallel.predict.hardware import COLLECTIVE_LATENCY, KERNEL_FLOOR, GPUProfile, Rate
 from longreel.parallel.predict.ledger import OpCost
+
+# The op, forward and backward, whose point-to-point exchange is a ring.
+_RING = "exchange_attention"
 
 Pace = Literal["expected", "fast", "slow"]
 
@@ -107,7 +111,8 @@ def _parts(
     parts = dict.fromkeys(("matmul", "attention", "memory", "optimizer", "sequence", "sharding"), 0.0)
     total = {"sequence": 0.0, "sharding": 0.0}
     compute: dict[str, float] = defaultdict(float)
-    projection: dict[str, float] = defaultdict(float)
+    work: dict[tuple[str, str], float] = defaultdict(float)
+    merging: set[str] = set()
     exchange: dict[tuple[str, int], float] = defaultdict(float)
     sharding: dict[str, float] = defaultdict(float)
     largest: dict[str, float] = defaultdict(float)
@@ -116,8 +121,10 @@ def _parts(
         if cost.kind != "collective":
             parts["optimizer" if cost.phase == "optimizer" else cost.kind] += calls * one
             compute[cost.phase] += calls * one
-            if cost.kind == "matmul":
-                projection[cost.scope] += calls * one
+            if cost.kind in ("matmul", "attention"):
+                work[cost.scope, cost.kind] += calls * one
+            if cost.name == "merge_attention":
+                merging.add(cost.scope)
             continue
         total["sequence" if cost.scope else "sharding"] += calls * one
         if not cost.scope:
@@ -128,8 +135,10 @@ def _parts(
         else:
             parts["sequence"] += calls * one
     for (scope, size), seconds in exchange.items():
-        cover = projection[scope] * (size - 1) / size if overlap else 0.0
-        parts["sequence"] += max(0.0, seconds - cover)
+        cover = work[scope, "matmul"]
+        if scope in merging or scope.startswith(_RING):
+            cover += work[scope, "attention"]
+        parts["sequence"] += max(0.0, seconds - (cover * (size - 1) / size if overlap else 0.0))
     for phase, seconds in sharding.items():
         cover = compute[phase] if overlap else 0.0
         parts["sharding"] += largest[phase] + max(0.0, seconds - largest[phase] - cover)

@@ -59,6 +59,21 @@ def test_fastseq_hides_its_exchange_behind_the_projections_in_flight() -> None:
     assert _time(sends | elsewhere).breakdown["sequence"] == pytest.approx(exchange)
 
 
+def test_attention_covers_an_exchange_only_where_it_runs_chunk_by_chunk() -> None:
+    exchange = 3 * (COLLECTIVE_LATENCY.value + 1e9 / H800.link.value)
+    for scope, merges, hides in (
+        ("fastseq_attention", False, False),
+        ("fastseq_attention", True, True),
+        ("exchange_attention", True, True),
+        ("exchange_attention_backward", False, True),
+    ):
+        sends = {_op("collective", "send", scope=scope, bytes=10**9, group="sp"): 3}
+        attention = {_op("attention", "attention", scope=scope, flops=10**13, head_dim=72): 4}
+        merging = {_op("memory", "merge_attention", scope=scope, bytes=8): 3} if merges else {}
+        time = _time(sends | attention | merging)
+        assert time.breakdown["sequence"] == pytest.approx(0 if hides else exchange), scope
+
+
 def test_sharding_hides_behind_compute_but_for_one_collective() -> None:
     gathers = {_op("collective", "_allgather_base_", bytes=10**9, group="all"): 4}
     one = COLLECTIVE_LATENCY.value + 1e9 / H800.link.value
