@@ -1,13 +1,13 @@
 """The loop over op cases: each in a worker process that is replaced when it fails, a record for whatever happens.
 
 Providers of one case run in one process, so that they can be timed in alternation; where that process dies, hangs or
-raises, each is tried alone in a fresh one, and the one at fault becomes a row with its reason.
+raises, each is tried alone in a fresh one, the one at fault becomes a row with its reason, and the others run again.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -97,7 +97,7 @@ def run_plan(
         if left is not None and left < _LEAST_S:
             return made, list(plan.cases[i:])
         try:
-            records = list(_run_request(request, pool, left, isolate=plan.isolate))
+            records = _run_request(request, pool, left, isolate=plan.isolate)
         except _OutOfTime:
             return made, list(plan.cases[i:])
         for record in records:
@@ -152,34 +152,52 @@ def _keys(request: CaseRequest) -> list[str]:
     return [record.key for name in request.providers for record in request.records(name, "skipped", "its key only")]
 
 
-def _run_request(request: CaseRequest, pool: WorkerPool, left: float | None, *, isolate: bool) -> Iterator[OpRecord]:
-    started = time.monotonic()
-    limit = request.rule.wall_cap_s * len(request.possible_directions) + _SETUP_S
-    if isolate and len(request.providers) > 1:
-        yield from _one_by_one(request, pool, left)
-        return
+def _run_request(request: CaseRequest, pool: WorkerPool, left: float | None, *, isolate: bool) -> list[OpRecord]:
+    """Records of one case, whatever becomes of its worker. left: seconds until the deadline, None for none."""
+    deadline = None if left is None else time.monotonic() + left
+    if isolate:
+        return [record for name in request.providers for record in _attempt(_only(request, name), pool, deadline)]
     try:
-        yield from pool.run(run_case, 1, request, timeout=limit if left is None else min(limit, left))[0]
-    except WorkerError as error:
-        if isinstance(error, WorkerTimeout) and left is not None and left <= limit:
+        return _together(request, pool, deadline)
+    except WorkerError:
+        alone = {name: _attempt(_only(request, name), pool, deadline) for name in request.providers}
+    sound = tuple(name for name, records in alone.items() if all(r.status != "error" for r in records))
+    if 1 < len(sound) < len(request.providers):
+        # Those that can run are timed in alternation after all.
+        try:
+            records = _together(replace(request, providers=sound), pool, deadline)
+            alone |= {name: [r for r in records if r.provider == name] for name in sound}
+        except WorkerError:
+            pass
+    return [record for records in alone.values() for record in records]
+
+
+def _only(request: CaseRequest, provider: str) -> CaseRequest:
+    return replace(request, providers=(provider,))
+
+
+def _together(request: CaseRequest, pool: WorkerPool, deadline: float | None) -> list[OpRecord]:
+    """One call of the worker; WorkerError when it fails, _OutOfTime when the deadline ends it."""
+    limit = request.rule.wall_cap_s * len(request.possible_directions) + _SETUP_S
+    left = None if deadline is None else deadline - time.monotonic()
+    if left is not None and left < _LEAST_S:
+        raise _OutOfTime
+    try:
+        return pool.run(run_case, 1, request, timeout=limit if left is None else min(limit, left))[0]
+    except WorkerTimeout:
+        if left is not None and left <= limit:
             raise _OutOfTime from None
-        rest = None if left is None else left - (time.monotonic() - started)
-        if len(request.providers) > 1:
-            yield from _one_by_one(request, pool, rest)
-            return
+        raise
+
+
+def _attempt(request: CaseRequest, pool: WorkerPool, deadline: float | None) -> list[OpRecord]:
+    """One call of the worker, whose failure becomes rows."""
+    try:
+        return _together(request, pool, deadline)
+    except WorkerError as error:
         reason = one_line(error)
         status: Status = "oom" if "OutOfMemoryError" in reason or "can't allocate memory" in reason else "error"
-        for name in request.providers:
-            yield from request.records(name, status, reason)
-
-
-def _one_by_one(request: CaseRequest, pool: WorkerPool, left: float | None) -> Iterator[OpRecord]:
-    started = time.monotonic()
-    for name in request.providers:
-        rest = None if left is None else left - (time.monotonic() - started)
-        if rest is not None and rest < _LEAST_S:
-            raise _OutOfTime
-        yield from _run_request(replace(request, providers=(name,)), pool, rest, isolate=False)
+        return [record for name in request.providers for record in request.records(name, status, reason)]
 
 
 def line(record: OpRecord) -> str:

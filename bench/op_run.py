@@ -28,7 +28,7 @@ from longreel.reports.op_records import OpRecord
 from longreel.reports.records import Status
 
 # A first run of this many seconds is not repeated to see its memory without compilation.
-_LONG_S = 20.0
+_LONG_S = 3.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -135,7 +135,7 @@ def _gate(request: CaseRequest, name: str, inputs: Mapping[str, Tensor]) -> _Pas
         if on_cuda:
             torch.cuda.reset_peak_memory_stats()
             memory["inputs"] = sum(t.numel() * t.element_size() for t in inputs.values())
-            memory["allocated"] = _peak(request.case, function, inputs)
+            memory |= _peak(request.case, function, inputs)
         verdict = op_gate.check(
             request.case, function, inputs, is_ours=name in providers.kernel_providers(request.case.op)
         )
@@ -150,21 +150,20 @@ def _gate(request: CaseRequest, name: str, inputs: Mapping[str, Tensor]) -> _Pas
     return _Passed(function=function, verdict=verdict, memory=memory)
 
 
-def _peak(case: OpCase, function: Callable[..., Outputs], inputs: Mapping[str, Tensor]) -> int:
-    """Bytes allocated at most by one forward and backward beside what was there."""
+def _peak(case: OpCase, function: Callable[..., Outputs], inputs: Mapping[str, Tensor]) -> dict[str, int]:
+    """Bytes of one forward and backward: `allocated` beside what was there, `reserved`, and used of the `device`."""
     work = works_of(case, function, inputs)["both" if OPS[case.op].differentiable else "forward"]
-    start = time.monotonic()
+    # The incoming gradients, made in the first run, are of the backward.
+    before, start = torch.cuda.memory_allocated(), time.monotonic()
     work.run(None)
     torch.cuda.synchronize()
-    # The first run may compile and try out variants; a long one does not, or it does not matter beside its length.
-    runs = 1 if time.monotonic() - start < _LONG_S else 0
-    before = torch.cuda.memory_allocated()
-    peak = torch.cuda.max_memory_allocated() - before
-    for _ in range(runs):
+    # The first run may try out variants; where it takes long, a second one costs more than it tells.
+    if time.monotonic() - start < _LONG_S:
         torch.cuda.reset_peak_memory_stats()
         work.run(None)
-        peak = torch.cuda.max_memory_allocated() - before
-    return peak
+    peak = torch.cuda.max_memory_allocated() - before
+    free, total = torch.cuda.mem_get_info()
+    return {"allocated": peak, "reserved": torch.cuda.max_memory_reserved(), "device": total - free}
 
 
 def works_of(case: OpCase, function: Callable[..., Outputs], inputs: Mapping[str, Tensor]) -> dict[str, Work]:

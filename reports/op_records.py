@@ -37,7 +37,8 @@ class OpRecord:
         comparison: with the best peer of the run: `provider`, `verdict`, `ratio` of times (below 1 is faster), `low`
             and `high`; empty for peers.
         readings: SM clock, power, temperature and throttle reasons beside the samples, or `unavailable` and why.
-        memory: bytes by name: `allocated` is the peak of forward and backward, `inputs` what the inputs take.
+        memory: bytes by name: `allocated` is the peak of forward and backward beside the `inputs`; `reserved` by the
+            allocator, and `device`, everything in use there.
         energy_j: joules of one call, only from windows of more than two seconds.
         config: timing rule, tile constants, pass. provenance: commit, versions, environment, command, time.
     """

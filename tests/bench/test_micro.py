@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import time
+from dataclasses import replace
 
 import pytest
 
@@ -87,13 +88,16 @@ def test_writes_records_csv_and_report(tmp_path, capsys):
 
 def test_a_worker_that_fails_costs_only_the_provider_at_fault(tmp_path, pool, monkeypatch):
     case = tiny_case("gated_residual")
-    plan = tiny_plan(case, tiny_case("gated_residual", seq_len=24), providers=("eager", "broken"))
+    plan = tiny_plan(case, tiny_case("gated_residual", seq_len=24), providers=("eager", "torch", "broken"))
     monkeypatch.setattr(micro_sweep, "run_case", run_case_with_a_broken_provider)
     monkeypatch.setattr(MicroPlan, "providers_for", lambda self, op: self.providers)
     run_plan(plan, tmp_path / "r.jsonl", ORIGIN, pool=pool, say=lambda _: None)
     records = load(tmp_path / "r.jsonl")
     found = {(r.provider, r.shape["seq_len"]): (r.status, r.reason) for r in records}
-    assert found["eager", 16][0] == found["eager", 24][0] == "ok"
+    assert found["eager", 16][0] == found["torch", 16][0] == found["eager", 24][0] == "ok"
+    # What could run was timed together again, and each point is there once.
+    assert len({r.key for r in records}) == len(records)
+    assert {r.provenance["together"] for r in records if r.status == "ok"} == {"eager torch"}
     status, reason = found["broken", 16]
     assert status == "error"
     assert "RuntimeError: broken by intent" in reason
@@ -109,7 +113,8 @@ def run_case_with_a_broken_provider(request):
 
     if "broken" in request.providers and "broken" not in request.not_again:
         raise RuntimeError("broken by intent")
-    return op_run.run_case(request)
+    sound = " ".join(name for name in request.providers if name != "broken")
+    return op_run.run_case(replace(request, provenance={**request.provenance, "together": sound}))
 
 
 def test_wrong_results_are_rows_and_not_timed(tmp_path, pool, monkeypatch):
