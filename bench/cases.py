@@ -17,11 +17,13 @@ FRAME_SIDE = 16
 NUM_TEXT_TOKENS, TEXT_DIM = 20, 4096
 # Of the one baseline of predicted points: ZeRO-2, SP 1, SDPA flash attention, full recomputation.
 _BASELINE_POLICY: Policy = "full"
+# Of predicted points, unless a preset or a user says otherwise.
+DEFAULT_POLICIES: tuple[Policy, ...] = ("none", "full")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Timing:
-    """How the steps of a measured point are sampled, after a whole untimed step.
+    """How the steps of a measured point are sampled, after an untimed step on the same batch.
 
     Args:
         min_samples: steps timed at least. max_samples: and at most.
@@ -46,7 +48,7 @@ class Point:
         model: the DiT. model_name: in words.
         parallel: how it is spread over num_devices ranks; attention provider named, not `auto`.
         device: what the ranks are, in words. target: profile of the predicted GPU, None when measured.
-        seq_len: video tokens of one sample. batch_per_group: samples of one SP group.
+        seq_len: video tokens of one sample. batch_per_group: samples of one SP group, 1 when measured.
         is_baseline: the configuration that ratios refer to.
         timing: of a measured point.
         seed: of weights and data.
@@ -67,6 +69,11 @@ class Point:
 
     def __post_init__(self) -> None:
         self.parallel.dp_degree(self.num_devices)
+        if self.kind == "measured" and self.batch_per_group != 1:
+            raise ValueError(
+                f"batch_per_group must be 1 in measured points, whose oracle is one sample per data-parallel group; "
+                f"got {self.batch_per_group}"
+            )
 
     @property
     def regime(self) -> Regime:
@@ -86,11 +93,12 @@ class Point:
         return None
 
     def config(self) -> dict[str, Any]:
-        """The resolved configuration, as it goes into the record."""
+        """The resolved configuration, as it goes into the record.
+
+        Not `timing`: how often a point was timed does not make it another point.
+        """
         resolved: dict[str, Any] = {"model": asdict(self.model), "parallel": asdict(self.parallel), "seed": self.seed}
-        if self.kind == "measured":
-            resolved["timing"] = asdict(self.timing)
-        else:
+        if self.kind == "predicted":
             resolved["target"] = self.target
         # As JSON gives it back: lists instead of tuples.
         return json.loads(json.dumps(resolved))
@@ -143,7 +151,7 @@ class MeasuredGrid:
     @property
     def model_name(self) -> str:
         m = self.model
-        return f"DiT of depth {m.depth}, width {m.hidden_size}"
+        return f"DiT of depth {m.depth}, width {m.hidden_size}, {m.num_heads} heads"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -167,7 +175,7 @@ class PredictedGrid:
     model: str = "dit-xl-2"
     target: str = "H800"
     num_gpus: int = 8
-    policies: tuple[Policy, ...] = ("none", "full")
+    policies: tuple[Policy, ...] = DEFAULT_POLICIES
     every_policy: bool = False
     point_timeout_s: float = 120.0
 
@@ -216,7 +224,7 @@ def quick() -> Sweep:
         name="quick",
         measured=(MeasuredGrid(seq_lens=(1024, 2048, 4096, 8192), model=small_dit(), max_len_mixed=1024),),
         predicted=(
-            PredictedGrid(regime="full", seq_lens=lengths),
+            PredictedGrid(regime="full", seq_lens=lengths, strategies=("local", "ulysses", "fastseq", "ring")),
             # Without recomputation no configuration fits at these lengths.
             PredictedGrid(regime="text_only", seq_lens=lengths[-2:], policies=("full",)),
         ),
@@ -238,16 +246,26 @@ def thorough() -> Sweep:
 PRESETS = {"quick": quick, "smoke": smoke, "thorough": thorough}
 
 
+def ulysses_degree_of(sp_degree: int, num_heads: int) -> int | None:
+    """U of USP: the largest degree that leaves a ring and divides the heads, None where there is none."""
+    degrees = [u for u in range(2, sp_degree) if sp_degree % u == 0 and num_heads % u == 0]
+    return max(degrees, default=None)
+
+
 def _spreads(
-    strategies: tuple[Strategy, ...], sp_degrees: tuple[int, ...], num_devices: int
-) -> Iterator[tuple[Strategy, int]]:
-    """(strategy, SP degree) that num_devices ranks can be split into, the baseline first."""
+    strategies: tuple[Strategy, ...], sp_degrees: tuple[int, ...], num_devices: int, num_heads: int
+) -> Iterator[dict[str, Any]]:
+    """Strategy and degrees of each ParallelConfig that num_devices ranks can be split into, the baseline first."""
     if "local" in strategies:
-        yield "local", 1
+        yield {"strategy": "local", "sp_degree": 1}
     for degree in sp_degrees:
         for strategy in strategies:
-            if strategy != "local" and num_devices % degree == 0:
-                yield strategy, degree
+            if strategy == "local" or num_devices % degree:
+                continue
+            if strategy != "usp":
+                yield {"strategy": strategy, "sp_degree": degree}
+            elif ulysses_degree := ulysses_degree_of(degree, num_heads):
+                yield {"strategy": strategy, "sp_degree": degree, "ulysses_degree": ulysses_degree}
 
 
 def measured_points(grid: MeasuredGrid, *, device: str) -> list[Point]:
@@ -255,8 +273,8 @@ def measured_points(grid: MeasuredGrid, *, device: str) -> list[Point]:
     points = []
     for seq_len in grid.seq_lens:
         for ranks in grid.ranks:
-            for strategy, degree in _spreads(grid.strategies, grid.sp_degrees, ranks):
-                if 1 < degree < ranks and seq_len > grid.max_len_mixed:
+            for spread in _spreads(grid.strategies, grid.sp_degrees, ranks, grid.model.num_heads):
+                if 1 < spread["sp_degree"] < ranks and seq_len > grid.max_len_mixed:
                     continue
                 longest = seq_len == max(grid.seq_lens) and len(grid.seq_lens) > 1
                 points.append(
@@ -264,11 +282,11 @@ def measured_points(grid: MeasuredGrid, *, device: str) -> list[Point]:
                         kind="measured",
                         model=grid.model,
                         model_name=grid.model_name,
-                        parallel=ParallelConfig(strategy=strategy, sp_degree=degree, attention_provider="sdpa-flash"),
+                        parallel=ParallelConfig(**spread, attention_provider="sdpa-flash"),
                         num_devices=ranks,
                         device=device,
                         seq_len=seq_len,
-                        is_baseline=strategy == "local",
+                        is_baseline=spread["strategy"] == "local",
                         timing=Timing(min_samples=2 if longest else 3),
                     )
                 )
@@ -288,8 +306,7 @@ def predicted_points(grid: PredictedGrid) -> list[list[Point]]:
                 model=grid.dit,
                 model_name=name,
                 parallel=ParallelConfig(
-                    strategy=strategy,
-                    sp_degree=degree,
+                    **spread,
                     policy=policy,
                     precision="bf16",
                     attention_provider="sdpa-flash",
@@ -297,11 +314,11 @@ def predicted_points(grid: PredictedGrid) -> list[list[Point]]:
                 num_devices=grid.num_gpus,
                 device=grid.target,
                 seq_len=seq_len,
-                is_baseline=strategy == "local" and policy == _BASELINE_POLICY,
+                is_baseline=spread["strategy"] == "local" and policy == _BASELINE_POLICY,
                 target=grid.target,
             )
-            for strategy, degree in _spreads(grid.strategies, grid.sp_degrees, grid.num_gpus)
-            if policy in grid.policies or strategy == "local"
+            for spread in _spreads(grid.strategies, grid.sp_degrees, grid.num_gpus, grid.dit.num_heads)
+            if policy in grid.policies or spread["strategy"] == "local"
         ]
         for seq_len in grid.seq_lens
         for policy in dict.fromkeys((*grid.policies, _BASELINE_POLICY))

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import signal
 import sys
 import tempfile
+import threading
 import time
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from rich.console import Console
@@ -19,7 +24,7 @@ from longreel.bench.run import num_points, pool_width, run_sweep
 from longreel.parallel.command_line import parse_arguments
 from longreel.parallel.workers import WorkerPool
 from longreel.reports import formatting, store
-from longreel.reports.html import write_report
+from longreel.reports.html import check_ours, write_report
 from longreel.reports.records import Record
 from longreel.reports.summary import summary_lines
 
@@ -33,24 +38,61 @@ def run(command: Sequence[str]) -> int:
         command: program, then arguments.
 
     Returns:
-        0; 2 after one `error:` line on stderr about what the user got wrong; 130 when interrupted.
+        0; 1 after the report when a point of this run is `wrong` or `error`, or none is `ok`; 2 after one `error:` line
+        on stderr about what the user got wrong; 130 when interrupted, 143 when terminated.
     """
     try:
         config = parse(command[1:])
         sweep = config.resolve()
-        prepare_folder(config.folder)
-        if (config.folder / RECORDS).exists():
-            store.load(config.folder / RECORDS)
+        folder = config.folder
+        check_ours(folder)
+        with store.warnings_as_lines():
+            if (folder / RECORDS).exists():
+                store.load(folder / RECORDS)
+        prepare_folder(folder)
     except (ValueError, OSError) as error:
         return _complain(error)
     try:
-        _sweep(sweep, config.folder, command)
-    except OSError as error:
+        with _termination_as_interrupt(), store.warnings_as_lines():
+            records = _sweep(sweep, folder, command)
+    except (ValueError, OSError) as error:
         return _complain(error)
-    except KeyboardInterrupt:
-        print(f"interrupted; finished points are in {config.folder / RECORDS}", file=sys.stderr)
-        return 130
+    except KeyboardInterrupt as stop:
+        kept = f"finished points are in {folder / RECORDS}" if (folder / RECORDS).exists() else "no point had finished"
+        print(f"interrupted; {kept}", file=sys.stderr)
+        return 143 if isinstance(stop, _Terminated) else 130
+    if failure := failure_line(records):
+        print(f"error: {failure}", file=sys.stderr)
+        return 1
     return 0
+
+
+def failure_line(records: Sequence[Record]) -> str | None:
+    """What makes a finished run a failed one, in words: wrong or failed points, or none with a figure."""
+    counts = Counter(record.status for record in records)
+    bad = [f"{counts[status]} {status}" for status in ("wrong", "error") if counts[status]]
+    if bad:
+        return f"points without a valid figure: {', '.join(bad)}; the report says why"
+    return None if counts["ok"] else "no point has a figure; the report says why"
+
+
+class _Terminated(KeyboardInterrupt):
+    """SIGTERM: unwinds as Ctrl-C does, so that workers end and finished points stay."""
+
+
+@contextlib.contextmanager
+def _termination_as_interrupt() -> Iterator[None]:
+    def stop(number: int, frame: FrameType | None) -> None:
+        raise _Terminated
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _complain(error: Exception) -> int:
@@ -58,7 +100,8 @@ def _complain(error: Exception) -> int:
     return 2
 
 
-def _sweep(sweep: Sweep, folder: Path, command: Sequence[str]) -> None:
+def _sweep(sweep: Sweep, folder: Path, command: Sequence[str]) -> list[Record]:
+    """Run a sweep and report it with what the folder has of its origin; returns the records of this run."""
     start = time.monotonic()
     origin = provenance.gather(command)
     records_file = folder / RECORDS
@@ -66,8 +109,10 @@ def _sweep(sweep: Sweep, folder: Path, command: Sequence[str]) -> None:
     num_workers = max([pool_width(sweep), *(ranks for grid in sweep.measured for ranks in grid.ranks)])
     with WorkerPool(num_workers) as pool, _progress(console) as progress:
         task = progress.add_task("starting workers", total=num_points(sweep))
+        finished = []
         for record in run_sweep(sweep, pool, origin):
             store.append(records_file, record)
+            finished.append(record)
             style = None if record.status == "ok" else "yellow"
             progress.console.print(point_line(record), style=style, markup=False)
             progress.update(task, advance=1, description=f"{record.kind} {formatting.length(record.seq_len)}")
@@ -79,6 +124,7 @@ def _sweep(sweep: Sweep, folder: Path, command: Sequence[str]) -> None:
         console.print(line, markup=False)
     console.print(f"\n{time.monotonic() - start:.0f} s. Report: {page}", markup=False)
     console.print(f"Records: {records_file}, {folder / 'records.csv'}", markup=False)
+    return finished
 
 
 def parse(arguments: Sequence[str]) -> SweepConfig:
@@ -87,8 +133,7 @@ def parse(arguments: Sequence[str]) -> SweepConfig:
 
 
 def prepare_folder(folder: Path) -> None:
-    """Make sure that files can be written there; OSError or ValueError names the folder."""
-    folder = folder.expanduser()
+    """Make sure that files can be written there; OSError names the folder."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
@@ -111,10 +156,9 @@ def point_line(record: Record) -> str:
     )
     if record.status != "ok":
         return f"{where}  {record.status}: {record.reason}"
-    figures = (
-        f"{formatting.number(record.tokens_per_s):>10} tokens/s  {formatting.in_bytes(record.peak_memory):>9}"
-        f"  sent {formatting.in_bytes(sum(record.traffic.values())):>9}"
-    )
+    memory = f"{formatting.MEMORY_LABELS[record.memory_meaning]} {formatting.in_bytes(record.peak_memory):>9}"
+    sent = f"sent {formatting.in_bytes(sum(record.traffic.values())):>9}"
+    figures = f"{formatting.number(record.tokens_per_s):>10} tokens/s  {memory}  {sent}"
     if record.kind == "measured":
         figures += f"  gradient error {record.error['grad']:.0e}, {len(record.samples_s)} steps"
     return f"{where}  {figures}"

@@ -6,6 +6,7 @@ the others: an error of one length or of the sum over groups shows, and the orac
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -109,7 +110,9 @@ def write_oracle(config: DiTConfig, seq_len: int, max_dp: int, seed: int, path: 
     The file holds (losses, gradients) with one entry per group.
     """
     found = [oracle(config, gate_length(seq_len, i), index=i, seed=seed) for i in range(max_dp)]
-    torch.save(([loss for loss, _ in found], [grads for _, grads in found]), path)
+    # Whole or not there: a worker may be lost while it writes.
+    torch.save(([loss for loss, _ in found], [grads for _, grads in found]), f"{path}.part")
+    os.replace(f"{path}.part", path)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -1,4 +1,4 @@
-"""What a measured point runs on every rank: one gated step against the oracle, then timed steps."""
+"""What a measured point runs on every rank: one gated step against the oracle, an untimed one, then timed steps."""
 
 from __future__ import annotations
 
@@ -30,7 +30,8 @@ class RankResult:
         verdict: of the gate, the same on every rank. reason: why there are no samples, None where there are.
         traffic: bytes sent in one step, by part and collective. traffic_formula: by the strategy's formula.
         flops: counted in the gate's step, recomputation and padding included.
-        samples_s: step times of the slowest rank. memory: `process` (peak) and `process_before`, bytes.
+        samples_s: step times of the slowest rank. warm_up: the untimed step before them, in words.
+        memory: `process` (peak over the timed steps) and `process_before` where known, bytes.
         memory_source: what these figures are.
     """
 
@@ -40,6 +41,7 @@ class RankResult:
     traffic_formula: dict[str, int]
     flops: int
     samples_s: tuple[float, ...] = ()
+    warm_up: str = ""
     memory: dict[str, int]
     memory_source: str = ""
 
@@ -87,10 +89,15 @@ def measure_point(point: Point, oracle_path: str) -> RankResult:
             memory={},
         )
 
-    # The gate's step ends here, as a warm-up: the optimizer's states exist from now on.
+    # The gate's step ends here: the optimizer's states exist from now on.
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    batch = _batch(point, mesh.dp_rank, point.seq_len)
+    warm_up = "1 step (the gate's)"
+    if mesh.dp_degree > 1:
+        # All groups but the first have seen a short sample only: their memory is not theirs yet, nor their speed.
+        batch = _batch(point, mesh.dp_rank, point.seq_len)
+        warm_up = "1 step after the gate's"
+        _step(model, optimizer, batch)
     memory = PeakMemory()
     samples = _timed_steps(point, model, optimizer, batch, everyone)
     return RankResult(
@@ -100,7 +107,8 @@ def measure_point(point: Point, oracle_path: str) -> RankResult:
         traffic_formula=expected,
         flops=flops.get_total_flops(),
         samples_s=samples,
-        memory={"process": memory.read(), "process_before": memory.before},
+        warm_up=warm_up,
+        memory={"process": memory.read()} | ({} if memory.before is None else {"process_before": memory.before}),
         memory_source=memory.source,
     )
 
@@ -119,12 +127,16 @@ def _timed_steps(
     ):
         dist.barrier()
         start = time.perf_counter()
-        model.loss(batch).backward()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        _step(model, optimizer, batch)
         # Every rank keeps the slowest rank's time, so that all stop after the same step.
         samples.append(max(comm.over_ranks(time.perf_counter() - start, everyone)))
     return tuple(samples)
+
+
+def _step(model: ParallelDiT, optimizer: torch.optim.Optimizer, batch: Batch) -> None:
+    model.loss(batch).backward()
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
 
 
 def _batch(point: Point, dp_rank: int, seq_len: int) -> Batch:

@@ -140,7 +140,7 @@ class MicroConfig:
     @property
     def folder(self) -> Path:
         """Where the records go."""
-        return self.out if self.out is not None else Path("out") / f"micro-{self.preset_name}"
+        return self.out.expanduser() if self.out is not None else Path("out") / f"micro-{self.preset_name}"
 
     def resolve(self) -> MicroPlan:
         """The plan; ValueError names the option, its value and what would work."""

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from longreel.bench.cases import (
+    DEFAULT_POLICIES,
     PRESETS,
     MeasuredGrid,
     Point,
@@ -15,7 +16,6 @@ from longreel.bench.cases import (
     Sweep,
     measured_points,
     predicted_points,
-    small_dit,
 )
 from longreel.models.config import PRESETS as MODELS
 from longreel.parallel.config import POLICIES, STRATEGIES
@@ -23,6 +23,9 @@ from longreel.parallel.predict.hardware import get_profile
 from longreel.reports.records import Regime
 
 MODES = ("auto", "measured", "predicted")
+# A process holds some 300 MiB before it computes anything.
+MAX_RANKS = 64
+DAY_S = 86_400.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -39,7 +42,9 @@ class SweepConfig:
         measured_lens: lengths of measured points only.
         predicted_lens: lengths of predicted points only.
         max_len: longest measured length, such as 16k: leaves longer ones out, or goes on to it in powers of two.
-        strategies: some of local (the baseline), ulysses, fastseq.
+            Not beside lengths.
+        strategies: some of local (the baseline), ulysses, fastseq, ring, usp (with the largest Ulysses degree that
+            leaves a ring and divides the heads).
         sp_degrees: sequence-parallel degrees, such as 2,4.
         ranks: numbers of processes of measured points, such as 1,2,4.
         depth: blocks of the measured DiT.
@@ -48,7 +53,8 @@ class SweepConfig:
         model: preset of the predicted DiT, such as dit-xl-2.
         target: GPU that is predicted for, such as H800.
         gpus: GPUs of the predicted node.
-        policies: activation policies of predicted points: none, full.
+        policies: activation policies of predicted points, such as none,full, which are predicted where other points
+            than the preset's are asked for.
         regimes: regimes of predicted points: full, text_only.
         every_policy: predict every policy at every length, not only where it can matter.
         point_timeout: seconds that one point may take.
@@ -77,8 +83,12 @@ class SweepConfig:
 
     @property
     def folder(self) -> Path:
-        """Where the sweep writes."""
-        return self.out if self.out is not None else Path("out") / self.preset
+        """Where the sweep writes, `~` resolved; ValueError for the home folder of a user who has none."""
+        out = self.out if self.out is not None else Path("out") / self.preset
+        try:
+            return out.expanduser()
+        except RuntimeError as error:
+            raise ValueError(f"out: {out}: {error}") from None
 
     def resolve(self) -> Sweep:
         """The sweep; ValueError names the option, its value and what would work."""
@@ -86,32 +96,42 @@ class SweepConfig:
             raise ValueError(f"unknown preset {self.preset!r}; there are {', '.join(PRESETS)}")
         if self.mode not in MODES:
             raise ValueError(f"unknown mode {self.mode!r}; there are {', '.join(MODES)}")
-        if self.point_timeout is not None and not self.point_timeout > 0:
-            raise ValueError(f"point_timeout must be positive, got {self.point_timeout}")
+        if self.point_timeout is not None and not 0 < self.point_timeout <= DAY_S:
+            raise ValueError(f"point_timeout must be positive and at most {DAY_S:g} s, got {self.point_timeout}")
         sweep = PRESETS[self.preset]()
         measured = tuple(self._measured(grid) for grid in sweep.measured)
         regimes = self._names("regimes", self.regimes, get_args(Regime))
+        has = [grid.regime for grid in sweep.predicted]
+        for regime in regimes or ():
+            if self.mode != "measured" and regime not in has:
+                raise ValueError(f"regimes: preset {self.preset} has no {regime} points; it has {', '.join(has)}")
         predicted = tuple(self._predicted(g) for g in sweep.predicted if regimes is None or g.regime in regimes)
         sweep = replace(
             sweep,
             measured=measured if self.mode != "predicted" else (),
             predicted=predicted if self.mode != "measured" else (),
         )
-        _check_possible(sweep, asked_ranks=_counts("ranks", self.ranks) or ())
+        _check_possible(
+            sweep, asked_ranks=_counts("ranks", self.ranks) or (), asked_degrees=_counts("sp_degrees", self.sp_degrees)
+        )
         return sweep
 
     def _measured(self, grid: MeasuredGrid) -> MeasuredGrid:
         lengths = parse_lengths("measured_lens", self.measured_lens) or parse_lengths("seq_lens", self.seq_lens)
-        if lengths is None and self.max_len is not None:
-            lengths = _up_to(grid.seq_lens, _one_length("max_len", self.max_len))
-        model = small_dit(
-            depth=self.depth or grid.model.depth,
-            hidden_size=self.hidden_size or grid.model.hidden_size,
-            num_heads=self.num_heads or grid.model.num_heads,
-        )
+        if self.max_len is not None:
+            longest = _one_length("max_len", self.max_len)
+            if lengths is not None:
+                option = "seq_lens" if self.measured_lens is None else "measured_lens"
+                raise ValueError(f"max_len: {self.max_len} says nothing beside {option}; leave one of them out")
+            lengths = _up_to(grid.seq_lens, longest)
+        ranks = _counts("ranks", self.ranks)
+        if ranks is not None and max(ranks) > MAX_RANKS:
+            raise ValueError(f"ranks: {max(ranks)} processes are too many for one machine; at most {MAX_RANKS}")
+        sizes: dict[str, Any] = {"depth": self.depth, "hidden_size": self.hidden_size, "num_heads": self.num_heads}
+        model = replace(grid.model, **{name: size for name, size in sizes.items() if size is not None})
         given: dict[str, Any] = {
             "seq_lens": lengths,
-            "ranks": _counts("ranks", self.ranks),
+            "ranks": ranks,
             "strategies": self._names("strategies", self.strategies, STRATEGIES),
             "sp_degrees": _counts("sp_degrees", self.sp_degrees),
             "point_timeout_s": self.point_timeout,
@@ -126,7 +146,8 @@ class SweepConfig:
             raise ValueError(f"unknown model {self.model!r}; there are {', '.join(MODELS)}")
         if self.target is not None:
             get_profile(self.target)
-        gpus, most = self.gpus or grid.num_gpus, get_profile(self.target or grid.target).gpus_per_node
+        gpus = grid.num_gpus if self.gpus is None else self.gpus
+        most = get_profile(self.target or grid.target).gpus_per_node
         if not 1 <= gpus <= most:
             raise ValueError(f"gpus must be 1 to {most}, one node of {self.target or grid.target}, got {gpus}")
         given: dict[str, Any] = {
@@ -137,11 +158,18 @@ class SweepConfig:
             "model": self.model,
             "target": None if self.target is None else get_profile(self.target).name,
             "num_gpus": self.gpus,
-            "policies": self._names("policies", self.policies, POLICIES),
+            "policies": self._policies(),
             "every_policy": self.every_policy or None,
             "point_timeout_s": self.point_timeout,
         }
         return replace(grid, **{name: value for name, value in given.items() if value is not None})
+
+    def _policies(self) -> tuple[str, ...] | None:
+        """As asked for; else the default as soon as points are: a preset's choice is for its own points."""
+        points = (self.seq_lens, self.predicted_lens, self.strategies, self.sp_degrees)
+        if self.policies is None and any(o is not None for o in (*points, self.model, self.target, self.gpus)):
+            return DEFAULT_POLICIES
+        return self._names("policies", self.policies, POLICIES)
 
     def _names(self, option: str, text: str | None, known: tuple[str, ...]) -> tuple[str, ...] | None:
         if text is None:
@@ -187,16 +215,17 @@ def _counts(option: str, text: str | None) -> tuple[int, ...] | None:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Worlds:
-    """Into what a grid may split its devices: `option` sets the worlds, `must_split` are those asked for by name."""
+    """Into what a grid may split its devices: `option` sets the worlds, `must_split` are those that have to."""
 
     option: str
     worlds: tuple[int, ...]
     must_split: tuple[int, ...]
     sp_degrees: tuple[int, ...]
+    strategies: tuple[str, ...]
     points: list[Point]
 
 
-def _check_possible(sweep: Sweep, *, asked_ranks: tuple[int, ...]) -> None:
+def _check_possible(sweep: Sweep, *, asked_ranks: tuple[int, ...], asked_degrees: tuple[int, ...] | None) -> None:
     """ValueError where degrees and ranks leave nothing to split, or only points that cannot run."""
     found = [
         _Worlds(
@@ -204,6 +233,7 @@ def _check_possible(sweep: Sweep, *, asked_ranks: tuple[int, ...]) -> None:
             worlds=grid.ranks,
             must_split=asked_ranks,
             sp_degrees=grid.sp_degrees,
+            strategies=grid.strategies,
             points=measured_points(grid, device=""),
         )
         for grid in sweep.measured
@@ -213,13 +243,12 @@ def _check_possible(sweep: Sweep, *, asked_ranks: tuple[int, ...]) -> None:
             worlds=(grid.num_gpus,),
             must_split=(grid.num_gpus,),
             sp_degrees=grid.sp_degrees,
+            strategies=grid.strategies,
             points=[point for group in predicted_points(grid) for point in group],
         )
         for grid in sweep.predicted
     ]
-    strategies = {name for grid in sweep.measured for name in grid.strategies}
-    strategies |= {name for grid in sweep.predicted for name in grid.strategies}
-    if strategies == {"local"}:
+    if {name for grid in found for name in grid.strategies} == {"local"}:
         return
     everywhere = [world for grid in found for world in grid.worlds]
     for grid in found:
@@ -230,12 +259,18 @@ def _check_possible(sweep: Sweep, *, asked_ranks: tuple[int, ...]) -> None:
                     f"{grid.option}: {world} is not a multiple of any SP degree ({degrees}); sp_degrees that divide "
                     f"it: {_divisors(world)}"
                 )
-        for degree in grid.sp_degrees:
+        for degree in asked_degrees or ():
             if all(world % degree for world in everywhere):
                 raise ValueError(
                     f"sp_degrees: {degree} divides none of {grid.option} {', '.join(map(str, grid.worlds))}; degrees "
                     f"that do: {_divisors(*grid.worlds)}"
                 )
+        if not grid.points:
+            raise ValueError(
+                f"strategies: {', '.join(grid.strategies)} with sp_degrees {', '.join(map(str, grid.sp_degrees))} have "
+                f"no point on {grid.option} {', '.join(map(str, grid.worlds))}; give other sp_degrees (usp needs one "
+                "with a divisor between 1 and itself that divides the heads), or add local"
+            )
         reasons = [point.impossible for point in grid.points if point.parallel.strategy != "local"]
         # Where only some points are impossible, they become rows with their reason.
         if reasons and all(reasons):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Any
 
 from longreel.bench.cases import Point
@@ -22,9 +23,12 @@ def measured_record(point: Point, ranks: Sequence[RankResult], provenance: dict[
     details = stamped(
         provenance,
         traffic_formula=first.traffic_formula,
-        warm_up="1 step (the gate's)",
+        timing=asdict(point.timing),
         worst_gradient=first.verdict.parameter,
     )
+    cores = provenance["environment"].get("cores", point.num_devices)
+    if point.num_devices > cores:
+        details["sharing"] = f"{point.num_devices} ranks share {cores} core{'s' if cores > 1 else ''}"
     outcome: dict[str, Any] = {
         "error": {"loss": first.verdict.loss, "grad": first.verdict.grad, "tolerance": first.verdict.tolerance},
         "traffic": first.traffic,
@@ -35,14 +39,14 @@ def measured_record(point: Point, ranks: Sequence[RankResult], provenance: dict[
     reasons = [r.reason for r in ranks if r.reason is not None]
     if reasons:
         return point.record("wrong", reason=reasons[0], provenance=details, **outcome)
-    fullest = max(ranks, key=lambda r: r.memory["process"])
+    fullest = max(ranks, key=lambda r: r.memory["process"] - r.memory.get("process_before", 0))
     return point.record(
         "ok",
         samples_s=first.samples_s,
         step_s=statistics.median(first.samples_s),
         interval_s=(quantile(first.samples_s, 0.2), quantile(first.samples_s, 0.8)),
         memory=fullest.memory,
-        provenance=details | {"memory_source": fullest.memory_source},
+        provenance=details | {"warm_up": first.warm_up, "memory_source": fullest.memory_source},
         **outcome,
     )
 
@@ -53,10 +57,11 @@ def predicted_record(point: Point, prediction: Prediction, provenance: dict[str,
     outcome: dict[str, Any] = {
         "memory": {"allocated": prediction.memory_bytes},
         "memory_limit": prediction.memory_limit,
+        "memory_usable": prediction.usable_bytes,
         "traffic": prediction.traffic,
         "flops": prediction.flops,
         "hw_flops": prediction.hw_flops,
-        "provenance": stamped(provenance, inputs=inputs, usable_bytes=prediction.usable_bytes),
+        "provenance": stamped(provenance, inputs=inputs),
     }
     if not prediction.fits:
         reason = (

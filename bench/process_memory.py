@@ -18,18 +18,20 @@ class PeakMemory:
     possible, the peak is that of the process's whole life, and `source` says so.
 
     Attributes:
-        before: resident bytes at the start, after freed memory was handed back to the system.
+        before: resident bytes at the start, after freed memory was handed back to the system; None where the peak is
+            not one since then, so that their difference would say nothing.
         source: what the figure is, in words.
     """
 
     def __init__(self) -> None:
         _hand_back()
+        self.before: int | None = None
         try:
             _CLEAR.write_text("5")
             self.source = "VmHWM of the process, set back before the timed steps"
+            self.before = _status_bytes("VmRSS")
         except OSError:
             self.source = "largest resident size of the process's whole life (ru_maxrss), earlier points included"
-        self.before = _status_bytes("VmRSS") or 0
 
     def read(self) -> int:
         """Bytes."""

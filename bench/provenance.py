@@ -32,7 +32,6 @@ def gather(command: Sequence[str]) -> dict[str, Any]:
             "cpu": cpu_model(),
             "cores": num_cores(),
             "threads_per_rank": 1,
-            "sharing": "ranks beyond the number of cores share them: their tokens/s show no speed-up",
             "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
             "platform": f"{platform.system()} {platform.release()}, {platform.machine()}",
         },

@@ -16,7 +16,7 @@ from longreel.bench.measure import measure_point, silence_fsdp
 from longreel.bench.outcome import measured_record, predicted_record
 from longreel.bench.provenance import num_cores, stamped
 from longreel.parallel.predict.predict import Prediction, PredictionCase, predict_step
-from longreel.parallel.workers import WorkerError, WorkerPool
+from longreel.parallel.workers import WorkerError, WorkerPool, WorkerTimeout
 from longreel.reports.records import Record, Status
 
 # Workers take seconds to start and a prediction a second: more of them would not pay.
@@ -75,7 +75,7 @@ def _out_of_memory(reason: str) -> bool:
 
 def measured(grid: MeasuredGrid, pool: WorkerPool, provenance: dict[str, Any], *, device: str) -> Iterator[Record]:
     """Records of a grid's measured points, the oracle of each length computed once."""
-    with tempfile.TemporaryDirectory(prefix="longreel-oracle-") as folder:
+    with tempfile.TemporaryDirectory(prefix="oracle-", dir=pool.scratch) as folder:
         no_oracle: dict[int, WorkerError] = {}
 
         def oracle_of(point: Point) -> str:
@@ -83,14 +83,23 @@ def measured(grid: MeasuredGrid, pool: WorkerPool, provenance: dict[str, Any], *
             if point.seq_len in no_oracle:
                 raise no_oracle[point.seq_len]
             if not path.exists():
-                arguments = point.model, point.seq_len, max(grid.ranks), point.seed, str(path)
                 try:
-                    pool.run(gate.write_oracle, 1, *arguments, timeout=grid.point_timeout_s)
+                    write(point, path)
                 except WorkerError as error:
                     # Once per length: every point of it would wait as long for the same.
                     no_oracle[point.seq_len] = type(error)(f"no oracle to compare with: {error}")
                     raise no_oracle[point.seq_len] from error
             return str(path)
+
+        def write(point: Point, path: Path) -> None:
+            arguments = point.model, point.seq_len, max(grid.ranks), point.seed, str(path)
+            try:
+                pool.run(gate.write_oracle, 1, *arguments, timeout=grid.point_timeout_s)
+            except WorkerTimeout:
+                raise
+            except WorkerError:
+                # A length's points hang on this one worker: a second one where the first was lost.
+                pool.run(gate.write_oracle, 1, *arguments, timeout=grid.point_timeout_s)
 
         def work(batch: Sequence[Point]) -> list[Record]:
             (point,) = batch

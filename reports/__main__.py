@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import argparse
 import sys
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
 from longreel.reports.html import DEFAULT_TITLE, write_report
-from longreel.reports.store import load
+from longreel.reports.store import load, warnings_as_lines
 from longreel.reports.summary import summary_lines
 
 
@@ -45,11 +44,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     source: Path = options.source
     try:
         files = record_files(source)
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
+        with warnings_as_lines("longreel.reports: "):
             records = [record for file in files for record in load(file)]
-        for warning in caught:
-            print(f"longreel.reports: warning: {warning.message}", file=sys.stderr)
         if not records:
             raise ValueError(f"no records in {', '.join(map(str, files))}")
         out = options.out or (source if source.is_dir() else source.parent)

@@ -14,6 +14,9 @@ from typing import get_args
 from longreel.reports import formatting
 from longreel.reports.records import Kind, Record, Regime
 
+# Timed steps of either side below which two medians are not compared in words.
+MIN_SAMPLES = 5
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Group:
@@ -114,18 +117,6 @@ class Baselines:
         )
 
 
-def ratio_to_baseline(record: Record, records: Sequence[Record]) -> float | None:
-    """Throughput (tokens/s) of a record over that of the baseline of its group at its length.
-
-    Args:
-        record: one record. records: all records, the baseline among them; for many look-ups keep a `Baselines`.
-
-    Returns:
-        The ratio; None where either has no valid figure or no baseline was run at that length.
-    """
-    return Baselines(records).ratio(record)
-
-
 def throughput_interval(record: Record) -> tuple[float, float] | None:
     """Tokens/s at both ends of the step time's interval, low first; None where there is none."""
     if record.interval_s is None or record.tokens_per_s is None or record.step_s is None or record.interval_s[0] <= 0:
@@ -134,11 +125,16 @@ def throughput_interval(record: Record) -> tuple[float, float] | None:
     return tokens / record.interval_s[1], tokens / record.interval_s[0]
 
 
-def configuration(record: Record, *, length: bool = False) -> str:
+def configuration(record: Record) -> str:
     """A record's configuration in words: `ulysses, SP 2, DP 4, ZeRO-2, policy none`."""
     engine = formatting.engine(record.engine)
-    words = f"{record.strategy}, SP {record.sp_degree}, DP {record.dp_degree}, {engine}, policy {record.policy}"
-    return f"{words}, {record.seq_len:,} tokens" if length else words
+    return f"{record.strategy}, SP {record.sp_degree}, DP {record.dp_degree}, {engine}, policy {record.policy}"
+
+
+def sharing(records: Iterable[Record]) -> str | None:
+    """How the group's ranks shared cores (`4 ranks share 2 cores`), None where each had its own device."""
+    notes = dict.fromkeys(str(r.provenance["sharing"]) for r in records if r.provenance.get("sharing"))
+    return "; ".join(notes) or None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -146,7 +142,7 @@ class Headline:
     """A group in one sentence: the fastest configuration against the baseline.
 
     They are compared at the longest length at which the baseline has a figure, which leaves no choice that could
-    flatter; `longest` says how far any configuration got.
+    flatter; `longest` says how far any configuration got. Only where `is_conclusive` may the ratio be read as a result.
     """
 
     group: Group
@@ -156,6 +152,7 @@ class Headline:
     ratio_interval: tuple[float, float] | None
     longest: Record | None
     verdict: str
+    is_conclusive: bool
 
 
 def headline(group: Group, records: Sequence[Record], baselines: Baselines) -> Headline:
@@ -169,8 +166,11 @@ def headline(group: Group, records: Sequence[Record], baselines: Baselines) -> H
     ratio = baselines.ratio(best) if best and baseline else None
     bounds = baselines.ratio_interval(best) if best and baseline else None
     longest = fastest(r for r in timed if r.seq_len == max(t.seq_len for t in timed))
+    doubt = _doubt([r for r in with_baseline if r.seq_len == reach])
     if best is None:
         verdict = "No configuration has a figure."
+    elif doubt is not None:
+        verdict = f"No verdict: {doubt}."
     elif baseline is None:
         verdict = "The baseline has no figure at any length, so there is no ratio."
     elif best is baseline:
@@ -180,6 +180,8 @@ def headline(group: Group, records: Sequence[Record], baselines: Baselines) -> H
         verdict = "Faster than the baseline; no interval was recorded."
     elif bounds[0] > 1:
         verdict = "Faster than the baseline over the whole interval."
+        if group.kind == "measured":
+            verdict += " The two were timed one after the other."
     else:
         verdict = "The interval includes 1: not distinguishable from the baseline."
     return Headline(
@@ -190,4 +192,19 @@ def headline(group: Group, records: Sequence[Record], baselines: Baselines) -> H
         ratio_interval=bounds,
         longest=longest,
         verdict=verdict,
+        is_conclusive=doubt is None,
     )
+
+
+def _doubt(compared: Sequence[Record]) -> str | None:
+    """Why these records, timed at one length, say nothing about who is faster; None where they may."""
+    if len(compared) < 2:
+        return None
+    if shared := sharing(compared):
+        return f"{shared}, so this checks correctness, not speed"
+    fewest = min((len(r.samples_s) for r in compared if r.kind != "predicted"), default=MIN_SAMPLES)
+    if fewest < MIN_SAMPLES:
+        return (
+            f"too few samples, {fewest} timed step{'s' if fewest > 1 else ''} where at least {MIN_SAMPLES} are needed"
+        )
+    return None

@@ -14,6 +14,9 @@ ENGINE_LABELS = {
 
 REGIME_LABELS = {"full": "full self-attention", "text_only": "text attention only"}
 
+# Record.memory_meaning in words.
+MEMORY_LABELS = {"allocated": "memory", "step": "step memory", "process": "process memory"}
+
 MISSING = "–"
 
 BYTE_UNITS = ((2**40, "TiB"), (2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from longreel.reports.compare import (
     configuration,
     group_records,
     headline,
+    sharing,
     throughput_interval,
 )
 from longreel.reports.figures import Drawing, draw_group
@@ -32,8 +34,13 @@ from longreel.reports.tables import Table, build_table
 
 DEFAULT_TITLE = "Longreel sweep"
 
+# How write_report knows its own files: the page by what its template says of itself, figures by their names.
+_GENERATOR = '<meta name="generator" content="longreel.reports">'
+_FIGURE_NAME = re.compile(r"\d+-(measured|emulated|predicted)-[a-z0-9-]+-(throughput|memory|ratio)\.svg")
+
 KIND_MEANINGS = {
-    "measured": "Every rank was a real process on its own device, and its steps were timed. "
+    "measured": "Every rank was a real process, and its steps were timed, one configuration after the other. "
+    "Each rank had a device of its own, or on a CPU a core, unless the group says that ranks share them. "
     "The interval runs from the 20th to the 80th percentile of the step times.",
     "emulated": "One rank of P ran for real on one GPU with the true local shapes and memory; each collective was "
     "replaced by a copy of the same bytes plus a modelled time for the target's links.",
@@ -54,6 +61,7 @@ class _Section:
 
     id: str
     group: Group
+    sharing: str | None
     headline: Headline
     drawings: list[Drawing]
     table: Table
@@ -79,7 +87,7 @@ def write_report(
     title: str = DEFAULT_TITLE,
     source_files: Sequence[str] = (),
 ) -> Path:
-    """Write report.html, records.csv and figures/*.svg to a folder, all or nothing.
+    """Write report.html, records.csv and figures/*.svg to a folder, all or nothing; older figures of ours go.
 
     Args:
         out_dir: created where it does not exist. Others as in `render`.
@@ -88,11 +96,13 @@ def write_report(
         The path of report.html.
 
     Raises:
-        ValueError: there are no records. OSError: the folder cannot be written.
+        ValueError: there are no records, or the folder holds files of these names that are not ours.
+        OSError: the folder cannot be written.
     """
     points = latest(records)
     sections = _sections(points)
     out = Path(out_dir)
+    check_ours(out)
     page = out / "report.html"
     files = {page: _page(sections, records, title, source_files), out / "records.csv": csv_text(points)}
     for i, section in enumerate(sections, start=1):
@@ -101,7 +111,25 @@ def write_report(
         for drawing in section.drawings:
             files[out / "figures" / f"{name}-{drawing.name}.svg"] = standalone(drawing.svg)
     write_files(files)
+    for path in (out / "figures").glob("*.svg"):
+        if path not in files and _FIGURE_NAME.fullmatch(path.name):
+            path.unlink()
     return page
+
+
+def check_ours(folder: Path) -> None:
+    """ValueError where a folder holds something else under the names that write_report writes."""
+    page, table, figures = folder / "report.html", folder / "records.csv", folder / "figures"
+    ours = {page: _GENERATOR, table: ",".join(list(CSV_FIELDS)[:3])}
+    for path, mark in ours.items():
+        if path.exists():
+            if not path.is_file():
+                raise ValueError(f"{path} is in the way: it is not a file; remove it or give another folder")
+            with open(path, encoding="utf-8", errors="replace") as file:
+                if mark not in file.read(1000):
+                    raise ValueError(f"{path} is not ours to replace; remove it or give another folder")
+    if figures.exists() and not figures.is_dir():
+        raise ValueError(f"{figures} is in the way: it is not a folder; remove it or give another folder")
 
 
 def _sections(points: Sequence[Record]) -> list[_Section]:
@@ -112,6 +140,7 @@ def _sections(points: Sequence[Record]) -> list[_Section]:
         _Section(
             id=f"g{i}",
             group=group,
+            sharing=sharing(found),
             headline=headline(group, found, baselines),
             drawings=draw_group(group, found),
             table=build_table(found, baselines),
@@ -134,6 +163,7 @@ def _page(sections: list[_Section], records: Sequence[Record], title: str, sourc
         "interval": formatting.interval,
         "in_bytes": formatting.in_bytes,
         "configuration": configuration,
+        "memory": lambda r: f"{formatting.in_bytes(r.peak_memory)} {formatting.MEMORY_LABELS[r.memory_meaning]}",
         "throughput_interval": throughput_interval,
     }
     # The figures and the data are made by our own code and hold no markup of the records': escaped where they are made.

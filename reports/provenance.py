@@ -1,4 +1,4 @@
-"""Where records come from: the distinct environments, commits and commands behind them."""
+"""Where records come from: the distinct environments, commits and commands behind the records of each kind."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from longreel.reports import formatting
 from longreel.reports.op_records import OpRecord
 from longreel.reports.records import Record
 
@@ -18,10 +19,10 @@ TIME = "time"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Origin:
-    """Records of one environment, commit and command. `facts`: (name, value) pairs in words."""
+    """Records of one kind, environment, commit and command. `facts`: (name, value) pairs in words."""
 
     num_records: int
-    kinds: tuple[str, ...]
+    kind: str
     facts: tuple[tuple[str, str], ...]
 
 
@@ -29,7 +30,7 @@ def origins(records: Sequence[Record] | Sequence[OpRecord]) -> list[Origin]:
     """The distinct origins of the records, in order of appearance."""
     found: defaultdict[str, list[Record | OpRecord]] = defaultdict(list)
     for record in records:
-        identity = {name: record.provenance.get(name) for name in IDENTITY}
+        identity = {"kind": record.kind} | {name: record.provenance.get(name) for name in IDENTITY}
         found[json.dumps(identity, sort_keys=True, default=str)].append(record)
     return [_origin(group) for group in found.values()]
 
@@ -49,8 +50,7 @@ def _origin(records: Sequence[Record | OpRecord]) -> Origin:
         else:
             text = f"{len(distinct)} different values, see the records"
         facts.append((name.removeprefix("versions.").removeprefix("environment."), text))
-    kinds = tuple(dict.fromkeys(r.kind.upper() for r in records))
-    return Origin(num_records=len(records), kinds=kinds, facts=tuple(facts))
+    return Origin(num_records=len(records), kind=records[0].kind, facts=tuple(facts))
 
 
 def _rank(name: str) -> int:
@@ -68,6 +68,8 @@ def _flatten(value: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]
             flat.append((prefix + name, "yes" if item else "no"))
         elif isinstance(item, list | tuple):
             flat.append((prefix + name, " ".join(map(str, item))))
+        elif name.endswith("_bytes") and isinstance(item, int):
+            flat.append((prefix + name.removesuffix("_bytes"), formatting.in_bytes(item)))
         elif item is not None:
             flat.append((prefix + name, str(item)))
     return flat

@@ -9,11 +9,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from typing import Any, Literal, get_args
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 Kind = Literal["measured", "emulated", "predicted"]
 Regime = Literal["full", "text_only"]
 Status = Literal["ok", "oom", "wrong", "error", "skipped"]
+MemoryMeaning = Literal["allocated", "step", "process"]
 
 # What says which point a record is, besides `config`; not `attention`, which is what ran, not what was asked for.
 _IDENTITY = (
@@ -49,8 +50,10 @@ class Record:
         samples_s: every step time, seconds, slowest rank; empty when nothing was timed.
         interval_s: (low, high) of the step time, seconds: p20 and p80 when measured, the model's bounds if predicted.
         step_s: median step time, seconds, or the predicted one.
-        memory: bytes on the rank that holds most, by name: `allocated`, `reserved`, `device`, `process`.
+        memory: bytes on the rank that holds most, by name: `allocated`, `reserved`, `device`; of a CPU rank `process`
+            (peak) and `process_before` (before the timed steps: weights, optimizer, Python, libraries).
         memory_limit: bytes of the device, None when there is no limit to compare with.
+        memory_usable: those of them that a step may take, which decides what fits; None when not known.
         traffic: bytes one rank sends in a step, by collective.
         flops: useful FLOPs of one step over all devices; hw_flops counts recomputation too.
         mfu, hfu: flops and hw_flops over the devices' peak for the step's time, None where no peak is known.
@@ -80,6 +83,7 @@ class Record:
     interval_s: tuple[float, float] | None = None
     memory: Mapping[str, int] = field(default_factory=dict)
     memory_limit: int | None = None
+    memory_usable: int | None = None
     traffic: Mapping[str, int] = field(default_factory=dict)
     flops: float | None = None
     hw_flops: float | None = None
@@ -120,8 +124,19 @@ class Record:
 
     @property
     def peak_memory(self) -> int | None:
-        """Bytes of the most telling memory figure: allocated on a device, else of the whole process."""
-        return self.memory.get("allocated", self.memory.get("process"))
+        """Bytes of the most telling memory figure, which `memory_meaning` names."""
+        if "allocated" in self.memory:
+            return self.memory["allocated"]
+        process = self.memory.get("process")
+        # Most of a small process is Python and its libraries, the same in every configuration.
+        return None if process is None else process - self.memory.get("process_before", 0)
+
+    @property
+    def memory_meaning(self) -> MemoryMeaning:
+        """What `peak_memory` is: `allocated` by the step, what the `step` adds to its process, or the `process`."""
+        if "process" not in self.memory or "allocated" in self.memory:
+            return "allocated"
+        return "step" if "process_before" in self.memory else "process"
 
     @property
     def key(self) -> str:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import fcntl
 import io
 import json
 import os
+import sys
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Protocol, TypeVar
 
@@ -53,7 +55,9 @@ CSV_FIELDS = {
     "memory_reserved_bytes": "memory.reserved",
     "memory_device_bytes": "memory.device",
     "memory_process_bytes": "memory.process",
+    "memory_process_before_bytes": "memory.process_before",
     "memory_limit_bytes": "memory_limit",
+    "memory_usable_bytes": "memory_usable",
     "flops": "flops",
     "hw_flops": "hw_flops",
     "mfu": "mfu",
@@ -78,7 +82,8 @@ def append(path: str | os.PathLike[str], record: Keyed) -> None:
         path: the JSONL file, created (with its folder) where it does not exist. record: what to write.
 
     Raises:
-        ValueError: the record cannot be written as JSON. OSError: the file cannot be written.
+        ValueError: the record cannot be written as JSON, or the file ends in what is no part of a record.
+        OSError: the file cannot be written.
     """
     line = record.to_json().encode() + b"\n"
     path = Path(path)
@@ -108,6 +113,8 @@ def _finish_last_line(file: io.FileIO, size: int, line: bytes, path: Path) -> tu
     last = file.read().rpartition(b"\n")[2]
     if _is_whole(last):
         return size, b"\n" + line
+    if not _is_beginning(last):
+        raise ValueError(f"{path}: the last line is not a record; use another file")
     warnings.warn(f"{path}: cut off {len(last)} bytes of an unfinished last line", stacklevel=3)
     file.truncate(size - len(last))
     return size - len(last), line
@@ -120,6 +127,11 @@ def _is_whole(line: bytes) -> bool:
     except ValueError:
         return False
     return True
+
+
+def _is_beginning(line: bytes) -> bool:
+    """Whether a line can be what is left of a record's: nothing else is ours to drop."""
+    return line[:2] == b'{"'[: len(line)]
 
 
 def load(path: str | os.PathLike[str]) -> list[Record]:
@@ -138,9 +150,9 @@ def load_lines(path: str | os.PathLike[str], parse: Callable[[str], AnyRecord]) 
     path = Path(path)
     lines = path.read_bytes().split(b"\n")
     last = lines.pop()
-    if _is_whole(last):
+    if _is_whole(last) or not last.strip() or not _is_beginning(last):
         lines.append(last)
-    elif last.strip():
+    else:
         warnings.warn(f"{path}:{len(lines) + 1}: dropped an unfinished last line", stacklevel=2)
     records = []
     for i, line in enumerate(lines, start=1):
@@ -179,7 +191,10 @@ def derived(record: Record, baselines: Baselines) -> dict[str, float | int | Non
 
 
 def csv_text(records: Sequence[Record]) -> str:
-    """The records as CSV: a header line, then a line per record with the columns of CSV_FIELDS and CSV_DERIVED."""
+    """The records as CSV: a header line, then a line per record with the columns of CSV_FIELDS and CSV_DERIVED.
+
+    Units are in the names: `_s` seconds, `_bytes` bytes; throughputs are per second over all devices.
+    """
     baselines = Baselines(records)
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
@@ -189,12 +204,17 @@ def csv_text(records: Sequence[Record]) -> str:
     return out.getvalue()
 
 
-def write_csv(records: Sequence[Record], path: str | os.PathLike[str]) -> None:
-    """Write `csv_text(records)` to a file, whole or not at all.
+@contextlib.contextmanager
+def warnings_as_lines(prefix: str = "") -> Iterator[None]:
+    """Print warnings as `<prefix>warning: <message>` on stderr: a user has no use for the line of code behind one."""
 
-    Units are in the names: `_s` seconds, `_bytes` bytes; throughputs are per second over all devices.
-    """
-    write_files({Path(path): csv_text(records)})
+    def show(message: Warning | str, *_: object, **__: object) -> None:
+        print(f"{prefix}warning: {message}", file=sys.stderr)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", UserWarning)
+        warnings.showwarning = show
+        yield
 
 
 def write_files(contents: dict[Path, str]) -> None:

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 
 from longreel.reports import formatting
-from longreel.reports.compare import Baselines, Group, configuration, fastest, group_records
+from longreel.reports.compare import Baselines, Group, configuration, fastest, group_records, sharing
 from longreel.reports.records import Record
 from longreel.reports.store import latest
 
@@ -34,6 +34,8 @@ def _group_lines(group: Group, records: Sequence[Record], baselines: Baselines, 
     counts = Counter(r.status for r in records)
     statuses = ", ".join(f"{count} {status}" for status, count in counts.most_common())
     lines = [f"{group.label}  {group.title}  ({statuses})"]
+    if shared := sharing(records):
+        lines.append(f"  {shared}: a check, not a race")
     chosen = [r for r in records if baselines.of(r) is r]
     if chosen:
         names = dict.fromkeys(configuration(r) for r in chosen)

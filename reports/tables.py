@@ -50,6 +50,7 @@ class Table:
 def build_table(records: Sequence[Record], baselines: Baselines) -> Table:
     """The table of one group's records, in their order."""
     second, second_name = formatting.time_unit(max((r.step_s for r in records if r.step_s), default=1.0) / 10)
+    of_step = any(r.memory_meaning == "step" for r in records)
     memory, memory_name = formatting.byte_unit(max((r.peak_memory or 0 for r in records), default=0) / 2)
     sent, sent_name = formatting.byte_unit(max((sum(r.traffic.values()) for r in records), default=0) / 2)
     tolerances = {r.error["tolerance"] for r in records if "tolerance" in r.error}
@@ -66,7 +67,13 @@ def build_table(records: Sequence[Record], baselines: Baselines) -> Table:
         Column(name="Tokens/s", about="Over all devices"),
         Column(name="Samples/s", about="Over all devices"),
         Column(name="Ratio", unit="× baseline", about="Tokens/s over the baseline's at the same length"),
-        Column(name="Memory", unit=memory_name, about="Peak of the rank that holds most"),
+        Column(
+            name="Step memory" if of_step else "Memory",
+            unit=f"{memory_name} of process" if of_step else memory_name,
+            about="What a step adds to the process of the rank where that is most, of that process's peak"
+            if of_step
+            else "Peak of the rank that holds most",
+        ),
         Column(name="Sent", unit=f"{sent_name}/step", about="Bytes one rank sends in a step"),
         Column(
             name="Error",
@@ -95,7 +102,10 @@ def build_table(records: Sequence[Record], baselines: Baselines) -> Table:
             Cell(text=formatting.number(r.tokens_per_s if ok else None)),
             Cell(text=formatting.number(r.samples_per_s if ok else None)),
             Cell(text=formatting.MISSING if ratio is None else f"{ratio:.2f}"),
-            Cell(text=formatting.number(None if r.peak_memory is None else r.peak_memory / memory)),
+            Cell(
+                text=formatting.number(None if r.peak_memory is None else r.peak_memory / memory),
+                note=f"of {formatting.number(r.memory['process'] / memory)}" if r.memory_meaning == "step" else "",
+            ),
             Cell(text=formatting.number(sum(r.traffic.values()) / sent if r.traffic else None)),
             Cell(
                 text=formatting.MISSING if worst is None else f"{worst:.1e}".replace("e-0", "e-"),

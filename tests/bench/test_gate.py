@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import fields, replace
-from pathlib import Path
 from unittest import mock
 
 import pytest
@@ -15,6 +14,8 @@ from longreel.bench.cases import MeasuredGrid, Point, Timing, measured_points, s
 from longreel.bench.measure import RankResult, measure_point
 from longreel.models.sequence import SequenceLengths, Traffic
 from longreel.parallel import parallelize
+from longreel.parallel.config import STRATEGIES
+from longreel.parallel.parallelize import ParallelDiT
 from longreel.parallel.strategies import USP, Local, build_strategy
 
 SEQ_LEN = 90
@@ -23,7 +24,7 @@ TIMING = Timing(min_samples=2, max_samples=2, budget_s=0.0)
 
 
 def point(strategy: str, *, ranks: int, degree: int, seq_len: int = SEQ_LEN) -> Point:
-    grid = MeasuredGrid(seq_lens=(seq_len,), ranks=(ranks,), sp_degrees=(degree,), model=MODEL)
+    grid = MeasuredGrid(seq_lens=(seq_len,), ranks=(ranks,), sp_degrees=(degree,), model=MODEL, strategies=STRATEGIES)
     found = [p for p in measured_points(grid, device="CPU") if p.parallel.strategy == strategy]
     return replace(found[0], timing=TIMING)
 
@@ -37,8 +38,16 @@ def oracle_file(tmp_path_factory) -> str:
 
 @pytest.mark.parametrize(
     ("strategy", "ranks", "degree"),
-    [("local", 1, 1), ("local", 2, 1), ("ulysses", 2, 2), ("fastseq", 2, 2), ("fastseq", 4, 2)],
-    ids=["local-1", "local-dp2", "ulysses-sp2", "fastseq-sp2", "fastseq-dp2-sp2"],
+    [
+        ("local", 1, 1),
+        ("local", 2, 1),
+        ("ulysses", 2, 2),
+        ("fastseq", 2, 2),
+        ("fastseq", 4, 2),
+        ("ring", 2, 2),
+        ("usp", 4, 4),
+    ],
+    ids=["local-1", "local-dp2", "ulysses-sp2", "fastseq-sp2", "fastseq-dp2-sp2", "ring-sp2", "usp-sp4"],
 )
 def test_right_strategies_pass_and_are_timed(run_distributed, oracle_file, strategy, ranks, degree) -> None:
     results: list[RankResult] = run_distributed(
@@ -124,6 +133,29 @@ def test_wrong_strategies_get_a_reason_and_no_timing(run_distributed, oracle_fil
         assert result.memory == {}
 
 
+def measure_seen_lengths(wanted: Point, path: str) -> list[int]:
+    """Tokens of each step's sample on this rank, in order (in a worker)."""
+    seen: list[int] = []
+    loss = ParallelDiT.loss
+
+    def seeing(model, batch):
+        seen.append(batch.latents.shape[1] * batch.latents.shape[2] * batch.latents.shape[3] // 4)
+        return loss(model, batch)
+
+    with mock.patch.object(ParallelDiT, "loss", seeing):
+        measure_point(wanted, path)
+    return seen
+
+
+def test_every_group_warms_up_on_what_it_is_timed_on(run_distributed, tmp_path) -> None:
+    path, seq_len = str(tmp_path / "oracle.pt"), 2 * gate.SHORT_LEN
+    gate.write_oracle(MODEL, seq_len, 2, 0, path)
+    wanted = point("local", ranks=2, degree=1, seq_len=seq_len)
+    seen = run_distributed(measure_seen_lengths, 2, wanted, path)
+    # The gate's step, an untimed one, two timed ones.
+    assert seen == [[seq_len] * 4, [gate.SHORT_LEN] + [seq_len] * 3]
+
+
 def measure_with_unshared_gradients(wrong: Point, path: str) -> RankResult:
     """measure_point with the second group on the first one's sample: data parallelism over no data (in a worker)."""
     real = gate.make_sample
@@ -150,9 +182,19 @@ def test_oracle_in_blocks_is_eager_attention_of_the_whole(monkeypatch) -> None:
     assert max(verdict_errors.values()) < 1e-5
 
 
-def test_no_gradient_of_the_gate_is_zero_but_the_key_bias(tmp_path: Path) -> None:
+def test_every_part_of_every_gradient_is_far_from_zero_but_the_key_bias() -> None:
     _, grads = gate.oracle(MODEL, SEQ_LEN, index=0, seed=0)
-    assert all(torch.linalg.vector_norm(grad) > 0 for grad in grads.values())
+    fused = {"qkv": 3, "modulation": 6}
+    norms = {}
+    for name, grad in grads.items():
+        parts = next((n for word, n in fused.items() if f".{word}." in name), 1)
+        norms |= {(name, i): torch.linalg.vector_norm(part).item() for i, part in enumerate(grad.chunk(parts))}
+    assert sum(parts[0].endswith("qkv.bias") for parts in norms) == 3 * MODEL.depth
+    keys = [norms.pop((name, 1)) for name in grads if name.endswith("qkv.bias")]
+    smallest = min(norms.values())
+    assert smallest > 1e-5
+    # Softmax does not see what is added to every key: what is left is rounding.
+    assert max(keys) < 1e-2 * smallest
 
 
 def test_verdict_of_a_different_gradient_names_it(oracle_file) -> None:

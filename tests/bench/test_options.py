@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from longreel.bench.cases import measured_points, predicted_points
+from longreel.bench.cases import MeasuredGrid, measured_points, predicted_points, small_dit
 from longreel.bench.options import SweepConfig, parse_lengths
 from longreel.bench.sweep import main
 
@@ -21,7 +21,7 @@ REPOSITORY = Path(__file__).resolve().parents[2]
     [
         (["--preset", "slow"], ["'slow'", "quick", "thorough"]),
         (["--mode", "guessed"], ["'guessed'", "auto", "measured", "predicted"]),
-        (["--strategies", "local,ringo"], ["'ringo'", "local", "ulysses", "fastseq"]),
+        (["--strategies", "local,ringo"], ["'ringo'", "local", "ulysses", "fastseq", "ring", "usp"]),
         (["--policies", "half"], ["'half'", "none", "full"]),
         (["--regimes", "video"], ["'video'", "full", "text_only"]),
         (["--num-heads", "2", "--sp-degrees", "4"], ["num_heads 2", "sp_degree 4", "1, 2"]),
@@ -31,6 +31,21 @@ REPOSITORY = Path(__file__).resolve().parents[2]
         (["--ranks", "6", "--sp-degrees", "4"], ["ranks: 6", "1, 2, 3, 6"]),
         (["--gpus", "6", "--sp-degrees", "4", "--mode", "predicted"], ["gpus: 6", "1, 2, 3, 6"]),
         (["--gpus", "9"], ["gpus", "1 to 8", "9"]),
+        (["--gpus", "0"], ["gpus", "1 to 8", "0"]),
+        (["--depth", "0"], ["depth", "0"]),
+        (["--hidden-size", "0"], ["hidden_size", "0"]),
+        (["--num-heads", "0"], ["num_heads", "0"]),
+        (["--ranks", "65"], ["ranks: 65", "at most 64"]),
+        (["--ranks", "1", "--strategies", "ulysses"], ["strategies: ulysses", "ranks 1"]),
+        (["--ranks", "2", "--strategies", "usp"], ["strategies: usp", "ranks 2", "sp_degrees"]),
+        (["--preset", "smoke", "--mode", "predicted", "--regimes", "text_only"], ["smoke has no text_only points"]),
+        (["--preset", "smoke", "--regimes", "full,text_only"], ["smoke has no text_only points; it has full"]),
+        (["--max-len", "nonsense", "--seq-lens", "1k"], ["max_len", "'nonsense'"]),
+        (["--max-len", "2k", "--seq-lens", "1k"], ["max_len", "seq_lens"]),
+        (["--max-len", "2k", "--measured-lens", "1k"], ["max_len", "measured_lens"]),
+        (["--point-timeout", "inf"], ["point_timeout", "inf", "at most"]),
+        (["--point-timeout", "nan"], ["point_timeout", "nan"]),
+        (["--out", "~no-such-user-here/x"], ["out", "no-such-user-here"]),
         (["--sp-degrees", "2,3"], ["sp_degrees: 3", "1, 2, 4"]),
         (["--sp-degrees", "2,x"], ["sp_degrees", "'x'"]),
         (["--ranks", "0"], ["ranks", "'0'"]),
@@ -139,7 +154,7 @@ def test_quick_predicts_both_regimes_at_the_published_lengths() -> None:
     for grid in (full, text_only):
         points = [point for group in predicted_points(grid) for point in group]
         spreads = {(p.parallel.strategy, p.parallel.sp_degree) for p in points}
-        assert spreads == {("local", 1), *((s, d) for s in ("ulysses", "fastseq") for d in (2, 4, 8))}
+        assert spreads == {("local", 1), *((s, d) for s in grid.strategies if s != "local" for d in (2, 4, 8))}
         assert {p.regime for p in points} == {grid.regime}
         assert {p.num_devices for p in points} == {8}
     assert text_only.dit.cross_layout == "published"
@@ -157,3 +172,75 @@ def test_degree_that_some_heads_forbid_becomes_points_with_a_reason() -> None:
     impossible = [p for p in points if p.impossible]
     assert {p.parallel.sp_degree for p in impossible} == {4}
     assert "degrees that work: 1, 2" in impossible[0].impossible
+
+
+def test_policies_of_other_points_than_the_presets_are_all_of_them() -> None:
+    (text_only,) = SweepConfig(regimes="text_only").resolve().predicted
+    assert text_only.policies == ("full",)
+    for other in (
+        {"predicted_lens": "8k"},
+        {"seq_lens": "8k"},
+        {"model": "dit-s-2", "sp_degrees": "2"},
+        {"target": "B200"},
+        {"gpus": 4},
+        {"strategies": "local"},
+    ):
+        (grid,) = SweepConfig(regimes="text_only", mode="predicted", **other).resolve().predicted
+        assert grid.policies == ("none", "full"), other
+    (asked,) = (
+        SweepConfig(regimes="text_only", mode="predicted", predicted_lens="8k", policies="full").resolve().predicted
+    )
+    assert asked.policies == ("full",)
+
+
+def test_one_rank_measures_the_baseline_alone() -> None:
+    (grid,) = SweepConfig(ranks="1").resolve().measured
+    assert {p.parallel.strategy for p in measured_points(grid, device="CPU")} == {"local"}
+
+
+def test_degrees_that_were_not_asked_for_may_be_too_large() -> None:
+    (grid,) = SweepConfig(gpus=4, mode="predicted", regimes="full").resolve().predicted
+    points = [point for group in predicted_points(grid) for point in group]
+    assert {p.parallel.sp_degree for p in points} == {1, 2, 4}
+
+
+@pytest.mark.parametrize(
+    ("num_heads", "expected"), [(16, {4: 2, 8: 4}), (2, {4: 2, 8: 2}), (3, {}), (1, {})], ids=lambda value: str(value)
+)
+def test_usp_takes_the_largest_ulysses_degree_that_leaves_a_ring(num_heads, expected) -> None:
+    model = small_dit(hidden_size=48 * num_heads, num_heads=num_heads)
+    grid = MeasuredGrid(
+        seq_lens=(64,), ranks=(8,), strategies=("local", "ring", "usp"), sp_degrees=(2, 4, 8), model=model
+    )
+    points = measured_points(grid, device="CPU")
+    usp = {p.parallel.sp_degree: p.parallel.ulysses_degree for p in points if p.parallel.strategy == "usp"}
+    assert usp == expected
+    assert [p.parallel.sp_degree for p in points if p.parallel.strategy == "ring"] == [2, 4, 8]
+    assert not any(p.impossible for p in points)
+    for point in points:
+        assert point.config()["parallel"]["ulysses_degree"] == expected.get(
+            point.parallel.sp_degree if point.parallel.strategy == "usp" else 0
+        )
+
+
+def test_home_folder_is_resolved_once(monkeypatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    assert SweepConfig(out=Path("~/x")).folder == tmp_path / "home" / "x"
+
+
+@pytest.mark.parametrize("name", ["report.html", "records.csv", "records.jsonl", "figures"])
+def test_foreign_files_stay_and_stop_the_sweep_before_any_work(capsys, tmp_path: Path, name) -> None:
+    (tmp_path / name).write_text("mine")
+    assert main(["--out", str(tmp_path)]) == 2
+    error = capsys.readouterr().err
+    assert name in error
+    assert error.count("\n") == 1
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+    assert (tmp_path / name).read_text() == "mine"
+
+
+def test_page_that_is_a_folder_stops_the_sweep_before_any_work(capsys, tmp_path: Path) -> None:
+    (tmp_path / "report.html").mkdir()
+    assert main(["--out", str(tmp_path)]) == 2
+    assert "report.html is in the way" in capsys.readouterr().err

@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from longreel.bench.cases import MeasuredGrid, PredictedGrid, measured_points, predicted_points, small_dit
+from longreel.bench.cases import MeasuredGrid, PredictedGrid, Timing, measured_points, predicted_points, small_dit
 from longreel.bench.gate import Verdict
 from longreel.bench.measure import RankResult
 from longreel.bench.outcome import measured_record, predicted_record, quantile
@@ -68,10 +68,41 @@ def test_measured_point_keeps_every_sample_and_the_fullest_rank(measured) -> Non
     assert record.traffic == {"sequence.send": 7}
     assert record.provenance["traffic_formula"] == {"all_gather": 7}
     assert record.provenance["memory_source"] == "VmHWM"
+    assert record.provenance["timing"]["min_samples"] == measured.timing.min_samples
     # SP 2 x DP 2: two groups, of which the first one's ranks were counted.
     assert record.hw_flops == 400
     assert record.tokens_per_s == 64 * 2 / 2.0
     assert Record.from_json(record.to_json()) == record
+
+
+def test_fullest_rank_is_the_one_whose_step_adds_most(measured) -> None:
+    ranks = [rank_result(memory={"process": 900, "process_before": 890}), *[rank_result()] * 3]
+    assert measured_record(measured, ranks, PROVENANCE).memory == {"process": 500, "process_before": 400}
+    whole = [rank_result(memory={"process": 300 + i}) for i in range(4)]
+    assert measured_record(measured, whole, PROVENANCE).memory == {"process": 303}
+
+
+@pytest.mark.parametrize(("cores", "said"), [(1, "4 ranks share 1 core"), (3, "4 ranks share 3 cores"), (4, None)])
+def test_ranks_beyond_the_cores_share_them(measured, cores, said) -> None:
+    record = measured_record(measured, [rank_result()] * 4, PROVENANCE | {"environment": {"cores": cores}})
+    assert record.provenance.get("sharing") == said
+
+
+def test_how_often_a_point_was_timed_makes_it_no_other_point(measured) -> None:
+    again = replace(measured, timing=Timing(min_samples=2))
+    first, second = (measured_record(p, [rank_result()] * 4, PROVENANCE) for p in (measured, again))
+    assert first.key == second.key
+    assert first.provenance["timing"] != second.provenance["timing"]
+
+
+def test_heads_make_another_model(measured) -> None:
+    grids = [MeasuredGrid(seq_lens=(64,), model=small_dit(num_heads=heads)) for heads in (2, 4)]
+    assert [grid.model_name for grid in grids] == [f"DiT of depth 2, width 64, {n} heads" for n in (2, 4)]
+
+
+def test_measured_points_have_one_sample_per_group(measured) -> None:
+    with pytest.raises(ValueError, match="batch_per_group must be 1"):
+        replace(measured, batch_per_group=2)
 
 
 def test_closed_gate_leaves_no_figure(measured) -> None:
@@ -92,6 +123,7 @@ def test_prediction_that_does_not_fit_is_oom_with_the_figures() -> None:
     assert record.reason == "needs 90.0 GiB of 73.0 GiB usable (80 GiB H800 less the reserve)"
     assert record.memory == {"allocated": 90 * GiB}
     assert record.memory_limit == 80 * GiB
+    assert record.memory_usable == 73 * GiB
     fitting = predicted_record(point, replace(PREDICTION, fits=True), PROVENANCE)
     assert fitting.status == "ok"
     assert fitting.step_s == 2.0

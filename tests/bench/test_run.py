@@ -5,14 +5,16 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Sequence
+from pathlib import Path
 
 import pytest
 import torch.distributed as dist
 
+from longreel.bench import gate
 from longreel.bench.cases import MeasuredGrid, Point, PredictedGrid, measured_points, predicted_points, small_dit
-from longreel.bench.run import _Wanted, one_line, predict_share, run_points
+from longreel.bench.run import _Wanted, measured, one_line, predict_share, run_points
 from longreel.parallel.predict.predict import PredictionCase
-from longreel.parallel.workers import WorkerError, WorkerPool
+from longreel.parallel.workers import WorkerError, WorkerPool, WorkerTimeout
 from longreel.reports.records import Record
 
 HANG_LIMIT_S = 4.0
@@ -95,6 +97,42 @@ def test_batch_that_fails_costs_only_the_point_at_fault(points) -> None:
     records = list(run_points([points], work, PROVENANCE))
     assert [r.status for r in records] == ["ok", "error", "ok"]
     assert calls == [3, 1, 1, 1]
+
+
+class OraclePool:
+    """A pool whose oracle calls end as told; measured points are what their oracle says."""
+
+    def __init__(self, scratch: Path, fates: list[WorkerError | None]) -> None:
+        self.scratch = scratch
+        self.fates = iter(fates)
+        self.oracles = 0
+
+    def run(self, fn, world_size: int, *args, timeout: float):
+        if fn is gate.write_oracle:
+            self.oracles += 1
+            if (fate := next(self.fates)) is not None:
+                raise fate
+            Path(args[-1]).write_text("oracle")
+            return [None]
+        raise WorkerError(f"measured against {Path(args[-1]).read_text()}")
+
+
+@pytest.mark.parametrize(
+    ("fates", "oracles", "reason"),
+    [
+        ([WorkerError("died"), None], 2, "measured against oracle"),
+        ([WorkerError("died"), WorkerError("died again")], 2, "no oracle to compare with: died again"),
+        ([WorkerTimeout("too slow")], 1, "no oracle to compare with: too slow"),
+    ],
+    ids=["lost-once", "lost-twice", "timeout"],
+)
+def test_lost_oracle_is_computed_once_more_and_a_slow_one_is_not(tmp_path, fates, oracles, reason) -> None:
+    pool = OraclePool(tmp_path, fates)
+    grid = MeasuredGrid(seq_lens=(64,), ranks=(2,), sp_degrees=(2,), model=small_dit())
+    records = list(measured(grid, pool, PROVENANCE, device="CPU"))
+    assert [(r.status, r.reason) for r in records] == [("error", reason)] * 3
+    assert pool.oracles == oracles
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_impossible_points_are_skipped_with_their_reason_and_never_run() -> None:

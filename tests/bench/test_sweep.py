@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import csv
 import json
+import os
+import signal
 
 import pytest
 
+from longreel.bench import console
+from longreel.bench.cases import MeasuredGrid, measured_points, small_dit
 from longreel.bench.sweep import main
 from longreel.reports.store import load
 
@@ -64,6 +68,7 @@ def test_records_are_complete(sweep) -> None:
     ]
     for record in measured:
         assert record.status == "ok"
+        assert 0 < record.memory["process_before"] < record.memory["process"]
         assert len(record.samples_s) >= 3
         assert record.error["grad"] <= record.error["tolerance"] == 1e-5
         sequence = {name: sent for name, sent in record.traffic.items() if name.startswith("sequence.")}
@@ -92,3 +97,77 @@ def test_second_sweep_appends_and_the_report_takes_the_last(sweep, capsys) -> No
     assert str(out / "report.html") in said.replace("\n", "")
     rows = list(csv.DictReader((out / "records.csv").read_text().splitlines()))
     assert len(rows) == len(before)
+
+
+@pytest.fixture
+def finished(monkeypatch, tmp_path):
+    """Run a sweep whose points end with the given statuses; returns its exit status and its folder."""
+    grid = MeasuredGrid(seq_lens=(64,), ranks=(2,), sp_degrees=(2,), model=small_dit())
+    points = measured_points(grid, device="CPU")
+
+    def run(*statuses: str):
+        def records(sweep, pool, provenance):
+            for point, status in zip(points, statuses, strict=True):
+                if status == "interrupt":
+                    raise KeyboardInterrupt
+                if status == "terminate":
+                    os.kill(os.getpid(), signal.SIGTERM)
+                outcome = {"step_s": 1.0, "error": {"grad": 0.0}} if status == "ok" else {"reason": "so it is"}
+                yield point.record(status, provenance=provenance, **outcome)
+
+        monkeypatch.setattr(console, "run_sweep", records)
+        return main(["--mode=measured", f"--out={tmp_path}"]), tmp_path
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("statuses", "said"),
+    [
+        (("ok", "wrong", "wrong"), "2 wrong"),
+        (("ok", "ok", "error"), "1 error"),
+        (("error", "error", "error"), "3 error"),
+        (("oom", "skipped", "oom"), "no point has a figure"),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, tuple) else None,
+)
+def test_run_with_points_that_failed_is_a_failed_run_with_a_report(finished, capsys, statuses, said) -> None:
+    status, out = finished(*statuses)
+    assert status == 1
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert error.count("\n") == 1
+    assert said in error
+    assert (out / "report.html").exists()
+
+
+def test_points_that_do_not_fit_or_cannot_be_are_no_failure(finished, capsys) -> None:
+    status, _ = finished("ok", "oom", "skipped")
+    assert status == 0
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    ("statuses", "status", "said"),
+    [
+        (("ok", "interrupt", "ok"), 130, "finished points are in"),
+        (("interrupt", "ok", "ok"), 130, "no point had finished"),
+        (("ok", "terminate", "ok"), 143, "finished points are in"),
+    ],
+)
+def test_interrupt_says_what_is_kept(finished, capsys, statuses, status, said) -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    found, out = finished(*statuses)
+    assert found == status
+    assert said in capsys.readouterr().err
+    assert (out / "records.jsonl").exists() == (statuses[0] == "ok")
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_unfinished_last_line_is_a_line_on_the_terminal(finished, capsys, tmp_path) -> None:
+    (tmp_path / "records.jsonl").write_text('{"kind": "mea')
+    status, _ = finished("ok", "ok", "ok")
+    assert status == 0
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 2
+    assert all(line.startswith(f"warning: {tmp_path}") for line in lines)

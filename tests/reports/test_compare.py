@@ -7,7 +7,7 @@ from longreel.reports.compare import (
     Group,
     group_records,
     headline,
-    ratio_to_baseline,
+    sharing,
     throughput_interval,
 )
 
@@ -32,18 +32,18 @@ def test_ratio_is_tokens_per_second_over_the_baseline_at_the_same_length(make_re
     longer = make_record(is_baseline=True, step_s=99.0, seq_len=2048)
     elsewhere = make_record(is_baseline=True, step_s=0.1, kind="predicted")
     record = make_record(strategy="ulysses", sp_degree=2, step_s=1.0)
-    records = [longer, elsewhere, baseline, record]
-    assert ratio_to_baseline(record, records) == pytest.approx(1.5)  # half the samples in a third of the time
-    assert ratio_to_baseline(baseline, records) == 1.0
-    assert ratio_to_baseline(make_record(seq_len=4096), records) is None
+    baselines = Baselines([longer, elsewhere, baseline, record])
+    assert baselines.ratio(record) == pytest.approx(1.5)  # half the samples in a third of the time
+    assert baselines.ratio(baseline) == 1.0
+    assert baselines.ratio(make_record(seq_len=4096)) is None
 
 
 def test_no_ratio_without_two_valid_figures(make_record):
     baseline = make_record(is_baseline=True, status="oom")
     record = make_record(strategy="ulysses", sp_degree=2)
-    assert ratio_to_baseline(record, [baseline, record]) is None
+    assert Baselines([baseline, record]).ratio(record) is None
     wrong = make_record(strategy="ulysses", sp_degree=2, status="wrong", step_s=0.01)
-    assert ratio_to_baseline(wrong, [make_record(is_baseline=True), wrong]) is None
+    assert Baselines([make_record(is_baseline=True), wrong]).ratio(wrong) is None
 
 
 def test_of_several_marked_baselines_the_fastest_that_ran_counts(make_record):
@@ -84,11 +84,46 @@ def test_headline_compares_at_the_longest_length_of_the_baseline(sweep):
     ids=["clear", "unclear", "no-interval", "slower"],
 )
 def test_headline_verdict(make_record, step, interval, verdict):
+    samples = (2.0,) * 5
     records = [
-        make_record(is_baseline=True, num_devices=1),
-        make_record(policy="none", num_devices=1, step_s=step, interval_s=interval),
+        make_record(is_baseline=True, num_devices=1, samples_s=samples),
+        make_record(policy="none", num_devices=1, step_s=step, interval_s=interval, samples_s=samples),
     ]
-    assert verdict in headline(Group.of(records[0]), records, Baselines(records)).verdict
+    line = headline(Group.of(records[0]), records, Baselines(records))
+    assert verdict in line.verdict
+    assert line.is_conclusive
+
+
+@pytest.mark.parametrize("step", [1.0, 9.0], ids=["faster", "slower"])
+@pytest.mark.parametrize("samples", [(4, 9), (9, 4)], ids=["baseline-short", "candidate-short"])
+def test_below_five_samples_a_side_there_is_no_verdict(make_record, step, samples):
+    records = [
+        make_record(is_baseline=True, num_devices=1, samples_s=(2.0,) * samples[0]),
+        make_record(policy="none", num_devices=1, step_s=step, interval_s=(step, step), samples_s=(step,) * samples[1]),
+    ]
+    line = headline(Group.of(records[0]), records, Baselines(records))
+    assert line.verdict == "No verdict: too few samples, 4 timed steps where at least 5 are needed."
+    assert not line.is_conclusive
+
+
+def test_ranks_that_share_cores_have_no_verdict(make_record):
+    shared = {"provenance": {"sharing": "2 ranks share 1 core"}, "samples_s": (2.0,) * 9}
+    records = [make_record(is_baseline=True, **shared), make_record(policy="none", step_s=0.1, **shared)]
+    line = headline(Group.of(records[0]), records, Baselines(records))
+    assert line.verdict == "No verdict: 2 ranks share 1 core, so this checks correctness, not speed."
+    assert not line.is_conclusive
+    assert sharing(records) == "2 ranks share 1 core"
+    assert sharing([make_record()]) is None
+
+
+def test_predictions_need_no_samples(make_record):
+    records = [
+        make_record(kind="predicted", samples_s=(), is_baseline=True),
+        make_record(kind="predicted", samples_s=(), policy="none", step_s=1.0, interval_s=(0.9, 1.1)),
+    ]
+    line = headline(Group.of(records[0]), records, Baselines(records))
+    assert line.verdict == "Faster than the baseline over the whole interval."
+    assert line.is_conclusive
 
 
 def test_headline_of_a_group_without_any_figure(make_record):

@@ -165,6 +165,55 @@ def test_write_report_writes_page_csv_and_figures(tmp_path, sweep):
     assert "1-measured-full-2x-cpu-process-throughput.svg" in figures
 
 
+def test_figures_of_an_earlier_report_go_and_other_files_stay(tmp_path, sweep):
+    write_report(tmp_path, sweep)
+    (tmp_path / "figures" / "mine-throughput.svg").write_text("")
+    measured = [r for r in sweep if r.kind == "measured"]
+    write_report(tmp_path, measured)
+    names = sorted(path.name for path in (tmp_path / "figures").iterdir())
+    assert names == [
+        *(f"1-measured-full-2x-cpu-process-{n}.svg" for n in ("memory", "ratio", "throughput")),
+        *names[3:],
+    ]
+    assert names[3:] == ["mine-throughput.svg"]
+
+
+@pytest.mark.parametrize("name", ["report.html", "records.csv", "figures"])
+def test_foreign_files_are_not_replaced(tmp_path, sweep, name):
+    (tmp_path / name).write_text("<html>mine</html>")
+    with pytest.raises(ValueError, match=name):
+        write_report(tmp_path, sweep)
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+    assert (tmp_path / name).read_text() == "<html>mine</html>"
+
+
+def test_page_that_is_a_folder_is_an_error(tmp_path, sweep):
+    (tmp_path / "report.html").mkdir()
+    with pytest.raises(ValueError, match=r"report\.html is in the way"):
+        write_report(tmp_path, sweep)
+
+
+def test_memory_of_a_process_is_shown_as_the_step_and_the_whole(make_record):
+    memory = {"process": 713 * 2**20, "process_before": 673 * 2**20}
+    text = render([make_record(memory=memory, is_baseline=True)])
+    assert "Step memory<small>MiB of process</small>" in text
+    assert "<td>40.0 <small>of 713</small>" in text
+    assert "40.0 MiB step memory" in text
+    assert "Step memory" not in render([make_record(memory={"allocated": 2**30})])
+
+
+def test_group_whose_ranks_share_cores_says_so(make_record):
+    text = render([make_record(provenance={"sharing": "2 ranks share 1 core"})])
+    assert text.count("2 ranks share 1 core: throughput here is no measure of speed.") == 2
+
+
+def test_ratio_without_a_verdict_is_no_headline(make_record):
+    records = [make_record(is_baseline=True), make_record(policy="none", step_s=1.0)]
+    assert "the baseline’s tokens/s at" not in render(records)
+    enough = [replace(r, samples_s=(2.0,) * 5) for r in records]
+    assert "2.00×</span> the baseline’s tokens/s at" in render(enough)
+
+
 def test_several_samples_per_group_stand_beside_the_length(make_record):
     page = Page(render([make_record(), make_record(batch_per_group=4)]))
     assert [row[:2] for row in page.rows[1:]] == [["1,024", "local"], ["1,024", "× 4"]]

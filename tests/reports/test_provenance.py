@@ -16,7 +16,7 @@ def test_points_that_differ_only_in_time_have_one_origin(make_record):
     records = [make_record(provenance=provenance(time=f"10:0{i}", clock_mhz=1000 + i)) for i in (2, 0, 1)]
     (origin,) = origins(records)
     assert origin.num_records == 3
-    assert origin.kinds == ("MEASURED",)
+    assert origin.kind == "measured"
     assert origin.facts == (
         ("commit", "a1"),
         ("time", "10:00 to 10:02"),
@@ -31,3 +31,16 @@ def test_each_commit_version_and_command_is_an_origin_of_its_own(make_record):
     found = origins([make_record(provenance=provenance(**change)) for change in changes])
     assert [origin.num_records for origin in found] == [1] * 5
     assert ("dirty", "yes") in found[-1].facts
+
+
+def test_kinds_have_origins_of_their_own(make_record):
+    changes = {"measured": {"warm_up": "1 step"}, "predicted": {"inputs": {"target": "H800"}}}
+    found = origins([make_record(kind=kind, provenance=provenance(**more)) for kind, more in changes.items()])
+    assert [origin.kind for origin in found] == ["measured", "predicted"]
+    assert [dict(origin.facts).get("warm_up") for origin in found] == ["1 step", None]
+    assert [dict(origin.facts).get("inputs.target") for origin in found] == [None, "H800"]
+
+
+def test_bytes_have_a_unit(make_record):
+    (origin,) = origins([make_record(provenance=provenance(environment={"memory_bytes": 8 * 2**30}))])
+    assert ("memory", "8.00 GiB") in origin.facts

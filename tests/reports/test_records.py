@@ -14,6 +14,21 @@ def test_json_round_trip_keeps_every_field(make_record):
     assert Record.from_json(record.to_json()) == record
 
 
+@pytest.mark.parametrize(
+    ("memory", "peak", "meaning"),
+    [
+        ({"allocated": 7, "process": 9}, 7, "allocated"),
+        ({"process": 900, "process_before": 860}, 40, "step"),
+        ({"process": 900}, 900, "process"),
+        ({}, None, "allocated"),
+    ],
+)
+def test_peak_memory_of_a_process_is_what_the_step_adds(make_record, memory, peak, meaning):
+    record = make_record(memory=memory)
+    assert record.peak_memory == peak
+    assert record.memory_meaning == meaning
+
+
 def test_error_that_is_not_finite_survives_as_strict_json(make_record):
     record = make_record(status="wrong", reason="NaN gradient", error={"loss": math.inf, "grad": math.nan})
     line = record.to_json()

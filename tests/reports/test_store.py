@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import os
 import warnings
@@ -32,6 +33,29 @@ def test_unfinished_last_line_is_dropped_and_the_next_append_is_whole(tmp_path, 
     with pytest.warns(UserWarning, match="cut off"):
         store.append(path, second)
     assert store.load(path) == [first, second]
+
+
+@pytest.mark.parametrize("text", ["a letter to my aunt", "[1, 2", "x"])
+def test_last_line_that_is_no_record_is_an_error_and_stays(tmp_path, make_record, text):
+    path = tmp_path / "records.jsonl"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=r"records\.jsonl:1: not a record"):
+        store.load(path)
+    with pytest.raises(ValueError, match="last line is not a record"):
+        store.append(path, make_record())
+    assert path.read_text() == text
+
+
+def test_warnings_are_lines_without_code(tmp_path, make_record, capsys):
+    path = tmp_path / "records.jsonl"
+    path.write_text('{"kind": "mea')
+    with store.warnings_as_lines("me: "):
+        store.load(path)
+        store.append(path, make_record())
+    assert capsys.readouterr().err == (
+        f"me: warning: {path}:1: dropped an unfinished last line\n"
+        f"me: warning: {path}: cut off 13 bytes of an unfinished last line\n"
+    )
 
 
 def test_whole_last_line_without_newline_counts(tmp_path, make_record):
@@ -76,7 +100,9 @@ def test_broken_middle_line_names_file_and_line(tmp_path, make_record, middle):
 def test_newer_schema_is_an_error_even_in_the_last_line(tmp_path, make_record):
     path = tmp_path / "records.jsonl"
     path.write_text(json.dumps(json.loads(make_record().to_json()) | {"schema_version": SCHEMA_VERSION + 1}))
-    with pytest.raises(ValueError, match=r"records\.jsonl:1: record has schema version 2.*newer longreel"):
+    with pytest.raises(
+        ValueError, match=rf"records\.jsonl:1: record has schema version {SCHEMA_VERSION + 1}.*newer longreel"
+    ):
         store.load(path)
 
 
@@ -86,11 +112,8 @@ def test_latest_keeps_the_last_word_on_each_point(make_record):
     assert store.latest([failed, other, again]) == [again, other]
 
 
-def test_csv_has_derived_columns_and_empty_cells_where_there_is_no_figure(tmp_path, sweep):
-    path = tmp_path / "records.csv"
-    store.write_csv(sweep, path)
-    with open(path, newline="") as file:
-        rows = list(csv.DictReader(file))
+def test_csv_has_derived_columns_and_empty_cells_where_there_is_no_figure(sweep):
+    rows = list(csv.DictReader(io.StringIO(store.csv_text(sweep))))
     assert len(rows) == len(sweep)
     assert list(rows[0]) == [*store.CSV_FIELDS, *store.CSV_DERIVED]
     row = next(r for r in rows if r["strategy"] == "ulysses" and r["policy"] == "none" and r["seq_len"] == "2048")

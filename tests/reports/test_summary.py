@@ -14,6 +14,11 @@ def test_summary_says_label_baseline_best_ratio_and_counts(sweep):
     assert longest.split()[1:4:2] == ["oom", "–"]
 
 
+def test_summary_says_that_ranks_share_cores(make_record):
+    lines = summary_lines([make_record(provenance={"sharing": "2 ranks share 1 core"})])
+    assert lines[1] == "  2 ranks share 1 core: a check, not a race"
+
+
 def test_summary_fits_one_screen(make_record):
     records = [make_record(seq_len=1024 * n, is_baseline=True) for n in range(1, 30)]
     records.append(make_record(seq_len=10**6, status="error", reason="first line\n" + "long " * 100))
