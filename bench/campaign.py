@@ -132,7 +132,7 @@ def _validation(*, rehearse: bool = False) -> tuple[tuple[str, ...], ...]:
     names_of = [f"tests/kernels/{path.name}" for path in files]
     several = ("-n", str(_WORKERS)) if importlib.util.find_spec("xdist") is not None else ()
     quick = tuple((name, "-m", "gpu and not slow", "-k", f"not {_LARGE}", *several) for name in names_of)
-    large = (*names_of, "-m", "gpu", "-k", _LARGE)
+    large = (*names_of, "-m", "gpu", "-k", f"{_LARGE} or slow")
     return (*quick, large)
 
 
