@@ -9,7 +9,7 @@ import torch
 
 Strategy = Literal["local", "ulysses", "fastseq", "ring", "usp"]
 Engine = Literal["fsdp2-zero2", "fsdp2-zero3", "ddp"]
-Policy = Literal["none", "full", "keep_attention"]
+Policy = Literal["none", "full", "keep_attention", "offload"]
 FastSeqOverlap = Literal["auto", "projection", "attention"]
 Precision = Literal["fp32", "bf16", "fp64"]
 
@@ -31,7 +31,9 @@ class ParallelConfig:
         fastseq_overlap: of `fastseq`, what the gather hides behind: the `projection`, `attention` as well, or `auto`.
         engine: `fsdp2-zero2` (parameters kept gathered between forward and backward), `fsdp2-zero3` or `ddp`.
         policy: activation policy: `none` keeps what backward needs, `full` recomputes each block, `keep_attention`
-            recomputes all of it but self-attention, whose output and log-sum-exp are kept.
+            recomputes all of it but self-attention, whose output and log-sum-exp are kept, `offload` does the same with
+            what is kept, and the block's input, in host memory.
+        host_memory_gib: of `offload`: host memory that one rank may hold; None for no limit.
         mlp_tile: tokens that the MLP takes at a time, so that its hidden layer of the whole sequence never lives;
             backward computes it again. None: all at once.
         precision: `bf16` computes in bf16 over fp32 master parameters; `fp32` and `fp64` use one dtype throughout.
@@ -44,6 +46,7 @@ class ParallelConfig:
     fastseq_overlap: FastSeqOverlap = "auto"
     engine: Engine = "fsdp2-zero2"
     policy: Policy = "none"
+    host_memory_gib: float | None = None
     mlp_tile: int | None = None
     precision: Precision = "fp32"
     attention_provider: str = "auto"
@@ -61,6 +64,11 @@ class ParallelConfig:
                 raise ValueError(f"unknown {name} {getattr(self, name)!r}; there are {', '.join(allowed)}")
         if self.sp_degree < 1:
             raise ValueError(f"sp_degree must be at least 1, got {self.sp_degree}")
+        if self.host_memory_gib is not None and (self.policy != "offload" or not self.host_memory_gib > 0):
+            raise ValueError(
+                f"host_memory_gib must be positive and goes with policy 'offload', got {self.host_memory_gib} with "
+                f"policy {self.policy!r}"
+            )
         if self.mlp_tile is not None and self.mlp_tile < 1:
             raise ValueError(f"mlp_tile must be at least 1 token, got {self.mlp_tile}")
         if self.strategy == "local" and self.sp_degree > 1:

@@ -18,20 +18,26 @@ from longreel.models.block import DiTBlock
 from longreel.models.dit import DiT
 from longreel.parallel.config import DTYPES, ParallelConfig
 from longreel.parallel.mesh import ParallelMesh
+from longreel.parallel.offload import HostStore, OffloadedBlock
 from longreel.parallel.strategies import SELF_ATTENTION_OPS
 
 
-def apply_policy(model: DiT, policy: str, mlp_tile: int | None) -> None:
+def apply_policy(model: DiT, policy: str, mlp_tile: int | None, store: HostStore) -> None:
     """Set each block up as the activation policy and the MLP's tile say.
 
     Args:
         policy: `none` leaves blocks alone, `full` recomputes them in backward, `keep_attention` recomputes all but
-            self-attention, whose op's outputs are kept (strategies save little else then: their `lean`).
+            self-attention, whose op's outputs are kept (strategies save little else then: their `lean`), `offload`
+            keeps those and the blocks' inputs in the store.
     """
     for block in model.blocks:
         assert isinstance(block, DiTBlock)
         block.mlp_tile = mlp_tile
     if policy == "none":
+        return
+    if policy == "offload":
+        for i, block in enumerate(model.blocks):
+            model.blocks[i] = OffloadedBlock(block, store)
         return
     context = {"context_fn": _keep_attention} if policy == "keep_attention" else {}
     for i, block in enumerate(model.blocks):

@@ -23,6 +23,7 @@ from longreel.models.sequence import SequenceLengths, SequenceParallel
 from longreel.parallel.config import ParallelConfig, check_heads
 from longreel.parallel.engine import apply_engine, apply_policy
 from longreel.parallel.mesh import ParallelMesh
+from longreel.parallel.offload import HostStore
 from longreel.parallel.strategies import build_strategy
 
 
@@ -87,12 +88,15 @@ class ParallelDiT:
         model: the whole model, the same parameters on every rank.
         mesh: dp x sp ranks.
         config: strategy, engine, policy, precision.
+        store: host memory of policy `offload`; one within config's budget if not given.
 
     Raises:
         ValueError: the mesh does not fit the configuration, or the ranks do not divide the heads.
     """
 
-    def __init__(self, model: DiT, mesh: ParallelMesh, config: ParallelConfig) -> None:
+    def __init__(
+        self, model: DiT, mesh: ParallelMesh, config: ParallelConfig, *, store: HostStore | None = None
+    ) -> None:
         if mesh.sp_degree != config.sp_degree:
             raise ValueError(f"the mesh has sp_degree {mesh.sp_degree}, the configuration {config.sp_degree}")
         check_heads(model.config.num_heads, config.heads_degree)
@@ -102,7 +106,9 @@ class ParallelDiT:
         self.strategy: SequenceParallel = build_strategy(config, mesh)
         if config.precision == "fp64":
             model = model.double()
-        apply_policy(model, config.policy, config.mlp_tile)
+        gib = config.host_memory_gib
+        self.store = store or HostStore(budget_bytes=None if gib is None else int(gib * (1 << 30)))
+        apply_policy(model, config.policy, config.mlp_tile, self.store)
         self.module: nn.Module = apply_engine(model, mesh, config)
 
     def parameters(self) -> Iterator[nn.Parameter]:

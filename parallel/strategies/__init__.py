@@ -26,7 +26,7 @@ def build_strategy(config: ParallelConfig, mesh: ParallelMesh) -> SequenceParall
     if config.strategy == "local":
         return Local(provider=config.attention_provider)
     group, degree, provider = mesh.sp_group, mesh.sp_degree, config.attention_provider
-    lean = config.policy == "keep_attention"
+    lean = config.policy in ("keep_attention", "offload")
     if config.strategy == "fastseq":
         return FastSeq(group=group, degree=degree, provider=provider, lean=lean, overlap=config.fastseq_overlap)
     ulysses_group, ring_group = {
