@@ -1,0 +1,151 @@
+"""The code generation report: compiles every kernel for a GPU that is not there and tables what it takes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from longreel.bench.kernel_list import KernelCase
+from longreel.bench.sass import inner_loop, load_widths, product_shapes
+
+# An H100 or H200 SXM: multiprocessors, and the clock at which they make the datasheet's 989 TFLOP/s in bf16.
+_PROCESSORS = 132
+_CLOCK = 1.83e9
+# An 8192^3 product on one H200 reached this share of it (FACTS.md section 3).
+_REACHED = 798 / 989
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class KernelFacts:
+    """One row: what the compiled kernel takes, and what that predicts. Absent predictions are None.
+
+    Cycles are one multiprocessor's for one pass of the inner loop by all its resident warpgroups. The bounds are useful
+    TFLOP/s: serial with nothing overlapped, overlapped with everything, both at the share of the datasheet's clock that
+    a large matrix product reached.
+    """
+
+    op: str
+    provider: str
+    kernel: str
+    arch: int
+    head_dim: int
+    num_warps: int
+    registers: int
+    local_bytes: int
+    spills: int
+    shared_bytes: int
+    programs_per_sm: int
+    planned_programs: int
+    products: list[str]
+    loads: dict[str, int]
+    loop_spills: int | None = None
+    exponentials_per_score: float | None = None
+    useful_share: float | None = None
+    tensor_cycles: float | None = None
+    exponential_cycles: float | None = None
+    issue_cycles: float | None = None
+    predicted_serial: float | None = None
+    predicted_overlapped: float | None = None
+
+
+def compile_case(case: KernelCase, arch: int) -> KernelFacts:
+    """Compile one kernel for one compute capability (90 is 9.0) and read it."""
+    from longreel.kernels.triton_aot import compile_kernel
+
+    launch = case.launch
+    kernel = compile_kernel(
+        launch.kernel,
+        launch.arguments,
+        num_warps=launch.num_warps,
+        num_stages=launch.num_stages,
+        options=launch.options,
+        capability=arch,
+    )
+    programs = kernel.programs_per_sm()
+    return KernelFacts(
+        op=case.op,
+        provider=case.provider,
+        kernel=case.name,
+        arch=arch,
+        head_dim=case.head_dim,
+        num_warps=kernel.num_warps,
+        registers=kernel.registers,
+        local_bytes=kernel.local_bytes,
+        spills=kernel.spills,
+        shared_bytes=kernel.shared_bytes,
+        programs_per_sm=programs,
+        planned_programs=case.planned_programs,
+        products=product_shapes(kernel.ptx),
+        loads=load_widths(kernel.ptx),
+        **(_predict(case, kernel.sass, programs) if arch == 90 and case.products else {}),
+    )
+
+
+def _predict(case: KernelCase, sass: str, programs: int) -> dict[str, Any]:
+    loop = inner_loop(sass)
+    if loop is None:
+        raise ValueError(f"kernel {case.name} has no loop with wgmma and exponentials; it cannot be predicted")
+    scores = case.block_m * case.block_n / case.groups
+    useful = 2.0 * case.products * scores * case.head_dim
+    groups = programs * case.groups
+    tensor, exponential, issue = (
+        groups * cycles for cycles in (loop.tensor_cycles, loop.exponential_cycles, loop.issue_cycles)
+    )
+    rate = groups * useful * _PROCESSORS * _CLOCK * _REACHED / 1e12
+    return {
+        "loop_spills": loop.spills,
+        "exponentials_per_score": loop.exponentials * 128 / scores,
+        "useful_share": useful / loop.computed_flops,
+        "tensor_cycles": tensor,
+        "exponential_cycles": exponential,
+        "issue_cycles": issue,
+        "predicted_serial": rate / (tensor + max(exponential, issue)),
+        "predicted_overlapped": rate / max(tensor, exponential, issue),
+    }
+
+
+def compile_all(cases: Sequence[KernelCase], archs: Iterable[int]) -> Iterable[KernelFacts]:
+    """Rows as they are compiled, about a second each; kernels for Hopper alone only for 90."""
+    for arch in archs:
+        for case in cases:
+            if arch == 90 or case.provider != "triton-hopper":
+                yield compile_case(case, arch)
+
+
+def to_markdown(rows: Sequence[KernelFacts], versions: dict[str, str]) -> str:
+    """Two tables, of what is read off and of what is predicted."""
+    lines = ["Compiled by " + ", ".join(f"{name} {version}" for name, version in versions.items()) + ".", ""]
+    head = "op | provider | kernel | sm | head_dim | warps | registers | spills (in the loop) | stack B | shared KB"
+    lines += [f"| {head} | programs per SM (planned) | wgmma | loads: bytes x count |", "|" + " --- |" * 13]
+    for row in rows:
+        loads = ", ".join(f"{width} x {count}" for width, count in row.loads.items())
+        inside = "" if row.loop_spills is None else f" ({row.loop_spills})"
+        lines.append(
+            f"| {row.op} | {row.provider} | {row.kernel} | {row.arch} | {row.head_dim or '-'} | {row.num_warps} "
+            f"| {row.registers} | {row.spills}{inside} | {row.local_bytes} | {row.shared_bytes / 1024:.1f} "
+            f"| {row.programs_per_sm} ({row.planned_programs}) | {', '.join(row.products) or '-'} | {loads} |"
+        )
+    lines += ["", "Predicted for one pass of the inner loop by all warpgroups of a multiprocessor, sm_90:", ""]
+    head = "op | provider | kernel | head_dim | useful share | exp2 per score | tensor cycles | exponential cycles"
+    lines += [f"| {head} | issue cycles | predicted TFLOP/s, serial to overlapped |", "|" + " --- |" * 10]
+    for row in rows:
+        if row.tensor_cycles is not None:
+            lines.append(
+                f"| {row.op} | {row.provider} | {row.kernel} | {row.head_dim} | {row.useful_share:.0%} "
+                f"| {row.exponentials_per_score:.2f} | {row.tensor_cycles:.0f} | {row.exponential_cycles:.0f} "
+                f"| {row.issue_cycles:.0f} | {row.predicted_serial:.0f} to {row.predicted_overlapped:.0f} |"
+            )
+    return "\n".join(lines) + "\n"
+
+
+def write_report(folder: Path, rows: Sequence[KernelFacts], versions: dict[str, str]) -> tuple[Path, Path]:
+    """codegen.md and codegen.json in folder; returns both paths."""
+    folder.mkdir(parents=True, exist_ok=True)
+    page, data = folder / "codegen.md", folder / "codegen.json"
+    page.write_text(to_markdown(rows, versions))
+    record: dict[str, Any] = {"kind": "predicted", "versions": versions, "kernels": [asdict(row) for row in rows]}
+    data.write_text(json.dumps(record, indent=1) + "\n")
+    return page, data
