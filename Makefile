@@ -3,17 +3,19 @@ PYTHON ?= $(shell for p in python3 python3.11 python3.12 python3.13; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
 BIN := .venv/bin
 STAMP := .venv/.installed
+COLOSSALAI := .venv/.installed-colossalai
 
-.PHONY: help setup setup-browser sweep benchmark test lint types layers smoke unit slow clean
+.PHONY: help setup setup-browser setup-colossalai sweep benchmark test lint types layers smoke unit slow clean
 
 help:
-	@echo "make sweep          benchmark what this machine can run, predict 8xH800, write out/quick/report.html"
-	@echo "make benchmark      time every op against its peers; on a GPU at a DiT's sizes, else small"
-	@echo "make test           lint, types, import layers, a smoke sweep, tests"
-	@echo "make slow           the tests that take minutes"
-	@echo "make setup          virtual environment in .venv (the others call it)"
-	@echo "make setup-browser  Debian's Chromium, for the tests of the report (needs root)"
-	@echo "make clean          remove .venv and out"
+	@echo "make sweep             benchmark what this machine can run, predict 8xH800, write out/quick/report.html"
+	@echo "make benchmark         time every op against its peers; on a GPU at a DiT's sizes, else small"
+	@echo "make test              lint, types, import layers, a smoke sweep, tests"
+	@echo "make slow              the tests that take minutes"
+	@echo "make setup             virtual environment in .venv (the others call it)"
+	@echo "make setup-browser     Debian's Chromium, for the tests of the report (needs root)"
+	@echo "make setup-colossalai  ColossalAI in that environment, for --engine colossalai and its tests"
+	@echo "make clean             remove .venv and out"
 
 setup: $(STAMP)
 
@@ -26,6 +28,14 @@ $(STAMP): requirements.txt pyproject.toml
 
 setup-browser:
 	command -v chromium || { apt-get update --quiet && apt-get install --quiet --yes --no-install-recommends chromium; }
+
+setup-colossalai: $(COLOSSALAI)
+
+# Its own requirements are years old: without --no-deps pip would replace torch.
+$(COLOSSALAI): requirements-colossalai.txt $(STAMP)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation \
+		--requirement requirements-colossalai.txt
+	@touch $@
 
 sweep: setup
 	$(BIN)/python bench/sweep.py
