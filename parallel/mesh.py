@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
+from longreel.parallel.comm import group_size
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ParallelMesh:
@@ -15,12 +17,14 @@ class ParallelMesh:
     Args:
         grid: axes (`dp`, `sp`).
         flat: one axis `dp_sp` over the same ranks, which gradients are averaged and sharded over.
-        hybrid: axes (`dp`, `ring`, `ulysses`) over the same ranks, where an SP group splits both heads and keys.
+        ulysses_group, ring_group: names of this rank's groups within its SP group, where that is a hybrid; "" where
+            not, and where the group would be of one rank.
     """
 
     grid: DeviceMesh
     flat: DeviceMesh
-    hybrid: DeviceMesh | None = None
+    ulysses_group: str = ""
+    ring_group: str = ""
 
     @property
     def sp_degree(self) -> int:
@@ -47,12 +51,6 @@ class ParallelMesh:
         """Name of this rank's SP group, the key of the strategies' ops."""
         return self.grid["sp"].get_group().group_name
 
-    def hybrid_group(self, axis: str) -> str:
-        """Name of this rank's group along `ulysses` or `ring`; "" where there is no such axis or one rank on it."""
-        if self.hybrid is None or self.hybrid[axis].size() == 1:
-            return ""
-        return self.hybrid[axis].get_group().group_name
-
 
 def build_mesh(*, sp_degree: int, ulysses_degree: int | None = None, device_type: str = "cpu") -> ParallelMesh:
     """The mesh over all ranks of the default process group.
@@ -74,8 +72,10 @@ def build_mesh(*, sp_degree: int, ulysses_degree: int | None = None, device_type
         )
     grid = init_device_mesh(device_type, (world_size // sp_degree, sp_degree), mesh_dim_names=("dp", "sp"))
     flat = init_device_mesh(device_type, (world_size,), mesh_dim_names=("dp_sp",))
-    hybrid = None
+    groups = {}
     if ulysses_degree is not None:
         shape = world_size // sp_degree, sp_degree // ulysses_degree, ulysses_degree
         hybrid = init_device_mesh(device_type, shape, mesh_dim_names=("dp", "ring", "ulysses"))
-    return ParallelMesh(grid=grid, flat=flat, hybrid=hybrid)
+        groups = {f"{axis}_group": hybrid[axis].get_group().group_name for axis in ("ulysses", "ring")}
+        groups = {name: group for name, group in groups.items() if group_size(group) > 1}
+    return ParallelMesh(grid=grid, flat=flat, **groups)

@@ -24,6 +24,7 @@ from longreel.parallel.parallelize import ParallelDiT
 from longreel.parallel.predict.ledger import OpCost, OpLedger
 from longreel.parallel.predict.lifetimes import StorageTracker
 from longreel.parallel.predict.step import (
+    SizesOnly,
     StepTrace,
     allocate_gradients,
     allocate_state,
@@ -113,7 +114,8 @@ def step_at_depth(
         return trace_step(config, parallel, mesh, latent_size=latent_size, batch=batch, open_pointwise=open_pointwise)
     ledger = OpLedger(open_pointwise=open_pointwise)
     with FakeTensorMode(), StorageTracker(ledger) as tracker:
-        parallel_model = ParallelDiT(DiT(replace(config, depth=blocks)), mesh, parallel)
+        store = SizesOnly()
+        parallel_model = ParallelDiT(DiT(replace(config, depth=blocks)), mesh, parallel, store=store)
         data = fake_batch(parallel_model, latent_size, batch)
         run = run_places(parallel_model, tracker, ledger, data)
 
@@ -143,4 +145,6 @@ def step_at_depth(
         kept=run.kept - shallow.parameters + kept,
         costs=costs_by_phase(Counter(run.costs), repeated, whole.costs),
         group_sizes=group_sizes(mesh),
+        # Every block keeps the same.
+        host_bytes=store.peak_bytes * config.depth // blocks,
     )

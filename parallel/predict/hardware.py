@@ -71,6 +71,7 @@ LINK_SHARE = _assumed(
 
 # Seconds.
 COLLECTIVE_LATENCY = _assumed(20e-6, 10e-6, 40e-6, "launch and synchronisation of one NCCL collective inside a node")
+HOST_LINK = _assumed(40e9, 20e9, 52e9, "pinned memory over PCIe 5.0 x16, one direction; less where GPUs share a switch")
 KERNEL_FLOOR = _assumed(6e-6, 3e-6, 12e-6, "shortest time between two kernels launched by eager PyTorch")
 
 # Memory that is not the model's. "80 GB" is taken as 80 GiB, which is what the driver shows within 1 %.

@@ -97,6 +97,7 @@ class Prediction:
         kind: `predicted`.
         memory_bytes: peak of live bytes on the fullest rank. memory_by_phase: the same in forward, backward, optimizer.
         kept_bytes: live between forward and backward beyond parameters and optimizer state: activations, mostly.
+        host_bytes: activations that one rank keeps in host memory (policy `offload`).
         memory_limit: bytes of the GPU. usable_bytes: those left after the reserve (assumed).
         fits: memory_bytes is at most usable_bytes.
         flops: useful FLOPs of the step over all GPUs. hw_flops: with recomputation and padding.
@@ -111,6 +112,7 @@ class Prediction:
     memory_bytes: int
     memory_by_phase: Mapping[str, int]
     kept_bytes: int
+    host_bytes: int
     memory_limit: int
     usable_bytes: int
     fits: bool
@@ -138,7 +140,7 @@ def predict_step(case: PredictionCase) -> Prediction:
     profile = get_profile(case.target)
     parallel = replace(case.parallel, attention_provider="sdpa-flash")
     trace = _trace(case.model, parallel, case.num_gpus, case.grid, case.batch_per_group, case.fused_pointwise)
-    time = step_time(trace.costs, profile, group_sizes=trace.group_sizes)
+    time = step_time(trace.costs, profile, group_sizes=trace.group_sizes, host_bytes=trace.host_bytes)
     t, h, w = case.grid
     samples = case.batch_per_group * case.parallel.dp_degree(case.num_gpus)
     flops = float(samples * useful_flops(case.model, num_video=t * h * w))
@@ -148,6 +150,7 @@ def predict_step(case: PredictionCase) -> Prediction:
         memory_bytes=trace.peak,
         memory_by_phase={phase: round(peak) for phase, peak in trace.peaks.items()},
         kept_bytes=round(trace.kept),
+        host_bytes=trace.host_bytes,
         memory_limit=profile.memory_bytes,
         usable_bytes=profile.usable_bytes,
         fits=trace.peak <= profile.usable_bytes,

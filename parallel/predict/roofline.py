@@ -7,7 +7,8 @@ after the other, except where the schedule overlaps:
   no further: exposed = max(0, exchange - work * (P - 1) / P). The work is FastSeq's projection, with attention where
   that runs chunk by chunk and its partial outputs are merged; in a ring, attention;
 - the sharding engine's collectives hide behind the compute of their phase, but for the largest one, which has nothing
-  to hide behind at the start of forward or the end of backward.
+  to hide behind at the start of forward or the end of backward;
+- activations that go to host memory and back hide behind the compute of forward and of backward.
 The interval takes every rate at the fast end with this overlap, and every rate at the slow end without any overlap of
 communication. It covers the assumed rates, not what the model leaves out (stragglers, clocks under load, data loading).
 Source: Williams, Waterman and Patterson 2009, Roofline.
@@ -20,7 +21,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from longreel.parallel.predict.hardware import COLLECTIVE_LATENCY, KERNEL_FLOOR, GPUProfile, Rate
+from longreel.parallel.predict.hardware import COLLECTIVE_LATENCY, HOST_LINK, KERNEL_FLOOR, GPUProfile, Rate
 from longreel.parallel.predict.ledger import OpCost
 
 # The op, forward and backward, whose point-to-point exchange is a ring.
@@ -49,24 +50,27 @@ class StepTime:
     rates: Mapping[str, Rate]
 
 
-def step_time(costs: Mapping[OpCost, float], profile: GPUProfile, *, group_sizes: Mapping[str, int]) -> StepTime:
+def step_time(
+    costs: Mapping[OpCost, float], profile: GPUProfile, *, group_sizes: Mapping[str, int], host_bytes: int = 0
+) -> StepTime:
     """Time of one step.
 
     Args:
         costs: calls of every op on one rank.
         profile: the GPU.
         group_sizes: ranks of every process group that a collective names.
+        host_bytes: activations that go to host memory in forward and come back in backward.
     """
-    parts, hidden = _parts(costs, profile, group_sizes, "expected", overlap=True)
-    low, _ = _parts(costs, profile, group_sizes, "fast", overlap=True)
-    high, _ = _parts(costs, profile, group_sizes, "slow", overlap=False)
+    parts, hidden = _parts(costs, profile, group_sizes, host_bytes, "expected", overlap=True)
+    low, _ = _parts(costs, profile, group_sizes, host_bytes, "fast", overlap=True)
+    high, _ = _parts(costs, profile, group_sizes, host_bytes, "slow", overlap=False)
     return StepTime(
         seconds=sum(parts.values()),
         low=sum(low.values()),
         high=sum(high.values()),
         breakdown=parts,
         hidden=hidden,
-        rates=_rates_used(costs, profile),
+        rates=_rates_used(costs, profile) | ({"host_byte_s": HOST_LINK} if host_bytes else {}),
     )
 
 
@@ -105,7 +109,13 @@ def _op_seconds(cost: OpCost, profile: GPUProfile, pace: Pace) -> float:
 
 
 def _parts(
-    costs: Mapping[OpCost, float], profile: GPUProfile, group_sizes: Mapping[str, int], pace: Pace, *, overlap: bool
+    costs: Mapping[OpCost, float],
+    profile: GPUProfile,
+    group_sizes: Mapping[str, int],
+    host_bytes: int,
+    pace: Pace,
+    *,
+    overlap: bool,
 ) -> tuple[dict[str, float], dict[str, float]]:
     """Seconds that count and seconds that are hidden, by part."""
     parts = dict.fromkeys(("matmul", "attention", "memory", "optimizer", "sequence", "sharding"), 0.0)
@@ -142,4 +152,8 @@ def _parts(
     for phase, seconds in sharding.items():
         cover = compute[phase] if overlap else 0.0
         parts["sharding"] += largest[phase] + max(0.0, seconds - largest[phase] - cover)
+    if host_bytes:
+        one_way = host_bytes / _speed(HOST_LINK, pace)
+        covers = (compute[phase] if overlap else 0.0 for phase in ("forward", "backward"))
+        total["offload"], parts["offload"] = 2 * one_way, sum(max(0.0, one_way - cover) for cover in covers)
     return parts, {name: seconds - parts[name] for name, seconds in total.items()}

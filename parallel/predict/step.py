@@ -13,8 +13,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from longreel.models.config import DiTConfig
 from longreel.models.dit import DiT, takes_text
+from longreel.parallel import comm
 from longreel.parallel.config import ParallelConfig
 from longreel.parallel.mesh import ParallelMesh
+from longreel.parallel.offload import HostStore, HostTensor
 from longreel.parallel.parallelize import Batch, ParallelDiT
 from longreel.parallel.predict.ledger import OpCost, OpLedger
 from longreel.parallel.predict.lifetimes import StorageTracker
@@ -38,6 +40,7 @@ class StepTrace:
         kept: bytes live between forward and backward beyond `state`: activations, inputs, gathered parameters.
         costs: calls per op, phases `forward`, `backward` and `optimizer`.
         group_sizes: ranks of the process groups that the costs name.
+        host_bytes: activations in host memory at most.
     """
 
     peaks: Mapping[str, int]
@@ -45,6 +48,7 @@ class StepTrace:
     kept: int
     costs: Mapping[OpCost, int]
     group_sizes: Mapping[str, int]
+    host_bytes: int
 
     @property
     def peak(self) -> int:
@@ -108,7 +112,8 @@ def trace_step(
     """
     ledger = OpLedger(open_pointwise=open_pointwise)
     with FakeTensorMode(), StorageTracker(ledger) as tracker:
-        parallel_model = ParallelDiT(DiT(config), mesh, parallel)
+        store = SizesOnly()
+        parallel_model = ParallelDiT(DiT(config), mesh, parallel, store=store)
         optimizer = build_optimizer(parallel_model)
         allocate_state(optimizer)
         state = tracker.current
@@ -122,7 +127,19 @@ def trace_step(
         kept=places.kept - state,
         costs=costs_by_phase(places.costs, optimizer_costs),
         group_sizes=group_sizes(mesh),
+        host_bytes=store.peak_bytes,
     )
+
+
+class SizesOnly(HostStore):
+    """Host memory that holds sizes and no data: fake tensors of the host would count as the device's."""
+
+    def _leave(self, tensor: Tensor) -> HostTensor:
+        return HostTensor((tensor.shape, tensor.dtype), tensor.device)
+
+    def _fetch(self, entry: HostTensor) -> None:
+        shape, dtype = entry.host
+        entry.back = torch.empty(shape, dtype=dtype, device=entry.device)
 
 
 def build_optimizer(parallel_model: ParallelDiT) -> torch.optim.Optimizer:
@@ -224,7 +241,5 @@ def costs_by_phase(*costs: Mapping[OpCost, int]) -> Mapping[OpCost, int]:
 
 def group_sizes(mesh: ParallelMesh) -> dict[str, int]:
     """Ranks of the mesh's process groups, by name."""
-    axes = [mesh.grid["sp"], mesh.flat]
-    if mesh.hybrid is not None:
-        axes += [mesh.hybrid["ring"], mesh.hybrid["ulysses"]]
-    return {axis.get_group().group_name: axis.size() for axis in axes}
+    names = mesh.sp_group, mesh.flat.get_group().group_name, mesh.ulysses_group, mesh.ring_group
+    return {name: comm.group_size(name) for name in names if name}

@@ -32,7 +32,7 @@ def build_strategy(config: ParallelConfig, mesh: ParallelMesh) -> SequenceParall
     ulysses_group, ring_group = {
         "ulysses": (group, ""),
         "ring": ("", group),
-        "usp": (mesh.hybrid_group("ulysses"), mesh.hybrid_group("ring")),
+        "usp": (mesh.ulysses_group, mesh.ring_group),
     }[config.strategy]
     return USP(
         group=group,

@@ -160,3 +160,23 @@ def test_every_figure_says_where_it_comes_from_and_goes_into_json() -> None:
 def test_bad_cases_are_named(fields: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         _small(**fields)
+
+
+@pytest.mark.parametrize(
+    ("policy", "seq_len", "most_gib"),
+    [
+        pytest.param("keep_attention", 819_200, 24.0, id="keep_attention-819200"),
+        pytest.param("full", 4_000_000, None, id="full-4M"),
+        pytest.param("offload", 8_000_000, None, id="offload-8M"),
+    ],
+)
+def test_long_sequences_fit_80_gb_on_8_gpus(policy, seq_len, most_gib):
+    parallel = ParallelConfig(strategy="ulysses", sp_degree=8, policy=policy, precision="bf16", mlp_tile=4096)
+    case = PredictionCase(model=dit_xl_2(), parallel=parallel, num_gpus=8, target="h800", seq_len=seq_len)
+    prediction = predict_step(case)
+    assert prediction.fits
+    if most_gib is not None:
+        assert prediction.memory_bytes <= most_gib * 2**30
+    # A block's input and its attention's output leave the device, and the log-sum-exps of 2 heads.
+    kept = 28 * (2 * seq_len // 8 * 1152 * 2 + seq_len * 2 * 4)
+    assert prediction.host_bytes == pytest.approx(kept if policy == "offload" else 0, rel=0.001)

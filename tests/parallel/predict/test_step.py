@@ -24,7 +24,7 @@ def _parallel(**fields: Any) -> ParallelConfig:
 
 def _trace(config: DiTConfig, parallel: ParallelConfig, ranks: int, latent_size: tuple[int, int, int]) -> StepTrace:
     with fake_world(ranks):
-        mesh = build_mesh(sp_degree=parallel.sp_degree)
+        mesh = build_mesh(sp_degree=parallel.sp_degree, ulysses_degree=parallel.ulysses_degree)
         return trace_step(config, parallel, mesh, latent_size=latent_size, batch=1)
 
 
@@ -33,7 +33,7 @@ def _continued(config: DiTConfig, parallel: ParallelConfig, ranks: int, latent_s
         mesh = build_mesh(sp_degree=1)
         one, two = (trace_optimizer(replace(config, depth=d), _parallel(), mesh) for d in (1, 2))
     with fake_world(ranks):
-        mesh = build_mesh(sp_degree=parallel.sp_degree)
+        mesh = build_mesh(sp_degree=parallel.sp_degree, ulysses_degree=parallel.ulysses_degree)
         return step_at_depth(config, parallel, mesh, (one, two), latent_size=latent_size, batch=1)
 
 
@@ -59,6 +59,13 @@ LONG, SHORT, ODD = (16, 64, 64), (1, 16, 16), (1, 2, 2002)
             {"conditioning": "in_context"},
             id="ulysses8-none-odd-in-context",
         ),
+        pytest.param(
+            {"strategy": "usp", "sp_degree": 4, "ulysses_degree": 2, "policy": "keep_attention", "mlp_tile": 512},
+            LONG,
+            {},
+            id="usp4-keep-attention-tiled-long",
+        ),
+        pytest.param({"strategy": "ring", "sp_degree": 4, "policy": "offload"}, LONG, {}, id="ring4-offload-long"),
     ],
 )
 def test_continued_depth_equals_running_it(
@@ -69,6 +76,8 @@ def test_continued_depth_equals_running_it(
     continued = _continued(config, _parallel(**parallel), 8, latent_size)
     assert continued.peaks == whole.peaks
     assert (continued.state, continued.kept) == (whole.state, whole.kept)
+    assert continued.host_bytes == whole.host_bytes
+    assert (whole.host_bytes > 0) == (parallel.get("policy") == "offload")
     assert continued.flops == whole.flops
     assert continued.sent() == whole.sent()
     # The optimizer's ops run over lists of parameters: their bytes continue, not their calls.
@@ -111,7 +120,15 @@ def test_without_recomputation_a_block_keeps_nineteen_hidden_states() -> None:
 
 @pytest.mark.parametrize(
     ("strategy", "degree", "policy"),
-    [("local", 1, "none"), ("local", 1, "full"), ("ulysses", 2, "full"), ("fastseq", 4, "none")],
+    [
+        ("local", 1, "none"),
+        ("local", 1, "full"),
+        ("local", 1, "keep_attention"),
+        ("ulysses", 2, "full"),
+        ("ulysses", 2, "keep_attention"),
+        ("fastseq", 4, "none"),
+        ("ring", 2, "keep_attention"),
+    ],
 )
 def test_peak_equals_real_allocations(strategy: str, degree: int, policy: str) -> None:
     """Every allocation of a real step on the CPU, as the profiler saw them, the ops as they run there."""
