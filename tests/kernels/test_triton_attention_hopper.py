@@ -313,3 +313,31 @@ def test_gpu_packed_segments_and_repeated_runs():
     for _ in range(20):
         for a, b in zip(attention(*qkv, provider="triton-hopper", **cu), first, strict=True):
             assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("length", ["short", "long"])
+def test_tuning_constants_say_what_they_rest_on_and_candidates_begin_with_the_launch_own(length):
+    from longreel.kernels import triton_attention_tuning as tuning
+
+    constants = [*tuning.TILES.values(), *tuning.MEASURED.values(), tuning.TILES_FP32]
+    for tiles in [*constants, *tuning.HOPPER_TILES.values(), *tuning.MEASURED_HOPPER.values()]:
+        assert (tiles.evidence == "measured") == (tiles.record is not None), tiles
+    rows = tuning.LONG if length == "long" else 4096
+    assert tuning.length_class(rows) == length
+    for direction in ("forward", "dkdv", "dq", "fused"):
+        own = tuning.attention_tiles(direction, 80, torch.bfloat16, rows)
+        listed = tuning.candidates(direction, 80, length)
+        assert listed[0] == own
+        assert len(set(listed)) == len(listed) >= 4
+    assert tuning.hopper_candidates(72, length)[0] == tuning.hopper_tiles(72, rows)
+
+
+def test_measured_constants_replace_assumed_ones_of_their_length_class(monkeypatch):
+    from longreel.kernels import triton_attention_tuning as tuning
+
+    found = tuning.AttentionTiles(
+        block_m=64, block_n=32, num_warps=4, num_stages=2, planned_programs=1, evidence="measured", record="r1"
+    )
+    monkeypatch.setitem(tuning.MEASURED, ("dq", 80, "short"), found)
+    assert tuning.attention_tiles("dq", 80, torch.bfloat16, 100) == found
+    assert tuning.attention_tiles("dq", 80, torch.bfloat16, tuning.LONG) == tuning.TILES["dq", 80]
