@@ -15,7 +15,6 @@ from longreel.bench.cases import Point
 from longreel.bench.process_memory import PeakMemory
 from longreel.models.sequence import AttentionShape
 from longreel.parallel import comm
-from longreel.parallel.engine import full_gradients
 from longreel.parallel.mesh import build_mesh
 from longreel.parallel.parallelize import Batch, ParallelDiT
 
@@ -57,16 +56,17 @@ def measure_point(point: Point, oracle_path: str) -> RankResult:
     mesh = build_mesh(sp_degree=point.parallel.sp_degree, ulysses_degree=point.parallel.ulysses_degree)
     everyone = mesh.flat.get_group().group_name
     model = ParallelDiT(gate.build_model(point.model, point.seed), mesh, point.parallel)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=_LEARNING_RATE)
+    engine = model.engine
+    engine.attach(torch.optim.AdamW(model.parameters(), lr=_LEARNING_RATE))
 
     gate_len = gate.gate_length(point.seq_len, mesh.dp_rank)
     batch = _batch(point, mesh.dp_rank, gate_len)
     with traffic.counted_traffic() as counted, FlopCounterMode(display=False) as flops:
         loss = model.loss(batch)
-        loss.backward()
+        engine.backward(loss)
     verdict = gate.compare(
         sum(comm.over_ranks(loss.item(), everyone)) / mesh.flat.size(),
-        full_gradients(model.module),
+        engine.full_gradients(),
         oracle_path,
         dp_degree=mesh.dp_degree,
     )
@@ -90,16 +90,15 @@ def measure_point(point: Point, oracle_path: str) -> RankResult:
         )
 
     # The gate's step ends here: the optimizer's states exist from now on.
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
+    engine.step()
     warm_up = "1 step (the gate's)"
     if mesh.dp_degree > 1:
         # All groups but the first have seen a short sample only: their memory is not theirs yet, nor their speed.
         batch = _batch(point, mesh.dp_rank, point.seq_len)
         warm_up = "1 step after the gate's"
-        _step(model, optimizer, batch)
+        _step(model, batch)
     memory = PeakMemory()
-    samples = _timed_steps(point, model, optimizer, batch, everyone)
+    samples = _timed_steps(point, model, batch, everyone)
     return RankResult(
         verdict=verdict,
         reason=None,
@@ -118,25 +117,22 @@ def silence_fsdp() -> None:
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
 
 
-def _timed_steps(
-    point: Point, model: ParallelDiT, optimizer: torch.optim.Optimizer, batch: Batch, everyone: str
-) -> tuple[float, ...]:
+def _timed_steps(point: Point, model: ParallelDiT, batch: Batch, everyone: str) -> tuple[float, ...]:
     samples: list[float] = []
     while len(samples) < point.timing.min_samples or (
         len(samples) < point.timing.max_samples and sum(samples) < point.timing.budget_s
     ):
         dist.barrier()
         start = time.perf_counter()
-        _step(model, optimizer, batch)
+        _step(model, batch)
         # Every rank keeps the slowest rank's time, so that all stop after the same step.
         samples.append(max(comm.over_ranks(time.perf_counter() - start, everyone)))
     return tuple(samples)
 
 
-def _step(model: ParallelDiT, optimizer: torch.optim.Optimizer, batch: Batch) -> None:
-    model.loss(batch).backward()
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
+def _step(model: ParallelDiT, batch: Batch) -> None:
+    model.engine.backward(model.loss(batch))
+    model.engine.step()
 
 
 def _batch(point: Point, dp_rank: int, seq_len: int) -> Batch:

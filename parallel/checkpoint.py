@@ -15,17 +15,12 @@ from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.checkpoint.metadata import Metadata
-from torch.distributed.checkpoint.state_dict import (
-    get_model_state_dict,
-    get_state_dict,
-    set_model_state_dict,
-    set_state_dict,
-)
 from torch.distributed.device_mesh import DeviceMesh
 
 from longreel.parallel.comm import all_reduce_sum
+from longreel.parallel.engine import Engine
 
 VERSION = 1
 _NAME = re.compile(r"step-(\d{6,})")
@@ -54,8 +49,7 @@ def find_checkpoint(path: Path) -> Path:
 def save_checkpoint(
     folder: Path,
     step: int,
-    module: nn.Module,
-    optimizer: torch.optim.Optimizer,
+    engine: Engine,
     config: dict[str, Any],
     mesh: DeviceMesh,
 ) -> Path:
@@ -63,7 +57,7 @@ def save_checkpoint(
 
     Args:
         folder: `checkpoints/` of the run. step: optimizer steps done.
-        module, optimizer: as wrapped by any engine; names in the file are those of the plain model.
+        engine: any, its optimizer attached; names in the file are those of the plain model.
         config: the resolved configuration of the run, for JSON.
         mesh: one axis over all ranks.
 
@@ -79,9 +73,9 @@ def save_checkpoint(
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
     wait_for_all(mesh)
-    model_state, optimizer_state = get_state_dict(module, optimizer)
+    state = engine.state()
     try:
-        dcp.save({"model": model_state, "optimizer": optimizer_state}, checkpoint_id=partial)
+        dcp.save(state, checkpoint_id=partial)
     except dcp.api.CheckpointException as error:
         raise OSError(f"{final}: cannot write the checkpoint: {_first(error)}") from error
     if first:
@@ -114,22 +108,17 @@ def read_run(checkpoint: Path) -> tuple[int, dict[str, Any]]:
     return step, config
 
 
-def load_checkpoint(checkpoint: Path, module: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> None:
-    """Read a checkpoint into a wrapped model and, for resuming, its optimizer; every rank calls it.
+def load_checkpoint(checkpoint: Path, engine: Engine) -> None:
+    """Read a checkpoint into a wrapped model and its optimizer, if one is attached; every rank calls it.
 
     Raises:
         ValueError: the checkpoint holds another model or is damaged.
     """
     _check_index(checkpoint)
     try:
-        if optimizer is None:
-            model_state = get_model_state_dict(module)
-            dcp.load({"model": model_state}, checkpoint_id=checkpoint)
-            set_model_state_dict(module, model_state)
-        else:
-            model_state, optimizer_state = get_state_dict(module, optimizer)
-            dcp.load({"model": model_state, "optimizer": optimizer_state}, checkpoint_id=checkpoint)
-            set_state_dict(module, optimizer, model_state_dict=model_state, optim_state_dict=optimizer_state)
+        state = engine.state()
+        dcp.load(state, checkpoint_id=checkpoint)
+        engine.load_state(state)
     except (dcp.api.CheckpointException, RuntimeError) as error:
         raise ValueError(f"{checkpoint}: does not fit this model or is damaged: {_first(error)}") from error
 

@@ -8,7 +8,7 @@ from typing import Literal, get_args
 import torch
 
 Strategy = Literal["local", "ulysses", "fastseq", "ring", "usp"]
-Engine = Literal["fsdp2-zero2", "fsdp2-zero3", "ddp"]
+Engine = Literal["fsdp2-zero2", "fsdp2-zero3", "ddp", "colossalai"]
 Policy = Literal["none", "full", "keep_attention", "offload"]
 FastSeqOverlap = Literal["auto", "projection", "attention"]
 Precision = Literal["fp32", "bf16", "fp64"]
@@ -29,7 +29,8 @@ class ParallelConfig:
         sp_degree: P, ranks that share one sample's sequence; 1 for `local`.
         ulysses_degree: of `usp`, U consecutive ranks that split the heads; sp_degree / U ranks form each ring.
         fastseq_overlap: of `fastseq`, what the gather hides behind: the `projection`, `attention` as well, or `auto`.
-        engine: `fsdp2-zero2` (parameters kept gathered between forward and backward), `fsdp2-zero3` or `ddp`.
+        engine: `fsdp2-zero2` (parameters kept gathered between forward and backward), `fsdp2-zero3`, `ddp`,
+            or `colossalai` (ZeRO-2 by LowLevelZeroPlugin; `make setup-colossalai`, CUDA only).
         policy: activation policy: `none` keeps what backward needs, `full` recomputes each block, `keep_attention`
             recomputes all of it but self-attention, whose output and log-sum-exp are kept, `offload` does the same with
             what is kept, and the block's input, in host memory.

@@ -7,8 +7,15 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointImpl, checkpoint_wrapper
+from torch.distributed.checkpoint.state_dict import (
+    get_model_state_dict,
+    get_state_dict,
+    set_model_state_dict,
+    set_state_dict,
+)
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
@@ -50,8 +57,77 @@ def _keep_attention() -> tuple[Any, Any]:
     return create_selective_checkpoint_contexts(list(SELF_ATTENTION_OPS))
 
 
-def apply_engine(model: DiT, mesh: ParallelMesh, config: ParallelConfig) -> nn.Module:
-    """The model under its engine, gradients averaged over mesh.flat.
+class Engine:
+    """A wrapped model and, once attached, its optimizer: what a training step and a checkpoint need of an engine.
+
+    `fsdp2` and `ddp` are all in the wrapped module, and loss.backward() and optimizer.step() would do as well;
+    longreel.parallel.colossalai_engine is in the optimizer too and overrides what follows.
+
+    Args:
+        module: the wrapped model, to be called for the forward pass.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+        self.optimizer: torch.optim.Optimizer | None = None
+
+    def attach(self, optimizer: torch.optim.Optimizer) -> None:
+        """Take an optimizer over all parameters of `module`; its param_groups stay the place for learning rates."""
+        self.optimizer = optimizer
+
+    def backward(self, loss: Tensor) -> None:
+        """Backward, and the average of gradients over all ranks."""
+        loss.backward()
+
+    def step(self) -> None:
+        """One optimizer step; gradients are gone after it."""
+        assert self.optimizer is not None
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+    def full_gradients(self) -> dict[str, Tensor]:
+        """Whole gradients on every rank, by the model's own parameter names.
+
+        Raises:
+            ValueError: a parameter has no gradient.
+        """
+        return full_gradients(self.module)
+
+    def state(self) -> dict[str, Any]:
+        """`model` and, with an optimizer attached, `optimizer`, for torch.distributed.checkpoint.
+
+        Names and shapes are those of the plain model, whatever the engine; all ranks call it.
+        """
+        if self.optimizer is None:
+            return {"model": get_model_state_dict(self.module)}
+        model, optimizer = get_state_dict(self.module, self.optimizer)
+        return {"model": model, "optimizer": optimizer}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Take what state() gave, after a checkpoint was read into it."""
+        if self.optimizer is None:
+            set_model_state_dict(self.module, state["model"])
+            return
+        set_state_dict(
+            self.module, self.optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"]
+        )
+
+
+def build_engine(model: DiT, mesh: ParallelMesh, config: ParallelConfig) -> Engine:
+    """The model under the engine that config names.
+
+    Raises:
+        ValueError: `colossalai` is not installed, or not for this device.
+    """
+    if config.engine == "colossalai":
+        from longreel.parallel.colossalai_engine import ColossalAIEngine
+
+        return ColossalAIEngine(model, mesh, config)
+    return Engine(_wrap(model, mesh, config))
+
+
+def _wrap(model: DiT, mesh: ParallelMesh, config: ParallelConfig) -> nn.Module:
+    """The model under fsdp2 or ddp, gradients averaged over mesh.flat.
 
     ZeRO-2 keeps parameters gathered between forward and backward, ZeRO-3 gathers them again; both shard gradients
     and optimizer state. The root does not cast its inputs: bf16 would turn timestep 999 into 1000.
@@ -81,6 +157,10 @@ def full_gradients(module: nn.Module) -> dict[str, Tensor]:
         if parameter.grad is None:
             raise ValueError(f"parameter {name} has no gradient; call backward() first")
         grad = parameter.grad
-        name = name.replace("_checkpoint_wrapped_module.", "").removeprefix("module.")
-        grads[name] = grad.full_tensor() if isinstance(grad, DTensor) else grad
+        grads[plain_name(name)] = grad.full_tensor() if isinstance(grad, DTensor) else grad
     return grads
+
+
+def plain_name(name: str) -> str:
+    """A parameter's name in the plain model, from its name under any engine and policy."""
+    return name.replace("_checkpoint_wrapped_module.", "").removeprefix("module.")

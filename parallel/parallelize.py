@@ -21,7 +21,7 @@ from longreel.models.flow import TIMESTEP_SCALE, interpolate, velocity_target
 from longreel.models.patches import grid_coords, patchify, unpatchify
 from longreel.models.sequence import SequenceLengths, SequenceParallel
 from longreel.parallel.config import ParallelConfig, check_heads
-from longreel.parallel.engine import apply_engine, apply_policy
+from longreel.parallel.engine import Engine, apply_policy, build_engine
 from longreel.parallel.mesh import ParallelMesh
 from longreel.parallel.offload import HostStore
 from longreel.parallel.strategies import build_strategy
@@ -109,7 +109,8 @@ class ParallelDiT:
         gib = config.host_memory_gib
         self.store = store or HostStore(budget_bytes=None if gib is None else int(gib * (1 << 30)))
         apply_policy(model, config.policy, config.mlp_tile, self.store)
-        self.module: nn.Module = apply_engine(model, mesh, config)
+        self.engine: Engine = build_engine(model, mesh, config)
+        self.module: nn.Module = self.engine.module
 
     def parameters(self) -> Iterator[nn.Parameter]:
         """Parameters of the wrapped module (shards, under FSDP2)."""
@@ -121,7 +122,7 @@ class ParallelDiT:
         return torch.float64 if self.config.precision == "fp64" else torch.float32
 
     def loss(self, batch: Batch) -> Tensor:
-        """This rank's share of the rectified-flow loss; call backward() on it.
+        """This rank's share of the rectified-flow loss; give it to engine.backward().
 
         Returns:
             A scalar. Its mean over all ranks is the mean over samples and tokens of one device, and so are the

@@ -55,7 +55,7 @@ class Sampler:
             sp_degree=config.parallel.sp_degree, ulysses_degree=config.parallel.ulysses_degree, device_type=device.type
         )
         self.model = ParallelDiT(DiT(model_config).to(device), mesh, config.parallel)
-        load_checkpoint(checkpoint, self.model.module)
+        load_checkpoint(checkpoint, self.model.engine)
 
     def video(self, *, progress: Progress | None = None) -> Tensor:
         """The video of the prompt; every rank calls it.

@@ -77,9 +77,10 @@ class Trainer:
         self.optimizer = torch.optim.AdamW(
             self.model.parameters(), lr=config.learning_rate, betas=config.betas, weight_decay=config.weight_decay
         )
+        self.model.engine.attach(self.optimizer)
         self.step = 0
         if resumed is not None:
-            load_checkpoint(resumed, self.model.module, self.optimizer)
+            load_checkpoint(resumed, self.model.engine)
             self.step = read_run(resumed)[0]
         self._first_bad_step = torch.tensor(math.inf, dtype=torch.float64, device=device)
 
@@ -160,9 +161,8 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = config.learning_rate * min(1.0, (self.step + 1) / (config.warmup_steps + 1))
         loss = self.model.loss(batch)
-        loss.backward()
-        self.optimizer.step()
-        self.optimizer.zero_grad()
+        self.model.engine.backward(loss)
+        self.model.engine.step()
         self.step += 1
         # Noted on the device: waiting for every step's loss would stall it.
         bad = torch.where(loss.detach().isfinite(), math.inf, float(self.step))
@@ -198,7 +198,7 @@ class Trainer:
         self._check_finite()
         flat = self.mesh.flat
         config = to_json(self.config) | {"clips": self.clips.digest}
-        saved = save_checkpoint(self.checkpoint_folder, self.step, self.model.module, self.optimizer, config, flat)
+        saved = save_checkpoint(self.checkpoint_folder, self.step, self.model.engine, config, flat)
         if self._first:
             prune_checkpoints(self.checkpoint_folder, self.config.keep)
         return saved

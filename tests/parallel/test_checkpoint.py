@@ -34,15 +34,16 @@ def build(config: ParallelConfig, *, seed: int, hidden_size: int = 32) -> tuple[
     torch.manual_seed(seed)
     model = DiT(DiTConfig(depth=1, hidden_size=hidden_size, num_heads=4, text_dim=8, max_text_tokens=4))
     spread = ParallelDiT(model, build_mesh(sp_degree=config.sp_degree), config)
-    return spread, torch.optim.AdamW(spread.parameters(), lr=1e-2)
+    optimizer = torch.optim.AdamW(spread.parameters(), lr=1e-2)
+    spread.engine.attach(optimizer)
+    return spread, optimizer
 
 
-def step(spread: ParallelDiT, optimizer: torch.optim.Optimizer) -> None:
+def step(spread: ParallelDiT) -> None:
     torch.manual_seed(7)
     draws = {"latents": torch.randn(1, 1, 8, 8, 4), "noise": torch.randn(1, 1, 8, 8, 4), "text": torch.randn(1, 4, 8)}
-    spread.loss(Batch(**draws, timestep=torch.tensor([0.5]), global_samples=1)).backward()
-    optimizer.step()
-    optimizer.zero_grad()
+    spread.engine.backward(spread.loss(Batch(**draws, timestep=torch.tensor([0.5]), global_samples=1)))
+    spread.engine.step()
 
 
 def whole_state(spread: ParallelDiT, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
@@ -55,14 +56,14 @@ def whole_state(spread: ParallelDiT, optimizer: torch.optim.Optimizer) -> dict[s
 
 def save_on_ranks(folder: Path, config: ParallelConfig) -> dict[str, Tensor]:
     spread, optimizer = build(config, seed=0)
-    step(spread, optimizer)
-    save_checkpoint(folder, 1, spread.module, optimizer, {"name": "test"}, spread.mesh.flat)
+    step(spread)
+    save_checkpoint(folder, 1, spread.engine, {"name": "test"}, spread.mesh.flat)
     return whole_state(spread, optimizer)
 
 
 def load_on_ranks(folder: Path, config: ParallelConfig) -> dict[str, Tensor]:
     spread, optimizer = build(config, seed=1)
-    load_checkpoint(find_checkpoint(folder), spread.module, optimizer)
+    load_checkpoint(find_checkpoint(folder), spread.engine)
     return whole_state(spread, optimizer)
 
 
@@ -132,7 +133,7 @@ def test_left_over_partial_is_replaced(tmp_path: Path) -> None:
 def load_here(checkpoint: Path, hidden_size: int = 32) -> None:
     with process_group():
         spread, _ = build(ParallelConfig(), seed=0, hidden_size=hidden_size)
-        load_checkpoint(checkpoint, spread.module)
+        load_checkpoint(checkpoint, spread.engine)
 
 
 def test_another_model_is_refused(saved: Path) -> None:
