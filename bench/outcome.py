@@ -12,6 +12,7 @@ from longreel.bench.measure import RankResult
 from longreel.bench.provenance import stamped
 from longreel.parallel.predict.flops import useful_flops
 from longreel.parallel.predict.predict import Prediction
+from longreel.reports import formatting
 from longreel.reports.records import Record
 
 GiB = 2**30
@@ -53,7 +54,7 @@ def measured_record(point: Point, ranks: Sequence[RankResult], provenance: dict[
 
 def predicted_record(point: Point, prediction: Prediction, provenance: dict[str, Any]) -> Record:
     """The record of a predicted point; `oom` where the step does not fit into the target's memory."""
-    inputs = {name: _figure(value) for name, value in prediction.inputs.items()}
+    inputs = {name: _figure(name, value) for name, value in prediction.inputs.items()}
     outcome: dict[str, Any] = {
         "memory": {"allocated": prediction.memory_bytes},
         "memory_limit": prediction.memory_limit,
@@ -88,12 +89,14 @@ def quantile(samples: Sequence[float], q: float) -> float:
     return ordered[low] + (place - low) * (ordered[high] - ordered[low])
 
 
-def _figure(value: Any) -> str:
+def _figure(name: str, value: Any) -> str:
     """One input of the prediction in one line: value, range, where it comes from."""
     if not isinstance(value, dict):
         return str(value)
     figure = value["value"]
     words = f"{figure:.4g}" if isinstance(figure, float) else str(figure)
+    if name.endswith("_bytes"):
+        words = formatting.in_bytes(figure)
     if "low" in value:
         words += f" ({value['low']:.4g} to {value['high']:.4g})"
     return f"{words}, {value['provenance']}: {value['source']}"

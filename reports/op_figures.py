@@ -14,9 +14,10 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 from longreel.reports import formatting
-from longreel.reports.figures import SETTINGS, WIDTH, thin
+from longreel.reports.figures import SETTINGS, WIDTH
 from longreel.reports.op_records import OpRecord
 from longreel.reports.svg import INK, PALETTE, inline, printable
+from longreel.reports.ticks import thin
 
 _HEIGHT, _LEFT, _RIGHT, _BOTTOM, _TOP = 330.0, 58.0, 18.0, 82.0, 58.0
 _MARKERS = ("o", "s", "^", "D", "v", "P")

@@ -41,6 +41,9 @@
     };
     input.addEventListener("input", filter);
     panel.querySelector(".tools").hidden = false;
+    const measure = () => panel.style.setProperty("--first", `${heads[0].getBoundingClientRect().width}px`);
+    measure();
+    addEventListener("resize", measure);
   }
 
   // The other half of longreel.reports.embed.

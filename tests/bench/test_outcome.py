@@ -20,6 +20,7 @@ PREDICTION = Prediction(
     memory_bytes=90 * GiB,
     memory_by_phase={"forward": 90 * GiB},
     kept_bytes=1,
+    host_bytes=0,
     memory_limit=80 * GiB,
     usable_bytes=73 * GiB,
     fits=False,
@@ -32,7 +33,10 @@ PREDICTION = Prediction(
     hfu=0.4,
     breakdown={},
     hidden={},
-    inputs={"link": {"value": 1.5e11, "low": 1e11, "high": 2e11, "provenance": "assumed", "source": "a guess"}},
+    inputs={
+        "memory_bytes": {"value": 80 * GiB, "provenance": "assumed", "source": "a sheet"},
+        "link": {"value": 1.5e11, "low": 1e11, "high": 2e11, "provenance": "assumed", "source": "a guess"},
+    },
 )
 
 
@@ -128,7 +132,10 @@ def test_prediction_that_does_not_fit_is_oom_with_the_figures() -> None:
     assert fitting.status == "ok"
     assert fitting.step_s == 2.0
     assert fitting.interval_s == (1.5, 2.5)
-    assert fitting.provenance["inputs"] == {"link": "1.5e+11 (1e+11 to 2e+11), assumed: a guess"}
+    assert fitting.provenance["inputs"] == {
+        "memory_bytes": "80.0 GiB, assumed: a sheet",
+        "link": "1.5e+11 (1e+11 to 2e+11), assumed: a guess",
+    }
     assert Record.from_json(fitting.to_json()) == fitting
 
 

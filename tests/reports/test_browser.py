@@ -115,6 +115,45 @@ def test_page_is_silent_offline_and_inside_its_window(browser, address, width, s
     page.close()
 
 
+def test_tables_are_whole_at_1280(visit):
+    tables = visit.page.evaluate("[...document.querySelectorAll('.scroll')].map((e) => [e.scrollWidth, e.clientWidth])")
+    assert len(tables) == 2
+    assert all(whole <= shown for whole, shown in tables), tables
+
+
+def test_length_and_strategy_stay_in_sight_when_a_narrow_table_is_scrolled(browser, address):
+    page = browser.new_page(viewport={"width": 400, "height": 900})
+    page.goto(address)
+    table = page.locator(".scroll").first
+    assert table.evaluate("(e) => e.scrollWidth > 2 * e.clientWidth")
+    table.evaluate("(e) => { e.scrollLeft = 400; }")
+    frame = table.bounding_box()
+    for row in ("thead tr", "tbody tr >> nth=1"):
+        cells = [box.bounding_box() for box in table.locator(f"{row} >> th, td").all()[:2]]
+        first, second = cells
+        assert first["x"] == pytest.approx(frame["x"] + 1, abs=1)
+        assert second["x"] == pytest.approx(first["x"] + first["width"], abs=1)
+        assert second["x"] + second["width"] < frame["x"] + 0.6 * frame["width"]
+    # What scrolls by does not show through.
+    grounds = "(e) => [...e.cells].slice(0, 2).map((c) => getComputedStyle(c).backgroundColor)"
+    for row in table.locator("tr").all():
+        assert not any(ground.startswith("rgba") for ground in row.evaluate(grounds))
+    baseline = table.locator("tr.b").first
+    assert baseline.evaluate("(e) => new Set([...e.cells].map((c) => getComputedStyle(c).backgroundColor)).size") == 1
+    page.close()
+
+
+def test_figure_text_is_large_enough_on_a_phone(browser, address):
+    page = browser.new_page(viewport={"width": 400, "height": 900})
+    page.goto(address)
+    sizes = page.evaluate("""[...document.querySelectorAll("figure svg")].flatMap((svg) => {
+      const scale = svg.getBoundingClientRect().width / svg.viewBox.baseVal.width;
+      return [...svg.querySelectorAll("text")].map((t) => parseFloat(getComputedStyle(t).fontSize) * scale);
+    })""")
+    assert min(sizes) >= 10
+    page.close()
+
+
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_text_stands_out_from_its_background(browser, address, scheme):
     page = browser.new_page(color_scheme=scheme)

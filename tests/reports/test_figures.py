@@ -9,10 +9,11 @@ import matplotlib as mpl
 import pytest
 
 from longreel.reports.compare import group_records
-from longreel.reports.figures import draw_group, log_ticks, thin
+from longreel.reports.figures import draw_group
 from longreel.reports.formatting import length, number
 from longreel.reports.series import build_series
 from longreel.reports.svg import standalone
+from longreel.reports.ticks import log_ticks, thin
 
 HOSTILE = '</svg><script>alert(1)</script> $\\frac{ & "quoted" \x07 模型'
 
@@ -55,9 +56,84 @@ def test_figures_have_the_intended_series_and_labels(sweep):
         assert ids == lines | marks
         texts = [e.text for e in ElementTree.fromstring(drawing.svg).iter("{http://www.w3.org/2000/svg}text")]
         assert any("(PREDICTED)" in text for text in texts)
-        assert {"8K", "128K", "ulysses, SP 8", "baseline: ZeRO-2, SP 1"} <= set(texts)
+        assert {"8K", "128K", "fastseq, SP 8", "baseline: ZeRO-2, SP 1"} <= set(texts)
+        # FastSeq's values at SP 8 again: one line in two colours.
+        assert "ulysses = fastseq, SP 8" in texts
+        assert "ulysses, SP 8" not in texts
     assert "819,200" in drawings["memory"].svg
     assert "limit, 80.0 GiB" in drawings["memory"].svg
+
+
+def test_line_of_other_values_is_named_alone(sweep):
+    group, records = group_of(sweep, "predicted")
+    slower = [replace(r, step_s=1.01 * r.step_s) if r.strategy == "ulysses" and r.step_s else r for r in records]
+    throughput, memory, _ = draw_group(group, slower)
+    assert ">ulysses, SP 8<" in throughput.svg
+    assert ">ulysses = fastseq, SP 8<" in memory.svg
+
+
+def test_memory_line_is_what_decides_what_fits_and_names_the_whole(sweep):
+    group, records = group_of(sweep, "predicted")
+    gib = 2**30
+    limited = [replace(r, memory_limit=80 * gib, memory_usable=int(73.5 * gib)) for r in records]
+    heights = {}
+    for name, found in (("whole", records), ("usable", limited)):
+        memory = next(d for d in draw_group(group, found) if d.name == "memory")
+        path = re.search(r'id="\S+series-limit">\s*<path d="M [\d.]+ ([\d.]+)', memory.svg)
+        assert path is not None
+        heights[name] = float(path[1])
+        assert ("usable, 73.5 GiB of 80.0 GiB" in memory.svg) == (name == "usable")
+    assert heights["usable"] > heights["whole"] + 1  # SVG counts from the top
+
+
+def test_crosses_at_one_place_stand_beside_each_other(sweep):
+    group, records = group_of(sweep, "predicted")
+    more = [replace(r, strategy="ring", is_baseline=False) for r in records if r.is_baseline]
+    other = [replace(r, step_s=r.step_s * 2) if r.step_s else r for r in more]
+    memory = next(d for d in draw_group(group, records + other) if d.name == "memory")
+    places = re.findall(r'id="\S+series-oom-(\S+)">.*?<use [^>]*x="([\d.]+)" y="([\d.]+)"', memory.svg, re.DOTALL)
+    assert [name for name, _, _ in places] == ["baseline", "ring-sp-1"]
+    (_, x0, y0), (_, x1, y1) = places
+    assert y0 == y1
+    assert float(x1) - float(x0) == pytest.approx(9, abs=0.1)
+
+
+def test_memory_of_processes_is_the_steps_own(sweep):
+    group, records = group_of(sweep, "measured")
+    drawings = {d.name: d for d in draw_group(group, records)}
+    assert "Memory of a step (MEASURED)" in drawings["memory"].svg
+    assert "what a step adds to its process" in drawings["memory"].svg
+    assert "MiB</text>" in drawings["memory"].svg
+    assert ">700 MiB<" not in drawings["memory"].svg
+    whole = [replace(r, memory={"process": 713 * 2**20}) for r in records]
+    assert "Peak memory (MEASURED)" in {d.name: d for d in draw_group(group, whole)}["memory"].svg
+
+
+@pytest.mark.parametrize("lengths", [(1024,), (1024, 2048)], ids=len)
+def test_one_or_two_lengths_are_bars_as_long_as_their_values(sweep, lengths):
+    group, records = group_of(sweep, "measured")
+    drawings = {d.name: d for d in draw_group(group, [r for r in records if r.seq_len in lengths])}
+    # At one length ratios repeat the throughputs.
+    assert set(drawings) == {"throughput", "memory"} | ({"ratio"} if len(lengths) == 2 else set())
+    svg = drawings["throughput"].svg
+    widths = {}
+    for slug, d in re.findall(r'id="\S+?series-(\S+)">\s*<path d="([^"]+)"', svg):
+        xs = [float(x) for x, _ in re.findall(r"[ML] ([\d.]+) ([\d.]+)", d)]
+        widths[slug] = max(xs) - min(xs)
+    at = lengths[-1]
+    assert len(widths) == 4 * len(lengths)
+    # 2,048 tokens/s over both ranks in 2 s; Ulysses: 1,024 in 0.8 s.
+    assert widths[f"ulysses-sp-2-at-{at}"] / widths[f"baseline-at-{at}"] == pytest.approx(1.25, rel=0.01)
+    assert "1,280" in svg
+    assert ("2,048 tokens" in svg) == (len(lengths) == 2)
+
+
+def test_bars_say_what_did_not_fit(sweep):
+    group, records = group_of(sweep, "predicted")
+    drawings = {d.name: d for d in draw_group(group, [r for r in records if r.seq_len in (131072, 614400)])}
+    assert drawings["throughput"].svg.count(">did not fit<") == 1
+    assert ">85 GiB, did not fit<" in drawings["memory"].svg
+    assert "dotted: limit, 80.0 GiB" in drawings["memory"].svg
 
 
 def test_points_lie_where_their_values_are(sweep):

@@ -194,8 +194,7 @@ def test_page_that_is_a_folder_is_an_error(tmp_path, sweep):
 
 
 def test_memory_of_a_process_is_shown_as_the_step_and_the_whole(make_record):
-    memory = {"process": 713 * 2**20, "process_before": 673 * 2**20}
-    text = render([make_record(memory=memory, is_baseline=True)])
+    text = render([make_record(is_baseline=True)])
     assert "Step memory<small>MiB of process</small>" in text
     assert "<td>40.0 <small>of 713</small>" in text
     assert "40.0 MiB step memory" in text
