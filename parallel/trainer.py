@@ -170,12 +170,16 @@ class Trainer:
         return loss.detach()
 
     def _figures(self, loss: torch.Tensor) -> dict[str, Any]:
-        """Global loss and the largest memory of any rank; waits for the device."""
-        share = torch.stack(
-            [loss.double(), torch.tensor(float(memory_bytes(self.device)), device=loss.device).double()]
-        )
+        """Global loss, largest memory of any rank, host memory where activations go there; waits for the device."""
+        numbers = [loss.double(), float(memory_bytes(self.device)), float(self.model.store.peak_bytes)]
+        share = torch.stack([torch.as_tensor(n, dtype=torch.float64, device=loss.device) for n in numbers])
         everyone = all_gather(share, self.mesh.flat.get_group().group_name)
-        return {"step": self.step, "loss": float(everyone[:, 0].mean()), "memory": int(everyone[:, 1].max())}
+        figures = {"step": self.step, "loss": float(everyone[:, 0].mean()), "memory": int(everyone[:, 1].max())}
+        if self.config.parallel.policy == "offload":
+            figures["host_memory"] = int(everyone[:, 2].max())
+            nodes = everyone[:, 2].split(int(os.environ.get("LOCAL_WORLD_SIZE", len(everyone))))
+            figures["host_memory_of_node"] = int(max(node.sum() for node in nodes))
+        return figures
 
     def _check_finite(self) -> None:
         """ValueError on every rank if any rank met a loss that is not finite, or holds such a parameter."""

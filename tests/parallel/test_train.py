@@ -130,6 +130,21 @@ def test_metrics_have_what_the_progress_bar_shows(videos: Path, tmp_path: Path) 
         assert line["memory"] > 1 << 20
 
 
+def train_sending_all_to_the_host(config: TrainConfig) -> None:
+    trainer = Trainer(config, torch.device("cpu"))
+    trainer.model.store.min_bytes = 1
+    trainer.train()
+
+
+def test_offload_reports_host_memory_per_rank_and_node(videos: Path, tmp_path: Path, run_distributed: Any) -> None:
+    parallel = ParallelConfig(strategy="ulysses", sp_degree=2, policy="offload", attention_provider="torch")
+    run_distributed(train_sending_all_to_the_host, 2, tiny(videos, tmp_path, steps=2, parallel=parallel))
+    for line in metrics(tmp_path):
+        assert line["host_memory"] > 1000
+        # Ranks started without a launcher are one node.
+        assert line["host_memory"] < line["host_memory_of_node"] <= 2 * line["host_memory"]
+
+
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_resumed_run_equals_the_uninterrupted_one_exactly(videos: Path, tmp_path: Path, precision: Any) -> None:
     config = tiny(videos, tmp_path / "whole", parallel=ParallelConfig(precision=precision), warmup_steps=4)
