@@ -1,0 +1,147 @@
+"""What a schedule hides: a strategy's real forward on a clock of its own, transfers and computations of set length.
+
+One process stands for one of P equal ranks. A computation moves the clock on; a transfer ends its duration after it
+starts; waiting for it moves the clock to that moment, if that lies ahead.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from longreel.models.sequence import SequenceLengths
+from longreel.parallel import comm
+from longreel.parallel.config import ParallelConfig
+from longreel.parallel.mesh import build_mesh
+from longreel.parallel.predict.fake_world import fake_world
+from longreel.parallel.strategies import build_strategy, chunked_attention, gather_project, heads, ring
+
+HEADS, WIDTH, ROWS = 8, 64, 4
+
+
+class Clock:
+    """Time of one rank."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+        self.computed = 0.0
+        self.transferred = 0.0
+
+    def compute(self, seconds: float) -> None:
+        self.now += seconds
+        self.computed += seconds
+
+    def transfer(self, seconds: float) -> float:
+        """The moment a transfer that starts now ends."""
+        self.transferred += seconds
+        return self.now + seconds
+
+
+@contextmanager
+def timed(clock: Clock, per_pair: float, per_row: float, per_byte: float) -> Iterator[None]:
+    """Attention takes per_pair of (query, key), a projection per_row, a transfer per_byte; nothing else takes time."""
+
+    def exchange(send: Tensor, received: Tensor, *, step: int, group: str) -> Any:
+        over = clock.transfer(per_byte * send.numel() * send.element_size())
+
+        def wait() -> Tensor:
+            clock.now = max(clock.now, over)
+            return received.zero_()
+
+        return mock.Mock(wait=wait)
+
+    def all_to_all(x: Tensor, group: str) -> Tensor:
+        size = comm.group_size(group)
+        clock.now = clock.transfer(per_byte * x.numel() * x.element_size() * (size - 1) / size)
+        return x.clone()
+
+    def attention(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+        clock.compute(per_pair * q.shape[1] * k.shape[1])
+        return torch.zeros_like(q), torch.zeros(q.shape[0], q.shape[2], q.shape[1], dtype=q.dtype)
+
+    def packed(qkv: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+        return attention(*qkv.unbind(2))
+
+    def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        clock.compute(per_row * x.shape[1])
+        return x.new_zeros(*x.shape[:-1], weight.shape[0])
+
+    with (
+        mock.patch.object(comm, "start_exchange", exchange),
+        mock.patch.object(comm, "all_to_all", all_to_all),
+        mock.patch.object(chunked_attention, "attention_op", attention),
+        mock.patch.object(ring, "attention_op", attention),
+        mock.patch.object(heads, "attention_packed_op", packed),
+        mock.patch.object(chunked_attention.F, "linear", linear),
+        mock.patch.object(gather_project.F, "linear", linear),
+    ):
+        yield
+
+
+def forward(name: str, degree: int, ratio: float, *, linear_share: float = 0.01, **options: Any) -> Clock:
+    """One attention layer's forward whose computation takes `ratio` times as long as its transfers, which take 1 s."""
+    with fake_world(degree):
+        config = ParallelConfig(strategy=name, sp_degree=degree, attention_provider="torch", **options)
+        sp = build_strategy(config, build_mesh(sp_degree=degree))
+        num_tokens = ROWS * degree
+        lengths = SequenceLengths(valid=num_tokens, padded=num_tokens)
+
+        def run(per_pair: float, per_row: float, per_byte: float) -> Clock:
+            clock = Clock()
+            with timed(clock, per_pair, per_row, per_byte), torch.no_grad():
+                sp.self_attention(
+                    torch.zeros(1, ROWS, WIDTH), nn.Linear(WIDTH, 3 * WIDTH), num_heads=HEADS, lengths=lengths
+                )
+            return clock
+
+        # Units of work, so that the totals can be set.
+        pairs, rows = run(1.0, 0.0, 0.0).computed, run(0.0, 1.0, 0.0).computed
+        sent = run(0.0, 0.0, 1.0).transferred
+        return run(ratio * (1 - linear_share) / pairs, ratio * linear_share / rows, 1 / sent)
+
+
+def fastseq_seconds(degree: int, ratio: float, linear_share: float, *, attends: bool) -> float:
+    """Critical path: T_s = T_(s-1) + max(work on chunk s - 1, transfer of chunk s), then the last chunk, then o."""
+    one = degree / ((degree - 1) * (degree + 1))
+    projection = ratio * linear_share / degree
+    attention = [ratio * (1 - linear_share) * (2 * s + 1) / degree**2 for s in range(degree)]
+    work = [projection + a if attends else projection for a in attention]
+    now = sum(max(work[s], one) for s in range(degree - 1)) + work[-1]
+    return now + (0 if attends else sum(attention)) + one * (degree - 1) / degree
+
+
+@pytest.mark.parametrize("ratio", [0.25, 1.0, 4.0])
+@pytest.mark.parametrize("degree", [2, 4, 8], ids=lambda p: f"P{p}")
+@pytest.mark.parametrize("overlap", ["projection", "attention"])
+def test_fastseq_takes_the_time_of_its_schedule(overlap, degree, ratio):
+    clock = forward("fastseq", degree, ratio, fastseq_overlap=overlap)
+    assert clock.transferred == pytest.approx(1)
+    assert clock.computed == pytest.approx(ratio)
+    assert clock.now == pytest.approx(fastseq_seconds(degree, ratio, 0.01, attends=overlap == "attention"))
+
+
+@pytest.mark.parametrize("degree", [2, 4, 8], ids=lambda p: f"P{p}")
+def test_fastseq_hides_its_transfers_where_computation_is_four_times_as_long(degree):
+    assert forward("fastseq", degree, 4.0, fastseq_overlap="attention").now <= 1.1 * 4.0
+    # Behind the projection alone it cannot.
+    assert forward("fastseq", degree, 4.0, fastseq_overlap="projection").now > 1.1 * 4.0
+
+
+@pytest.mark.parametrize("ratio", [0.25, 1.0, 4.0])
+@pytest.mark.parametrize("degree", [2, 4, 8], ids=lambda p: f"P{p}")
+def test_a_ring_takes_the_longer_of_attention_and_transfer(degree, ratio):
+    clock = forward("ring", degree, ratio, linear_share=0.0)
+    one, work = 1 / (degree - 1), ratio / degree
+    assert clock.now == pytest.approx((degree - 1) * max(one, work) + work)
+
+
+@pytest.mark.parametrize("ratio", [0.25, 1.0, 4.0])
+@pytest.mark.parametrize("degree", [2, 4, 8], ids=lambda p: f"P{p}")
+def test_ulysses_takes_the_sum(degree, ratio):
+    assert forward("ulysses", degree, ratio, linear_share=0.0).now == pytest.approx(1 + ratio)
