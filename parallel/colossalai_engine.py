@@ -51,6 +51,8 @@ class ColossalAIEngine(Engine):
                 f"engine 'colossalai' needs a CUDA device, got {device!r}: LowLevelZeroPlugin refuses others; "
                 "use engine fsdp2-zero2"
             )
+        # It calls collectives by names that PyTorch 2.13 gave up, and PyTorch says so on every rank.
+        warnings.filterwarnings("ignore", message=r"`torch\.distributed\.\w+` is deprecated", category=FutureWarning)
         # The plugin shards over the default group, in its order of ranks.
         assert mesh.flat.size() == dist.get_world_size() and mesh.flat.get_local_rank() == dist.get_rank()
         self._group = mesh.flat.get_group().group_name
