@@ -18,7 +18,8 @@ NUM_TEXT_TOKENS, TEXT_DIM = 20, 4096
 # Of the one baseline of predicted points: ZeRO-2, SP 1, SDPA flash attention, full recomputation.
 _BASELINE_POLICY: Policy = "full"
 # Of predicted points, unless a preset or a user says otherwise.
-DEFAULT_POLICIES: tuple[Policy, ...] = ("none", "full")
+# From the fastest to the one that needs least memory.
+DEFAULT_POLICIES: tuple[Policy, ...] = ("none", "keep_attention", "full")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -163,8 +164,8 @@ class PredictedGrid:
         seq_lens, strategies, sp_degrees: as for measured points.
         model: name of a DiT preset. target: GPU profile. num_gpus: GPUs of one node.
         policies: activation policies.
-        every_policy: predict each of them everywhere; otherwise `full` only where `none` does not fit into memory,
-            and `none` no further than the first length at which it does not. The baseline is predicted everywhere.
+        every_policy: predict each of them everywhere; otherwise, of a strategy and degree, the first one that fits into
+            memory, and each no further than the first length at which it does not. The baseline is everywhere.
         point_timeout_s: limit of one point.
     """
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import tempfile
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -132,20 +133,22 @@ class _Wanted:
 
     def __init__(self, *, every_policy: bool) -> None:
         self._every_policy = every_policy
-        # (strategy, SP degree) -> whether policy none last fitted into memory.
-        self._fits: dict[tuple[str, int], bool] = {}
+        # (strategy, SP degree) -> policies that did not fit at a length so far, and lengths at which one fitted.
+        self._too_large: dict[tuple[str, int], set[str]] = defaultdict(set)
+        self._fitted: dict[tuple[str, int], set[int]] = defaultdict(set)
 
     def __call__(self, point: Point) -> bool:
         if self._every_policy or point.is_baseline:
             return True
-        fits = self._fits.get((point.parallel.strategy, point.parallel.sp_degree), True)
-        if point.parallel.policy == "none":
-            return fits
-        return not fits or (point.parallel.strategy, point.parallel.sp_degree) not in self._fits
+        spread = point.parallel.strategy, point.parallel.sp_degree
+        return point.parallel.policy not in self._too_large[spread] and point.seq_len not in self._fitted[spread]
 
     def saw(self, record: Record) -> None:
-        if record.policy == "none":
-            self._fits[record.strategy, record.sp_degree] = record.status == "ok"
+        spread = record.strategy, record.sp_degree
+        if record.status == "ok":
+            self._fitted[spread].add(record.seq_len)
+        elif record.status == "oom":
+            self._too_large[spread].add(record.policy)
 
 
 def _case(point: Point) -> PredictionCase:

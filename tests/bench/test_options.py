@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from longreel.bench.cases import MeasuredGrid, measured_points, predicted_points, small_dit
+from longreel.bench.cases import DEFAULT_POLICIES, MeasuredGrid, measured_points, predicted_points, small_dit
 from longreel.bench.options import SweepConfig, parse_lengths
 from longreel.bench.sweep import main
 
@@ -186,7 +186,7 @@ def test_policies_of_other_points_than_the_presets_are_all_of_them() -> None:
         {"strategies": "local"},
     ):
         (grid,) = SweepConfig(regimes="text_only", mode="predicted", **other).resolve().predicted
-        assert grid.policies == ("none", "full"), other
+        assert grid.policies == DEFAULT_POLICIES, other
     (asked,) = (
         SweepConfig(regimes="text_only", mode="predicted", predicted_lens="8k", policies="full").resolve().predicted
     )

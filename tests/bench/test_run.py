@@ -173,12 +173,13 @@ def test_quick_predictions_leave_out_what_says_nothing_new() -> None:
         for point in group:
             if wanted(point):
                 ran[point.parallel.strategy].append((point.seq_len, point.parallel.policy))
-                fits = point.parallel.policy == "full" or point.seq_len < 2
+                longest = {"none": 1, "keep_attention": 2, "full": 9}[point.parallel.policy]
+                fits = point.seq_len <= longest
                 outcome = {"step_s": 1.0} if fits else {"reason": "needs more"}
                 wanted.saw(point.record("ok" if fits else "oom", provenance=PROVENANCE, **outcome))
-    assert ran["ulysses"] == [(1, "none"), (2, "none"), (2, "full"), (3, "full")]
+    assert ran["ulysses"] == [(1, "none"), (2, "none"), (2, "keep_attention"), (3, "keep_attention"), (3, "full")]
     # The baseline of every ratio, local with recomputation, is predicted at every length.
-    assert ran["local"] == [(1, "none"), (1, "full"), (2, "none"), (2, "full"), (3, "full")]
+    assert ran["local"] == [(1, "none"), (1, "full"), *ran["ulysses"][1:3], (2, "full"), *ran["ulysses"][3:]]
 
 
 def test_the_baseline_is_there_whatever_policies_are_asked_for() -> None:
