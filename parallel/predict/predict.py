@@ -64,6 +64,11 @@ class PredictionCase:
         gpus = get_profile(self.target).gpus_per_node
         if not 1 <= self.num_gpus <= gpus:
             raise ValueError(f"num_gpus must be 1 to {gpus}, one node of {self.target}, got {self.num_gpus}")
+        if self.parallel.engine == "colossalai":
+            raise ValueError(
+                "engine 'colossalai' cannot be predicted: it does not run on fake tensors; use fsdp2-zero2, which "
+                "shards the same things"
+            )
         if self.parallel.precision != "bf16":
             raise ValueError(
                 f"precision {self.parallel.precision!r} cannot be predicted: there are rates for bf16 only"

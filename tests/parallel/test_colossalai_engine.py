@@ -15,6 +15,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from longreel.bench import gate
+from longreel.bench.cases import MeasuredGrid, Point, Timing, measured_points, small_dit
+from longreel.bench.measure import RankResult, measure_point
 from longreel.data.demo import make_demo_folder
 from longreel.kernels.numerics import PARALLEL_TOLERANCE, gradient_errors, relative_error
 from longreel.models.config import DiTConfig
@@ -268,6 +271,28 @@ def test_trainer_trains_and_resumes_under_it(tmp_path: Path, run_distributed: An
         losses.append(torch.tensor([json.loads(line)["loss"] for line in lines], dtype=torch.float64))
     assert len(losses[0]) == 4
     assert float(((losses[1] - losses[0]).abs() / losses[0]).max()) <= 1e-5
+
+
+def measure(point: Point, oracle_path: str) -> RankResult:
+    use_cpu_accelerator()
+    return measure_point(point, oracle_path)
+
+
+@installed
+def test_benchmark_gates_and_times_it(tmp_path: Path, run_distributed: Any) -> None:
+    model = small_dit(depth=1, hidden_size=32, num_heads=4)
+    gate.write_oracle(model, 90, 2, 0, str(tmp_path / "oracle.pt"))
+    grid = MeasuredGrid(seq_lens=(90,), ranks=(4,), sp_degrees=(2,), model=model, strategies=("fastseq",))
+    (point,) = (p for p in measured_points(grid, device="CPU") if p.parallel.strategy == "fastseq")
+    point = replace(
+        point,
+        timing=Timing(min_samples=2, max_samples=2, budget_s=0.0),
+        parallel=replace(point.parallel, engine="colossalai"),
+    )
+    for result in run_distributed(measure, 4, point, str(tmp_path / "oracle.pt")):
+        assert result.reason is None
+        assert len(result.samples_s) == 2
+        assert result.traffic["sharding.reduce_scatter"] > 0
 
 
 @installed

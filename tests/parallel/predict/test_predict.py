@@ -146,6 +146,10 @@ def test_every_figure_says_where_it_comes_from_and_goes_into_json() -> None:
         ({"batch_per_group": 0}, "batch_per_group must be at least 1"),
         ({"parallel": ParallelConfig()}, "precision 'fp32' cannot be predicted"),
         ({"parallel": ParallelConfig(engine="ddp")}, "engine 'ddp' has no bf16"),
+        (
+            {"parallel": ParallelConfig(engine="colossalai", precision="bf16")},
+            "engine 'colossalai' cannot be predicted",
+        ),
         ({"parallel": _parallel(attention_provider="torch")}, "attention_provider 'torch' cannot be predicted"),
         ({"parallel": _parallel(strategy="ulysses", sp_degree=3)}, "sp_degree 3 does not divide the world size 8"),
         (
