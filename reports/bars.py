@@ -17,11 +17,12 @@ _LABEL_CHARACTERS = 24
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Bar:
-    """One row. Without a `value` it is a heading, or says in `note` why there is none.
+    """One row; a heading where it has no `slug`.
 
     Args:
-        label: left of the axis. value: length of the bar. bounds: its interval. note: behind it, in words.
-        colour: of the bar. slug: makes its element's id.
+        label: left of the axis. value: length of the bar, None for none. bounds: its interval.
+        note: at the right edge. colour: of the bar. is_hollow: it shows what was not reached.
+        slug: makes its element's id.
     """
 
     label: str
@@ -29,6 +30,7 @@ class Bar:
     bounds: tuple[float, float] | None = None
     note: str = ""
     colour: str = INK
+    is_hollow: bool = False
     slug: str = ""
 
 
@@ -36,43 +38,50 @@ def draw_bars(axes: Axes, bars: Sequence[Bar], *, width: float, limit: float | N
     """Fill axes with rows from the top down, on a linear scale from zero.
 
     Args:
-        axes: as high as ROW for each bar. width: of the axes, in points. limit: where a vertical line is drawn.
+        axes: as high as ROW for each bar. width: of the axes, in points.
+        limit: where a vertical line is drawn below the first row, whose note should name it.
     """
     ends = [max(bar.value or 0.0, *(bar.bounds or (0.0,))) for bar in bars]
-    # As long as the bars may be with their notes still inside.
-    share = [1 - (5 + _CHARACTER * len(bar.note)) / width for bar in bars]
-    axes.set_xlim(0.0, max(limit or 0.0, *(end / max(room, 0.2) for end, room in zip(ends, share, strict=True))) * 1.02)
+    notes = _CHARACTER * max((len(bar.note) for bar in bars if bar.slug), default=0) + 8
+    axes.set_xlim(0.0, max([*ends, limit or 0.0]) / (1 - min(notes / width, 0.8)))
     axes.set_ylim(len(bars) - 0.5, -0.5)
-    for row, (bar, end) in enumerate(zip(bars, ends, strict=True)):
-        _label(axes, row, bar)
+    for row, bar in enumerate(bars):
+        _words(axes, row, bar, width)
         if bar.value is not None:
-            (drawn,) = axes.barh(row, bar.value, height=0.62, color=bar.colour, alpha=0.85, zorder=2)
+            (drawn,) = axes.barh(
+                row,
+                bar.value,
+                height=0.62,
+                facecolor="none" if bar.is_hollow else bar.colour,
+                edgecolor=bar.colour if bar.is_hollow else "none",
+                linewidth=1.4,
+                alpha=0.85,
+                zorder=2,
+            )
             drawn.set_gid(f"series-{bar.slug}")
         if bar.bounds is not None:
             axes.plot(bar.bounds, [row, row], color=INK, linewidth=1.4, zorder=3)
-        if bar.note:
-            axes.annotate(
-                printable(bar.note), (end, row), xytext=(5, 0), textcoords="offset points", va="center", fontsize=12.0
-            )
     if limit is not None:
-        axes.axvline(limit, color=INK, linewidth=1.2, linestyle=(0, (1, 1.5)), gid="series-limit", zorder=1)
+        span = [0.5, len(bars) - 0.5]
+        axes.plot([limit] * 2, span, color=INK, linewidth=1.2, linestyle=(0, (1, 1.5)), gid="series-limit", zorder=1)
     # Every bar has its figure beside it.
     axes.set_xticks([])
     axes.set_yticks([])
     axes.spines["bottom"].set_visible(False)
 
 
-def _label(axes: Axes, row: int, bar: Bar) -> None:
-    text = printable(bar.label)
-    text = text if len(text) <= _LABEL_CHARACTERS else f"{text[: _LABEL_CHARACTERS - 1]}…"
-    is_heading = bar.value is None and not bar.note
-    axes.annotate(
-        text,
-        (0, row),
-        xytext=(-6, 0),
-        textcoords="offset points",
-        ha="right",
-        va="center",
-        fontsize=12.0,
-        fontweight="bold" if is_heading else "normal",
-    )
+def _words(axes: Axes, row: int, bar: Bar, width: float) -> None:
+    label = printable(bar.label)
+    label = label if len(label) <= _LABEL_CHARACTERS else f"{label[: _LABEL_CHARACTERS - 1]}…"
+    texts = ((label, -6.0, "normal" if bar.slug else "bold"), (printable(bar.note), width, "normal"))
+    for text, place, weight in texts:
+        axes.annotate(
+            text,
+            (0, row),
+            xytext=(place, 0),
+            textcoords="offset points",
+            ha="right",
+            va="center",
+            fontsize=12.0,
+            fontweight=weight,
+        )

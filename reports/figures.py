@@ -200,18 +200,19 @@ def _line_figure(
 def _bar_figure(
     plot: _Plot, series: Sequence[Series], lengths: Sequence[int], subtitle: Sequence[str], label: str
 ) -> Figure:
-    bars = [bar for seq_len in lengths for bar in _bars(plot, series, seq_len, with_heading=len(lengths) > 1)]
     limit, name = _limit([p for line in series for p in line.points]) if plot.name == "memory" else (None, "")
-    axis = f"{plot.axis}, at {lengths[0]:,} tokens" if len(lengths) == 1 else plot.axis
-    plot = replace(plot, axis=f"{axis}; dotted: {name}" if name else axis)
+    bars = [bar for seq_len in lengths for bar in _bars(plot, series, seq_len)]
+    bars[0] = replace(bars[0], note=f"dotted: {name}" if name else "")
+    if any(bar.is_hollow and bar.value for bar in bars):
+        plot = replace(plot, axis=f"{plot.axis}; hollow: did not fit")
     height = ROW * len(bars)
     figure, axes = _frame(plot, subtitle, label, height=height, below=10.0, left=MARGIN_LEFT_BARS)
     draw_bars(axes, bars, width=WIDTH - MARGIN_LEFT_BARS - MARGIN_RIGHT, limit=limit)
     return figure
 
 
-def _bars(plot: _Plot, series: Sequence[Series], seq_len: int, *, with_heading: bool) -> list[Bar]:
-    bars = [Bar(label=f"{seq_len:,} tokens")] if with_heading else []
+def _bars(plot: _Plot, series: Sequence[Series], seq_len: int) -> list[Bar]:
+    bars = [Bar(label=f"{seq_len:,} tokens")]
     for line in series:
         colour = INK if line.is_baseline else COLOUR_OF.get(line.strategy, PALETTE[5])
         slug = f"{line.slug}-at-{seq_len}"
@@ -230,8 +231,8 @@ def _bars(plot: _Plot, series: Sequence[Series], seq_len: int, *, with_heading: 
             )
         elif point is None and failed is not None and failed.seq_len == seq_len and plot.name != "ratio":
             needed = failed.peak_memory if plot.name == "memory" else None
-            note = "did not fit" if needed is None else f"{plot.tick(needed)}, did not fit"
-            bars.append(Bar(label=line.label, value=needed, note=note, colour=colour, slug=slug))
+            note = "did not fit" if needed is None else plot.tick(needed)
+            bars.append(Bar(label=line.label, value=needed, note=note, colour=colour, is_hollow=True, slug=slug))
     return bars
 
 

@@ -115,6 +115,18 @@ def test_page_is_silent_offline_and_inside_its_window(browser, address, width, s
     page.close()
 
 
+@pytest.mark.parametrize("num_lengths", [1, 2])
+@pytest.mark.parametrize("width", [1280, 400])
+def test_bars_leave_their_words_room(browser, tmp_path, sweep, width, num_lengths):
+    lengths = sorted({r.seq_len for r in sweep if r.kind == "predicted"})[-num_lengths:]
+    few = [r for r in sweep if r.seq_len in (1024, 2048)[:num_lengths] or r.seq_len in lengths]
+    page = browser.new_page(viewport={"width": width, "height": 900})
+    page.goto(write_report(tmp_path, few).as_uri())
+    assert page.locator("figure").count() == (4 if num_lengths == 1 else 5)
+    assert page.evaluate(FIGURE_TEXTS) == []
+    page.close()
+
+
 def test_tables_are_whole_at_1280(visit):
     tables = visit.page.evaluate("[...document.querySelectorAll('.scroll')].map((e) => [e.scrollWidth, e.clientWidth])")
     assert len(tables) == 2

@@ -15,6 +15,7 @@ from longreel.reports.series import build_series
 from longreel.reports.svg import standalone
 from longreel.reports.ticks import log_ticks, thin
 
+BARS = re.compile(r'id="\S+?series-(\S+-at-\d+)">\s*<path d="[^"]+"[^>]*style="([^"]*)"')
 HOSTILE = '</svg><script>alert(1)</script> $\\frac{ & "quoted" \x07 模型'
 
 
@@ -125,15 +126,20 @@ def test_one_or_two_lengths_are_bars_as_long_as_their_values(sweep, lengths):
     # 2,048 tokens/s over both ranks in 2 s; Ulysses: 1,024 in 0.8 s.
     assert widths[f"ulysses-sp-2-at-{at}"] / widths[f"baseline-at-{at}"] == pytest.approx(1.25, rel=0.01)
     assert "1,280" in svg
-    assert ("2,048 tokens" in svg) == (len(lengths) == 2)
+    assert [f">{n:,} tokens<" in svg for n in (1024, 2048)] == [True, len(lengths) == 2]
 
 
 def test_bars_say_what_did_not_fit(sweep):
     group, records = group_of(sweep, "predicted")
     drawings = {d.name: d for d in draw_group(group, [r for r in records if r.seq_len in (131072, 614400)])}
     assert drawings["throughput"].svg.count(">did not fit<") == 1
-    assert ">85 GiB, did not fit<" in drawings["memory"].svg
-    assert "dotted: limit, 80.0 GiB" in drawings["memory"].svg
+    memory = drawings["memory"].svg
+    assert ">85 GiB<" in memory
+    assert "hollow: did not fit" in memory
+    assert "dotted: limit, 80.0 GiB" in memory
+    filled = {slug: "fill: none" not in style for slug, style in BARS.findall(memory)}
+    assert [slug for slug, is_filled in filled.items() if not is_filled] == ["baseline-at-614400"]
+    assert len(filled) == 8
 
 
 def test_points_lie_where_their_values_are(sweep):
