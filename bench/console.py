@@ -152,7 +152,7 @@ def point_line(record: Record) -> str:
     """A finished point in one line."""
     where = (
         f"{record.kind:9} {record.seq_len:>8,}  {record.num_devices} x {record.strategy:8} SP {record.sp_degree} "
-        f"DP {record.dp_degree} {record.policy:4}"
+        f"DP {record.dp_degree} {record.policy:14}"
     )
     if record.status != "ok":
         return f"{where}  {record.status}: {record.reason}"
