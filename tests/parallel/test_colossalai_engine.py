@@ -61,17 +61,17 @@ def use_cpu_accelerator() -> None:
     module.use()
 
 
-def build(parallel: ParallelConfig, *, learning_rate: float = 1e-3, seed: int = 0) -> ParallelDiT:
+def build(parallel: ParallelConfig, *, learning_rate: float = 1e-3, seed: int = 0, device: str = "cpu") -> ParallelDiT:
     """A model with nothing left at zero, its optimizer attached."""
-    if parallel.engine == "colossalai":
+    if parallel.engine == "colossalai" and device == "cpu":
         use_cpu_accelerator()
     torch.manual_seed(seed)
     model = DiT(CONFIG)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.1)
-    mesh = build_mesh(sp_degree=parallel.sp_degree, ulysses_degree=parallel.ulysses_degree)
-    spread = ParallelDiT(model, mesh, parallel)
+    mesh = build_mesh(sp_degree=parallel.sp_degree, ulysses_degree=parallel.ulysses_degree, device_type=device)
+    spread = ParallelDiT(model.to(device), mesh, parallel)
     spread.engine.attach(torch.optim.AdamW(spread.parameters(), lr=learning_rate))
     return spread
 
@@ -79,7 +79,7 @@ def build(parallel: ParallelConfig, *, learning_rate: float = 1e-3, seed: int = 
 def batch(spread: ParallelDiT, step: int) -> Batch:
     """Two samples of a step: both on the one dp rank, or one on each of two."""
     torch.manual_seed(100 + step)
-    dtype = spread.loss_dtype
+    to = {"dtype": spread.loss_dtype, "device": spread.mesh.flat.device_type}
     whole = {
         "latents": torch.randn(2, *LATENT_SHAPE),
         "noise": torch.randn(2, *LATENT_SHAPE),
@@ -88,7 +88,7 @@ def batch(spread: ParallelDiT, step: int) -> Batch:
     }
     each = 2 // spread.mesh.dp_degree
     first = spread.mesh.dp_rank * each
-    return Batch(**{k: v[first : first + each].to(dtype) for k, v in whole.items()}, global_samples=2)
+    return Batch(**{k: v[first : first + each].to(**to) for k, v in whole.items()}, global_samples=2)
 
 
 def total(loss: Tensor) -> float:
@@ -114,8 +114,8 @@ def one_step(parallel: ParallelConfig) -> tuple[float, dict[str, Tensor]]:
     return total(loss), {name: grad.clone() for name, grad in spread.engine.full_gradients().items()}
 
 
-def curve(parallel: ParallelConfig, steps: int) -> list[float]:
-    return train_steps(build(parallel), 0, steps)
+def curve(parallel: ParallelConfig, steps: int, device: str = "cpu") -> list[float]:
+    return train_steps(build(parallel, device=device), 0, steps)
 
 
 def gradient_cases() -> list[Any]:
@@ -161,6 +161,19 @@ def test_loss_curve_is_that_of_fsdp2(run_distributed: Any, strategy: Any, dp: in
     ours = torch.tensor(run_distributed(curve, 2 * dp, parallel, 20)[0])
     fsdp2 = torch.tensor(run_distributed(curve, 2 * dp, replace(parallel, engine="fsdp2-zero2"), 20)[0])
     assert ours[-1] != ours[0]
+    assert float(((ours - fsdp2).abs() / fsdp2).max()) <= 1e-5
+
+
+@installed
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_loss_curve_on_a_gpu_is_that_of_fsdp2() -> None:
+    """One NCCL rank, reduction overlapped with backward on a stream of its own."""
+    with process_group() as device:
+        ours, fsdp2 = (
+            torch.tensor(curve(ParallelConfig(engine=engine, attention_provider="torch"), 20, device.type))
+            for engine in ("colossalai", "fsdp2-zero2")
+        )
     assert float(((ours - fsdp2).abs() / fsdp2).max()) <= 1e-5
 
 
