@@ -43,7 +43,7 @@ class Record:
         status: `ok`, or why there is no figure; then `reason` says it in words.
         model: name of the model. device: what it ran on or was predicted for, in words.
         strategy: sequence-parallel strategy. sp_degree, dp_degree, num_devices: P, dp and P * dp.
-        engine: `fsdp2-zero2`, `fsdp2-zero3`, `ddp`. policy: activation policy.
+        engine: `fsdp2-zero2`, `fsdp2-zero3`, `ddp`, `colossalai`. policy: activation policy.
         attention: attention provider that ran or is assumed.
         seq_len: S, tokens per sample. batch_per_group: samples each SP group holds in a step.
         is_baseline: this point belongs to the one baseline every ratio refers to.

@@ -49,7 +49,9 @@ def fails(capsys: pytest.CaptureFixture[str], script: str, *args: str) -> str:
         pytest.param(["--demo", "--videos", "x"], "--videos) or --demo, not both", id="two-sources"),
         pytest.param(["--demo", "--captions", "x"], "--demo writes its own captions", id="demo-captions"),
         pytest.param(
-            ["--demo", "--strategy", "rings"], "Expected one of ('local', 'ulysses', 'fastseq')", id="strategy"
+            ["--demo", "--strategy", "rings"],
+            "Expected one of ('local', 'ulysses', 'fastseq', 'ring', 'usp')",
+            id="strategy",
         ),
         pytest.param(["--demo", "--preset", "dit-xxl"], "presets are dit-s-2, dit-s-4", id="preset"),
         pytest.param(["--demo", "--strategy", "local", "--sp-degree", "2"], "does not split the sequence", id="local"),
