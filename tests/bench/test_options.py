@@ -149,7 +149,7 @@ def test_quick_measures_every_strategy_next_to_its_baseline() -> None:
 
 def test_quick_predicts_both_regimes_at_the_published_lengths() -> None:
     full, text_only = SweepConfig().resolve().predicted
-    assert len(full.seq_lens) == 8
+    assert len(full.seq_lens) == 7
     assert {614_400, 819_200} <= set(full.seq_lens) & set(text_only.seq_lens)
     for grid in (full, text_only):
         points = [point for group in predicted_points(grid) for point in group]
