@@ -145,6 +145,8 @@ def attention_dkdv_kernel(
             if D1 > 0:
                 b_dk1 = tl.dot(b_ds, b_q1, b_dk1, input_precision="ieee")
             if ATOMIC:
+                # Keys that are not there have P = exp(-lse), inf where lse is very negative; times their zeros NaN.
+                b_ds = tl.where(m_n[:, None], b_ds, 0.0)
                 p_dq_rows = p_dq + first * HEAD_DIM + o_dq
                 b_dq0 = tl.dot(tl.trans(b_ds), b_k0, input_precision="ieee")
                 add_tile(p_dq_rows + o_d0[None, :], b_dq0, m_m, m_d0, MASKED, MASK_D0)

@@ -177,6 +177,25 @@ def test_any_softmax_scale(run_interpreted, scale):
     run_interpreted(check_dense, (17, 21), 1, 1, 8, torch.float32, SMALL, scale)
 
 
+def check_far_below_zero(dtype: torch.dtype, provider: str) -> None:
+    inputs = make((20, 37, 37), 1, 1, 8, dtype)
+    # Every score far below zero: exp(-lse) is more than the dtype holds, for keys that are not there too.
+    far = 8.0 if dtype == torch.float32 else 4.0
+    inputs = [(t.detach() + shift).requires_grad_() for t, shift in zip(inputs, (far, -far, 0.0), strict=True)]
+    with conditions(SMALL):
+        got = results(lambda *x: attention(*x, softmax_scale=0.3, provider=provider), inputs)
+    exact = results(lambda *x: definition(*x, 0.3), [t.detach().double().requires_grad_() for t in inputs])
+    again = results(lambda *x: attention(*x, softmax_scale=0.3, provider="torch"), inputs)
+    assert exact[1].min() < (-89.0 if dtype == torch.float32 else -12.0)
+    hold_to_the_bar(got, again, exact, dtype)
+
+
+@pytest.mark.parametrize("provider", ["triton", "triton-atomic"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_scores_far_below_zero_with_a_ragged_tile_of_keys(run_interpreted, dtype, provider):
+    run_interpreted(check_far_below_zero, dtype, provider)
+
+
 @pytest.mark.parametrize("cu_dtype", [torch.int32, torch.int64], ids=str)
 def test_packed_sequences(run_interpreted, cu_dtype):
     # Empty segments at the start, in the middle (on either side, on both) and at the end; tiles that start anywhere.
@@ -352,10 +371,13 @@ def cuda_inputs(lengths: tuple[int, ...], batch: int, heads: int, head_dim: int,
     return [t.detach().cuda().requires_grad_() for t in make(lengths, batch, heads, head_dim, dtype)]
 
 
-def cuda_results(provider: str, tensors: list[Tensor], **options) -> list[Tensor]:
+def cuda_results(
+    provider: str, tensors: list[Tensor], dout_dtype: torch.dtype | None = None, **options
+) -> list[Tensor]:
     out, lse = attention(*tensors, provider=provider, **options)
     torch.manual_seed(1)
-    w_out = torch.randn(out.shape, device=out.device).to(out.dtype)
+    # An oracle of a wider dtype gets the gradient that the tested dtype got.
+    w_out = torch.randn(out.shape, device=out.device).to(dout_dtype or out.dtype).to(out.dtype)
     w_lse = torch.randn(lse.shape, device=out.device).to(lse.dtype)
     loss = (out * w_out).sum() + (lse * w_lse)[lse.detach() > -math.inf].sum()
     return [out.detach(), lse.detach(), *torch.autograd.grad(loss, tensors)]
@@ -385,7 +407,7 @@ def test_gpu_equals_the_definition(lengths, head_dim, dtype):
 @pytest.mark.parametrize("head_dim", [64, 72, 128])
 def test_gpu_long_sequences_match_sdpa_in_error(head_dim, dtype):
     tensors = cuda_inputs((16_383, 16_385, 16_385), 1, 2, head_dim, dtype)
-    exact = cuda_results("torch", [t.detach().float().requires_grad_() for t in tensors])
+    exact = cuda_results("torch", [t.detach().float().requires_grad_() for t in tensors], dtype)
     hold_to_the_bar(cuda_results("triton", tensors), cuda_results("sdpa-flash", tensors), exact, dtype)
 
 
@@ -393,7 +415,7 @@ def test_gpu_long_sequences_match_sdpa_in_error(head_dim, dtype):
 @pytest.mark.parametrize("head_dim", [64, 72, 128])
 def test_gpu_atomic_backward_matches_the_deterministic_one_in_error(head_dim):
     tensors = cuda_inputs((4_099, 4_097, 4_097), 1, 2, head_dim, torch.bfloat16)
-    exact = cuda_results("torch", [t.detach().float().requires_grad_() for t in tensors])
+    exact = cuda_results("torch", [t.detach().float().requires_grad_() for t in tensors], torch.bfloat16)
     hold_to_the_bar(cuda_results("triton-atomic", tensors), cuda_results("triton", tensors), exact, torch.bfloat16)
 
 
@@ -402,7 +424,7 @@ def test_gpu_packed_segments_match_separate_ones():
     bounds = [0, 0, 700, 701, 701, 3000]
     tensors = cuda_inputs((3000, 3000, 3000), 1, 2, 72, torch.bfloat16)
     offsets = dict.fromkeys(("cu_seqlens_q", "cu_seqlens_k"), torch.tensor(bounds, dtype=torch.int32, device="cuda"))
-    exact = cuda_results("torch", [t.detach().float().requires_grad_() for t in tensors], **offsets)
+    exact = cuda_results("torch", [t.detach().float().requires_grad_() for t in tensors], torch.bfloat16, **offsets)
     eager = cuda_results("sdpa-flash", tensors, **offsets)
     hold_to_the_bar(cuda_results("triton", tensors, **offsets), eager, exact, torch.bfloat16)
 
