@@ -22,6 +22,7 @@ from longreel.kernels.triton_rows import (
     split_columns,
     sum_slots,
     unit_columns,
+    unit_offsets,
 )
 
 # Assumed: columns of a row that one warp holds. At C = 1152 that is 1 warp, 2 for backward and for the fused forward, 4
@@ -111,7 +112,7 @@ def _forward(
             out,
             mean,
             rstd,
-            cu_seqlens,
+            unit_offsets(cu_seqlens),
             rows,
             x.shape[1],
             count_segments(x, cu_seqlens),
@@ -160,7 +161,7 @@ def _backward(
                 slots[0],
                 slots[1],
                 None if y is None else slots[2],
-                cu_seqlens,
+                unit_offsets(cu_seqlens),
                 rows,
                 z.shape[1],
                 num_segments,

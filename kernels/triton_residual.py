@@ -25,6 +25,7 @@ from longreel.kernels.triton_rows import (
     store_vector,
     sum_slots,
     unit_columns,
+    unit_offsets,
 )
 
 # Assumed: rows and columns of a tile, 16 bytes of bf16 for each thread of 4 warps, four times.
@@ -120,7 +121,7 @@ def gated_residual_fwd(x: Tensor, y: Tensor, gate: Tensor, cu_seqlens: Tensor | 
             y,
             gate,
             z,
-            cu_seqlens,
+            unit_offsets(cu_seqlens),
             rows,
             x.shape[1],
             count_segments(x, cu_seqlens),
@@ -149,7 +150,7 @@ def gated_residual_bwd(dz: Tensor, y: Tensor, gate: Tensor, cu_seqlens: Tensor |
                 gate,
                 dy,
                 slots,
-                cu_seqlens,
+                unit_offsets(cu_seqlens),
                 rows,
                 y.shape[1],
                 num_segments,

@@ -129,6 +129,11 @@ def count_segments(x: Tensor, cu_seqlens: Tensor | None) -> int:
     return x.shape[0] if cu_seqlens is None else cu_seqlens.numel() - 1
 
 
+def unit_offsets(cu_seqlens: Tensor | None) -> Tensor | None:
+    """The same offsets side by side, as kernels read them."""
+    return None if cu_seqlens is None else cu_seqlens.contiguous()
+
+
 def unit_columns(rows: Tensor) -> Tensor:
     """Modulation rows [N, C] with a contiguous last dim and any row stride: a chunk of [N, 6 C] is not copied."""
     return rows if rows.stride(-1) == 1 else rows.contiguous()
@@ -151,6 +156,6 @@ def sum_slots(slots: Tensor, out: Tensor, cu_seqlens: Tensor | None, seq_len: in
         grid = (triton.cdiv(columns, _SUM_COLUMNS) * num_segments,)
         with launch_on(out):
             sum_slots_kernel[grid](
-                slots, out, cu_seqlens, seq_len, chunk, columns, _SUM_SLOTS, _SUM_COLUMNS, num_warps=4
+                slots, out, unit_offsets(cu_seqlens), seq_len, chunk, columns, _SUM_SLOTS, _SUM_COLUMNS, num_warps=4
             )
     return out

@@ -187,6 +187,24 @@ def test_corners(run_interpreted):
     run_interpreted(corners)
 
 
+def strided_offsets(name: str) -> bool:
+    """Whether every second element of a buffer of offsets does what the same offsets side by side do."""
+    inputs, packing = make_inputs(name, "packed-S37-C40", torch.float32, "cpu")
+    bounds = packing["cu_seqlens"]
+    strided = torch.stack((bounds, torch.full_like(bounds, 17)), 1).flatten()[::2]
+    assert strided.stride() == (2,)
+
+    def run(offsets: Tensor) -> list[Tensor]:
+        return with_grads(lambda *t: OPS[name][0](*t, cu_seqlens=offsets, provider="triton"), inputs)
+
+    return all(torch.equal(a, b) for a, b in zip(run(strided), run(bounds), strict=True))
+
+
+@pytest.mark.parametrize("name", sorted(PACKED_OPS))
+def test_offsets_may_be_strided(run_interpreted, name):
+    assert run_interpreted(strided_offsets, name)
+
+
 def large_values() -> tuple[float, float, bool]:
     """Errors of gelu and of its slope where exp would overflow, and of adaLN where one-pass variance would cancel."""
     x = torch.tensor([-3e4, -300.0, -40.0, -12.0, -6.0, 6.0, 12.0, 40.0, 300.0, 3e4])
