@@ -259,8 +259,8 @@ def attention(
     if cu_seqlens_q is not None and cu_seqlens_k is not None:
         if q.shape[0] != 1:
             raise ValueError(f"cu_seqlens packs sequences into batch 1, but q has batch {q.shape[0]}")
-        check_cu_seqlens("cu_seqlens_q", cu_seqlens_q, q.shape[1])
-        check_cu_seqlens("cu_seqlens_k", cu_seqlens_k, k.shape[1], rows=cu_seqlens_q.numel() - 1)
+        check_cu_seqlens("cu_seqlens_q", cu_seqlens_q, q.shape[1], q.device)
+        check_cu_seqlens("cu_seqlens_k", cu_seqlens_k, k.shape[1], q.device, rows=cu_seqlens_q.numel() - 1)
     scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
     provider = resolve_attention_provider(provider, q.device, q.dtype)
     if provider.startswith("triton"):
@@ -296,7 +296,7 @@ def attention_packed(
     if cu_seqlens is not None:
         if qkv.shape[0] != 1:
             raise ValueError(f"cu_seqlens packs sequences into batch 1, but qkv has batch {qkv.shape[0]}")
-        check_cu_seqlens("cu_seqlens", cu_seqlens, qkv.shape[1])
+        check_cu_seqlens("cu_seqlens", cu_seqlens, qkv.shape[1], qkv.device)
     scale = qkv.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
     provider = resolve_attention_provider(provider, qkv.device, qkv.dtype)
     if provider.startswith("triton"):

@@ -37,8 +37,8 @@ def check_triton_dtype(name: str, dtype: torch.dtype) -> None:
         raise ValueError(f"{name} has dtype {dtype}; provider 'triton' computes in {names}; use provider 'torch'")
 
 
-def check_cu_seqlens(name: str, cu_seqlens: Tensor, length: int, rows: int | None = None) -> None:
-    """ValueError unless cu_seqlens is an integer vector that starts at 0, never falls and ends at length.
+def check_cu_seqlens(name: str, cu_seqlens: Tensor, length: int, device: torch.device, rows: int | None = None) -> None:
+    """ValueError unless cu_seqlens is an integer vector on device that starts at 0, never falls and ends at length.
 
     The values of a tensor on a device are read, which waits for it, the first time the tensor is seen; later calls
     look at its version only.
@@ -50,6 +50,8 @@ def check_cu_seqlens(name: str, cu_seqlens: Tensor, length: int, rows: int | Non
         raise ValueError(
             f"{name} must be an int32 or int64 vector of N + 1 offsets, got {cu_seqlens.dtype} {list(cu_seqlens.shape)}"
         )
+    if cu_seqlens.device != device:
+        raise ValueError(f"{name} is on {cu_seqlens.device}, the tensor it splits on {device}; give it there too")
     if rows is not None and cu_seqlens.numel() != rows + 1:
         raise ValueError(f"{name} has {cu_seqlens.numel()} offsets for {rows} segments; it needs {rows + 1}")
     # Traced and fake tensors have no values to read.
@@ -76,7 +78,7 @@ def check_modulation(name: str, value: Tensor, x: Tensor, cu_seqlens: Tensor | N
     else:
         if x.shape[0] != 1:
             raise ValueError(f"cu_seqlens packs sequences into batch 1, but x has batch {x.shape[0]}")
-        check_cu_seqlens("cu_seqlens", cu_seqlens, x.shape[1])
+        check_cu_seqlens("cu_seqlens", cu_seqlens, x.shape[1], x.device)
         expected = [cu_seqlens.numel() - 1, x.shape[2]]
     if list(value.shape) != expected:
         raise ValueError(f"{name} must be {expected} for x {list(x.shape)}, got {list(value.shape)}")

@@ -183,6 +183,10 @@ def q_k_v(**changes) -> dict:
         (q_k_v(cu_seqlens_q=torch.tensor([0, 4]), cu_seqlens_k=torch.tensor([0, 1, 4])), "it needs 2"),
         (q_k_v(cu_seqlens_q=torch.tensor([0.0, 4]), cu_seqlens_k=torch.tensor([0, 4])), "int32 or int64"),
         (
+            q_k_v(cu_seqlens_q=torch.tensor([0, 4]), cu_seqlens_k=torch.tensor([0, 4], device="meta")),
+            "cu_seqlens_k is on meta, the tensor it splits on cpu",
+        ),
+        (
             q_k_v(provider="triton"),
             "'triton' (is missing|needs a CUDA device, got tensors on cpu; set TRITON_INTERPRET=1)",
         ),
@@ -199,6 +203,8 @@ def test_packed_input_checks():
         attention_packed(torch.randn(1, 4, 2, 2, 8))
     with pytest.raises(ValueError, match="qkv has batch 2"):
         attention_packed(torch.randn(2, 4, 3, 2, 8), cu_seqlens=torch.tensor([0, 4]))
+    with pytest.raises(ValueError, match="cu_seqlens is on meta, the tensor it splits on cpu"):
+        attention_packed(torch.randn(1, 4, 3, 2, 8), cu_seqlens=torch.tensor([0, 4], device="meta"))
 
 
 def test_auto_picks_by_device(monkeypatch):

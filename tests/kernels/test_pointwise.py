@@ -185,6 +185,10 @@ def test_gradcheck_by_segments(name):
         (lambda x, row: adaln_modulate(x, row, row, cu_seqlens=torch.tensor([0, 5])), "x has batch 2"),
         (lambda x, row: gated_residual(x, x[:, :2], row), r"y \[2, 2, 24\] must have x's shape \[2, 5, 24\]"),
         (lambda x, row: gated_residual(x[:1], x[:1], row, cu_seqlens=torch.tensor([0, 2, 4])), "end at the length 5"),
+        (
+            lambda x, row: gated_residual(x[:1], x[:1], row, cu_seqlens=torch.tensor([0, 2, 5], device="meta")),
+            "cu_seqlens is on meta, the tensor it splits on cpu",
+        ),
         (lambda x, row: gated_residual_adaln(x, x[:1], row, row, row), r"y \[1, 5, 24\] must have x's shape"),
         (lambda x, row: gated_residual_adaln(x, x, row, row[:1], row), r"shift must be \[2, 24\]"),
         (lambda x, row: bias_gelu(x, row), r"bias must be \[24\]"),
