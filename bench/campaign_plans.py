@@ -13,6 +13,8 @@ from longreel.bench.tune import TunePlan, default_plan
 
 _POINTWISE = tuple(op for op in MEASURED_OPS if not op.startswith("attention"))
 BEFORE, AFTER = "before", "after"
+# What a provider may take for compilation and the gate: the campaign has seconds to spend on one that hangs.
+_SETUP_S = 20.0
 _TIMED = TimingRule(min_samples=5, max_samples=30, budget_s=0.1, wall_cap_s=20.0, warm_up_s=0.02)
 
 
@@ -102,6 +104,7 @@ def rehearsal(validate: tuple[tuple[str, ...], ...]) -> CampaignPlan:
         rule=rule,
         device="cpu",
         label=BEFORE,
+        setup_s=_SETUP_S,
     )
     fused = replace(attention, cases=sweep_cases(_POINTWISE, seq_lens=[6], **tiny), directions=("both",))  # type: ignore[arg-type]
     case = OpCase(op="attention", dtype="fp16", seq_len=48, num_heads=1, head_dim=72)
@@ -127,4 +130,5 @@ def _plan(cases: tuple[OpCase, ...], providers: tuple[str, ...], device: str) ->
         rule=_TIMED,
         device=device,
         label=BEFORE,
+        setup_s=_SETUP_S,
     )

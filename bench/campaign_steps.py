@@ -19,7 +19,7 @@ from typing import Any
 
 from longreel.bench import ceilings
 from longreel.bench.campaign_plans import AFTER, CampaignPlan
-from longreel.bench.micro_sweep import MicroPlan, line, load, run_plan
+from longreel.bench.micro_sweep import MicroPlan, NotAgain, line, load, run_plan
 from longreel.bench.op_run import CaseRequest
 from longreel.bench.run import one_line
 from longreel.bench.tune import read_result, tune
@@ -253,6 +253,7 @@ def _micro(campaign: Campaign, plans: list[MicroPlan], deadline: float) -> Outco
 def _run_plans(campaign: Campaign, plans: list[MicroPlan], deadline: float) -> tuple[int, int]:
     """Records made and cases left."""
     made = left = 0
+    not_again: NotAgain = {}
     for plan in plans:
         records, undone = run_plan(
             plan,
@@ -261,6 +262,7 @@ def _run_plans(campaign: Campaign, plans: list[MicroPlan], deadline: float) -> t
             pool=campaign.pool,
             run=campaign.run,
             deadline=deadline,
+            not_again=not_again,
             say=campaign.say,
         )
         made, left = made + len(records), left + len(undone)

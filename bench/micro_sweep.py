@@ -1,18 +1,20 @@
 """The loop over op cases: each in a worker process that is replaced when it fails, a record for whatever happens.
 
-Providers of one case run in one process, so that they can be timed in alternation; where that process dies, hangs or
-raises, each is tried alone in a fresh one, the one at fault becomes a row with its reason, and the others run again.
+Providers of one case run in one process, so that they can be timed in alternation. Where that process dies, hangs or
+raises, the provider that was at the gate becomes a row with its reason and the others run again; where it is not known
+which one it was, each is tried alone first.
 """
 
 from __future__ import annotations
 
+import signal
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from longreel.bench.op_run import CaseRequest, run_case
+from longreel.bench.op_run import AT, MADE, CaseRequest, failed_status, run_case
 from longreel.bench.ops import OPS, OpCase
 from longreel.bench.providers import providers_of
 from longreel.bench.run import one_line
@@ -21,10 +23,11 @@ from longreel.bench.timing import TimingRule
 from longreel.parallel.workers import WorkerError, WorkerPool, WorkerTimeout
 from longreel.reports import store
 from longreel.reports.op_records import OpRecord
-from longreel.reports.records import Status
 
-# What a case may take beside its timing: inputs, oracle, compilation of every provider.
-_SETUP_S = 120.0
+# Runs after the others, as the one most likely to take the device down with it.
+_LAST = "triton-hopper"
+# (op, provider, head_dim, dtype) -> the length at which it failed, and why it is not tried at further ones.
+NotAgain = dict[tuple[str, str, int, str], tuple[int, str]]
 # With less than this left of a budget nothing is started.
 _LEAST_S = 5.0
 
@@ -42,6 +45,7 @@ class MicroPlan:
         directions: some of forward, backward, both. rule: timing.
         device: torch device. isolate: every provider in a process of its own, never in alternation.
         label: pass of a campaign. tiles: see CaseRequest.
+        setup_s: what a provider may take beside its timing, for compilation and the gate.
     """
 
     cases: tuple[OpCase, ...]
@@ -52,13 +56,21 @@ class MicroPlan:
     isolate: bool = False
     label: str = ""
     tiles: Tiles = ()
+    setup_s: float = 120.0
+
+    @property
+    def limit_s(self) -> float:
+        """Seconds for one provider at the gate, and for timing one direction."""
+        return self.setup_s + self.rule.wall_cap_s
 
     def providers_for(self, op: str) -> tuple[str, ...]:
-        """Names to try for an op; rooflines always have their one."""
+        """Names to try for an op, in this order; rooflines always have their one."""
         known = providers_of(op)
         if self.providers is None or not OPS[op].differentiable:
-            return known
-        return tuple(name for name in self.providers if name in known or name == "torch")
+            wanted = known
+        else:
+            wanted = tuple(name for name in self.providers if name in known or name == "torch")
+        return tuple(sorted(wanted, key=lambda name: name == _LAST))
 
 
 def run_plan(
@@ -70,9 +82,10 @@ def run_plan(
     resume: bool = True,
     deadline: float | None = None,
     run: str | None = None,
+    not_again: NotAgain | None = None,
     say: Callable[[str], None] = print,
 ) -> tuple[list[OpRecord], list[OpCase]]:
-    """Run a plan, appending every record to a file as its case finishes.
+    """Run a plan, appending every record to a file as it arrives.
 
     Args:
         plan: what to run. file: records.jsonl, appended to. provenance: of all records.
@@ -80,6 +93,7 @@ def run_plan(
         resume: leave out cases whose points are all in the file already (same configuration, source, environment).
         deadline: time.monotonic() by which to stop; None for no limit.
         run: label of the run, the time now if not given. say: gets a line per record.
+        not_again: what failed in earlier plans; what fails in this one is added.
 
     Returns:
         The records made, and the cases left undone at the deadline.
@@ -87,28 +101,33 @@ def run_plan(
     done = {r.key for r in load(file) if r.status != "error"} if resume and file.exists() else set()
     run = run or run_label()
     made: list[OpRecord] = []
-    # (op, provider, head_dim, dtype) -> why it is not tried at further lengths.
-    not_again: dict[tuple[str, str, int, str], str] = {}
+    not_again = {} if not_again is None else not_again
     for i, case in enumerate(plan.cases):
-        request = _request(plan, case, run, provenance, not_again)
-        if not request.providers or all(key in done for key in _keys(request)):
+        whole = _request(plan, case, run, provenance, not_again, pool.scratch)
+        # A direction that was done before the deadline cut the case is not done again.
+        directions = tuple(
+            direction
+            for direction in whole.possible_directions
+            if any(key not in done for key in _keys(replace(whole, directions=(direction,))))
+        )
+        if not whole.providers or not directions:
             continue
+        request = replace(whole, directions=directions)
         left = None if deadline is None else deadline - time.monotonic()
         if left is not None and left < _LEAST_S:
             return made, list(plan.cases[i:])
         try:
-            records = _run_request(request, pool, left, isolate=plan.isolate)
+            for record in _run_request(request, pool, left, isolate=plan.isolate):
+                store.append(file, record)
+                made.append(record)
+                # A provider that is missing is missing in every direction.
+                if record.status == "ok" or record.direction == request.possible_directions[0]:
+                    say(line(record))
+                if record.status == "error":
+                    reason = f"failed at seq_len {case.seq_len:,}: {record.reason}"
+                    not_again.setdefault((case.op, record.provider, case.head_dim, case.dtype), (case.seq_len, reason))
         except _OutOfTime:
             return made, list(plan.cases[i:])
-        for record in records:
-            store.append(file, record)
-            made.append(record)
-            # A provider that is missing is missing in every direction.
-            if record.status == "ok" or record.direction == request.possible_directions[0]:
-                say(line(record))
-            if record.status == "error":
-                reason = f"failed at seq_len {case.seq_len:,}: {record.reason}"
-                not_again.setdefault((case.op, record.provider, case.head_dim, case.dtype), reason)
     return made, []
 
 
@@ -127,9 +146,11 @@ def _request(
     case: OpCase,
     run: str,
     provenance: dict[str, Any],
-    not_again: dict[tuple[str, str, int, str], str],
+    not_again: NotAgain,
+    trail: Path,
 ) -> CaseRequest:
     names = plan.providers_for(case.op)
+    failed = {name: not_again.get((case.op, name, case.head_dim, case.dtype)) for name in names}
     return CaseRequest(
         case=case,
         providers=names,
@@ -139,12 +160,11 @@ def _request(
         run=run,
         label=plan.label,
         tiles=plan.tiles,
-        not_again={
-            name: not_again[case.op, name, case.head_dim, case.dtype]
-            for name in names
-            if (case.op, name, case.head_dim, case.dtype) in not_again
-        },
+        # Plans come in no order of length; what fails at a long one may run at a short one.
+        not_again={name: found[1] for name, found in failed.items() if found is not None and case.seq_len >= found[0]},
         provenance=provenance,
+        limit_s=plan.limit_s,
+        trail=trail,
     )
 
 
@@ -152,33 +172,83 @@ def _keys(request: CaseRequest) -> list[str]:
     return [record.key for name in request.providers for record in request.records(name, "skipped", "its key only")]
 
 
-def _run_request(request: CaseRequest, pool: WorkerPool, left: float | None, *, isolate: bool) -> list[OpRecord]:
+def _run_request(request: CaseRequest, pool: WorkerPool, left: float | None, *, isolate: bool) -> Iterator[OpRecord]:
     """Records of one case, whatever becomes of its worker. left: seconds until the deadline, None for none."""
     deadline = None if left is None else time.monotonic() + left
     if isolate:
-        return [record for name in request.providers for record in _attempt(_only(request, name), pool, deadline)]
-    try:
-        return _together(request, pool, deadline)
-    except WorkerError:
-        alone = {name: _attempt(_only(request, name), pool, deadline) for name in request.providers}
-    sound = tuple(name for name, records in alone.items() if all(r.status != "error" for r in records))
-    if 1 < len(sound) < len(request.providers):
-        # Those that can run are timed in alternation after all.
+        for name in request.providers:
+            yield from _attempt(_only(request, name), pool, deadline)
+        return
+    while True:
         try:
-            records = _together(replace(request, providers=sound), pool, deadline)
-            alone |= {name: [r for r in records if r.provider == name] for name in sound}
-        except WorkerError:
-            pass
-    return [record for records in alone.values() for record in records]
+            yield from _together(request, pool, deadline)
+            return
+        except WorkerError as error:
+            at_fault, made = _left_behind(request)
+            yield from made
+            request = _without(request, made)
+            if len(request.providers) == 1:
+                yield from _failed(request, error)
+                return
+            if at_fault not in request.providers:
+                break
+            yield from _failed(_only(request, at_fault), error)
+            request = replace(request, providers=tuple(name for name in request.providers if name != at_fault))
+        except _OutOfTime:
+            yield from _left_behind(request)[1]
+            raise
+    yield from _one_by_one(request, pool, deadline)
+
+
+def _one_by_one(request: CaseRequest, pool: WorkerPool, deadline: float | None) -> Iterator[OpRecord]:
+    """Each provider alone, to see which one fails; those that can run are timed in alternation after all."""
+    alone: dict[str, list[OpRecord]] = {}
+    too_late: _OutOfTime | None = None
+    try:
+        for name in request.providers:
+            records = _attempt(_only(request, name), pool, deadline)
+            if any(r.status == "error" for r in records):
+                yield from records
+            else:
+                alone[name] = records
+        if 1 < len(alone) < len(request.providers):
+            together = _together(replace(request, providers=tuple(alone)), pool, deadline)
+            alone = {name: [r for r in together if r.provider == name] for name in alone}
+    except WorkerError:
+        pass
+    except _OutOfTime as error:
+        too_late = error
+    for records in alone.values():
+        yield from records
+    if too_late is not None:
+        raise too_late
 
 
 def _only(request: CaseRequest, provider: str) -> CaseRequest:
     return replace(request, providers=(provider,))
 
 
+def _without(request: CaseRequest, made: Sequence[OpRecord]) -> CaseRequest:
+    """The request without the directions that are done."""
+    done = {record.direction for record in made}
+    return replace(request, directions=tuple(d for d in request.possible_directions if d not in done))
+
+
+def _left_behind(request: CaseRequest) -> tuple[str, list[OpRecord]]:
+    """What a worker that failed has left on its trail: the provider at the gate, or "", and records."""
+    assert request.trail is not None
+    at, made = request.trail / AT, request.trail / MADE
+    return at.read_text() if at.exists() else "", load(made) if made.exists() else []
+
+
 def _together(request: CaseRequest, pool: WorkerPool, deadline: float | None) -> list[OpRecord]:
     """One call of the worker; WorkerError when it fails, _OutOfTime when the deadline ends it."""
-    limit = request.rule.wall_cap_s * len(request.possible_directions) + _SETUP_S
+    assert request.limit_s is not None
+    assert request.trail is not None
+    for name in (AT, MADE):
+        (request.trail / name).unlink(missing_ok=True)
+    # The worker ends itself when one part takes too long; this is for what it does between them.
+    limit = request.limit_s * (len(request.providers) + len(request.possible_directions) + 1)
     left = None if deadline is None else deadline - time.monotonic()
     if left is not None and left < _LEAST_S:
         raise _OutOfTime
@@ -195,9 +265,15 @@ def _attempt(request: CaseRequest, pool: WorkerPool, deadline: float | None) -> 
     try:
         return _together(request, pool, deadline)
     except WorkerError as error:
-        reason = one_line(error)
-        status: Status = "oom" if "OutOfMemoryError" in reason or "can't allocate memory" in reason else "error"
-        return [record for name in request.providers for record in request.records(name, status, reason)]
+        made = _left_behind(request)[1]
+        return [*made, *_failed(_without(request, made), error)]
+
+
+def _failed(request: CaseRequest, error: WorkerError) -> list[OpRecord]:
+    reason = one_line(error)
+    if f"exit code -{signal.SIGALRM:d}" in reason:
+        reason = f"did not finish compilation and gate, or timing, within {request.limit_s:g} s and was ended"
+    return [r for name in request.providers for r in request.records(name, failed_status(reason), reason)]
 
 
 def line(record: OpRecord) -> str:

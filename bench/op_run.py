@@ -1,16 +1,18 @@
 """One op case in a worker: every provider through the gate, then all that passed timed against each other.
 
-Whatever becomes of a provider is a record: `ok`, `oom`, `wrong` or `skipped` here; what raises or hangs ends the worker
-and becomes `error` in micro_sweep.
+Whatever becomes of a provider is a record: `ok`, `oom`, `wrong`, `skipped` or `error` here; what breaks the device or
+hangs ends the worker and becomes `error` in micro_sweep.
 """
 
 from __future__ import annotations
 
+import signal
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,11 +26,13 @@ from longreel.bench.provenance import stamped
 from longreel.bench.tiles import Tiles, use_tiles
 from longreel.bench.timing import Timing, TimingRule, Work, clock_for, measure
 from longreel.bench.verdict import compare
+from longreel.reports import store
 from longreel.reports.op_records import OpRecord
 from longreel.reports.records import Status
 
 # A first run of this many seconds is not repeated to see its memory without compilation.
 _LONG_S = 3.0
+AT, MADE = "at.txt", "made.jsonl"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -43,6 +47,10 @@ class CaseRequest:
         tiles: attention tile constants that replace the built-in ones.
         not_again: provider -> why it is not tried again.
         provenance: of every record, without its time.
+        limit_s: seconds for the gate of one provider, compilation included, and for timing one direction; past them
+            the process is ended. None: no limit.
+        trail: folder where the worker leaves what outlives it: AT names the provider at the gate, MADE holds the
+            records of the directions that are done.
     """
 
     case: OpCase
@@ -55,6 +63,8 @@ class CaseRequest:
     tiles: Tiles = ()
     not_again: Mapping[str, str] = field(default_factory=dict)
     provenance: Mapping[str, Any] = field(default_factory=dict)
+    limit_s: float | None = None
+    trail: Path | None = None
 
     @property
     def possible_directions(self) -> tuple[str, ...]:
@@ -110,15 +120,42 @@ def run_case(request: CaseRequest) -> list[OpRecord]:
             return [r for name in request.providers for r in request.records(name, "oom", _first_line(error))]
         passed: dict[str, _Passed] = {}
         for name in request.providers:
-            found = _gate(request, name, inputs)
+            with _limited(request, name):
+                found = _gate(request, name, inputs)
             if isinstance(found, _Passed):
                 passed[name] = found
             else:
                 records += found
         for direction in request.possible_directions:
-            records += _time_direction(request, direction, passed, inputs, monitor)
+            with _limited(request, ""):
+                records += _time_direction(request, direction, passed, inputs, monitor)
+            if request.trail is not None:
+                for record in records:
+                    if record.direction == direction:
+                        store.append(request.trail / MADE, record)
     place = {name: i for i, name in enumerate(request.providers)}
     return sorted(records, key=lambda r: (place[r.provider], request.possible_directions.index(r.direction)))
+
+
+@contextmanager
+def _limited(request: CaseRequest, provider: str) -> Iterator[None]:
+    """Says on the trail who is at the gate, and ends this process when the block outlives the request's limit."""
+    if request.trail is not None:
+        (request.trail / AT).write_text(provider)
+    if request.limit_s is None:
+        yield
+        return
+    # The signal's default action is the kernel's: a call that never returns to Python does not hold it up.
+    signal.setitimer(signal.ITIMER_REAL, request.limit_s)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0.0)
+
+
+def failed_status(reason: str) -> Status:
+    """`oom` or `error`, by what an exception says."""
+    return "oom" if "OutOfMemoryError" in reason or "can't allocate memory" in reason else "error"
 
 
 def _gate(request: CaseRequest, name: str, inputs: Mapping[str, Tensor]) -> _Passed | list[OpRecord]:
@@ -141,6 +178,14 @@ def _gate(request: CaseRequest, name: str, inputs: Mapping[str, Tensor]) -> _Pas
         )
     except torch.OutOfMemoryError as error:
         return request.records(name, "oom", _first_line(error), memory=memory)
+    except torch.AcceleratorError:
+        raise
+    except (RuntimeError, ValueError) as error:
+        if on_cuda:
+            # Raises where the device is of no use to this process any more, as Triton's own errors do not say.
+            torch.cuda.synchronize(device)
+        reason = f"{type(error).__name__}: {_first_line(error)}"
+        return request.records(name, failed_status(reason), reason, memory=memory)
     finally:
         if on_cuda:
             torch.cuda.empty_cache()

@@ -29,7 +29,8 @@ from longreel.parallel.workers import WorkerError, WorkerPool, WorkerTimeout
 from longreel.reports import store
 from longreel.reports.op_records import OpRecord
 
-KERNELS: tuple[Kernel, ...] = ("forward", "hopper", "dkdv", "dq", "fused")
+# Last the one most likely to take the device down with it.
+KERNELS: tuple[Kernel, ...] = ("forward", "dkdv", "dq", "fused", "hopper")
 _PORTABLE, _HOPPER = "triton", "triton-hopper"
 
 
@@ -113,6 +114,7 @@ class TunePlan:
 
     Args:
         cases: attention at the shapes that stand for its head_dim. kernels: some of KERNELS.
+        setup_s: what a candidate may take beside its timing, for compilation and the gate.
         most: candidates per kernel. rule: of the search. final_rule: of the decision between the best and the current.
     """
 
@@ -122,6 +124,7 @@ class TunePlan:
     final_rule: TimingRule
     kernels: tuple[Kernel, ...] = KERNELS
     most: int = 100
+    setup_s: float = 20.0
 
 
 @dataclass(kw_only=True, slots=True)
@@ -262,12 +265,14 @@ class _Search:
         left = self.deadline - time.monotonic()
         if left <= 0:
             return None
+        limit = self.plan.setup_s + rule.wall_cap_s
+        request = TuneRequest(base=base, current=self.before)
         try:
-            record = self.pool.run(run_candidate, 1, TuneRequest(base=base, current=self.before), timeout=left)[0]
-        except WorkerTimeout:
-            # Cut short by the deadline: to be timed by the next run.
-            return None
+            record = self.pool.run(run_candidate, 1, request, timeout=min(left, limit))[0]
         except WorkerError as error:
+            if isinstance(error, WorkerTimeout) and left <= limit:
+                # Cut short by the deadline: to be timed by the next run.
+                return None
             record = base.record(provider, direction, "error", reason=one_line(error))
         store.append(self.file, record)
         self.say(f"{label}: {_line(tiles, record)}")
