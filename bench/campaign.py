@@ -129,6 +129,8 @@ def _validation(*, rehearse: bool = False) -> tuple[tuple[str, ...], ...]:
         # There is no GPU to run them on: that they are found and can be imported.
         return (("tests/kernels", "-m", "gpu", "--collect-only"),)
     files = [path for path in sorted(_TESTS.glob("test_*.py")) if re.search(r"mark\.gpu\b", path.read_text())]
+    # Last the one most likely to take the device down with it.
+    files.sort(key=lambda path: path.stem.endswith("_hopper"))
     names_of = [f"tests/kernels/{path.name}" for path in files]
     several = ("-n", str(_WORKERS)) if importlib.util.find_spec("xdist") is not None else ()
     quick = tuple((name, "-m", "gpu and not slow", "-k", f"not {_LARGE}", *several) for name in names_of)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -87,11 +88,13 @@ class Campaign:
 
 def validate(campaign: Campaign, deadline: float) -> Outcome:
     """pytest in processes of its own; every part that passed is not run again."""
-    earlier = campaign.state().get("validate", {}).get("parts", {})
+    began = time.monotonic()
+    before = campaign.state().get("validate", {}).get("parts", {})
+    earlier = {name: part for name, part in before.items() if part.get("status") == "passed"}
     parts: dict[str, dict[str, Any]] = {}
     for i, arguments in enumerate(campaign.plan.validate):
         name = " ".join(arguments)
-        if earlier.get(name, {}).get("status") == "passed":
+        if name in earlier:
             parts[name] = earlier[name]
             continue
         left = deadline - time.monotonic()
@@ -100,6 +103,9 @@ def validate(campaign: Campaign, deadline: float) -> Outcome:
             continue
         parts[name] = _pytest(arguments, campaign.folder / f"validate-{i}", left)
         campaign.say(f"validate {name}: {_words(parts[name])}")
+        # At once: what passed is not run again after an interruption either.
+        so_far = Outcome(status="partial", summary="interrupted", details={"parts": earlier | parts})
+        campaign.remember("validate", so_far, time.monotonic() - began)
     statuses = [part["status"] for part in parts.values()]
     status = "failed" if "failed" in statuses else "done" if set(statuses) == {"passed"} else "partial"
     passed = sum(part.get("passed", 0) for part in parts.values())
@@ -120,19 +126,25 @@ def _pytest(arguments: tuple[str, ...], log: Path, seconds: float) -> dict[str, 
     # -P: python -m would put the repository's root on sys.path.
     command = [sys.executable, "-P", "-m", "pytest", *arguments, "-q", "-p", "no:cacheprovider", f"--junitxml={report}"]
     root = Path(__file__).resolve().parents[1]
+    # A run that is killed writes none, and an earlier one's is not its own.
+    report.unlink(missing_ok=True)
     with open(log.with_suffix(".log"), "w", encoding="utf-8") as output:
+        # A session of its own, to be ended with all its workers, which hold the GPU.
+        run = subprocess.Popen(command, cwd=root, stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
         try:
-            done = subprocess.run(
-                command, cwd=root, stdout=output, stderr=subprocess.STDOUT, timeout=seconds, check=False
-            )
+            code = run.wait(seconds)
         except subprocess.TimeoutExpired:
             return {"status": f"unfinished after {seconds:.0f} s"}
-    if done.returncode == _NO_TESTS:
+        finally:
+            if run.poll() is None:
+                os.killpg(run.pid, signal.SIGKILL)
+                run.wait()
+    if code == _NO_TESTS:
         return {"status": "passed", "passed": 0, "failed": 0, "skipped": 0, "failures": []}
     if not report.exists():
         return {
             "status": "failed",
-            "reason": f"pytest ended with {done.returncode}; see {log.with_suffix('.log').name}",
+            "reason": f"pytest ended with {code}; see {log.with_suffix('.log').name}",
         }
     suites = ElementTree.parse(report).getroot().iter("testsuite")
     totals = dict.fromkeys(("tests", "failures", "errors", "skipped"), 0)
@@ -146,7 +158,7 @@ def _pytest(arguments: tuple[str, ...], log: Path, seconds: float) -> dict[str, 
         if case.find("failure") is not None or case.find("error") is not None
     ]
     return {
-        "status": "passed" if done.returncode == 0 else "failed",
+        "status": "passed" if code == 0 else "failed",
         "passed": totals["tests"] - bad - totals["skipped"],
         "failed": bad,
         "skipped": totals["skipped"],
