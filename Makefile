@@ -58,8 +58,9 @@ layers: setup
 smoke: setup
 	$(BIN)/python bench/sweep.py --preset smoke
 
+# Two files at a time: each worker starts process pools of its own.
 unit: setup
-	$(BIN)/pytest
+	$(BIN)/pytest -n 2 --dist loadfile
 
 slow: setup
 	$(BIN)/pytest -m slow
