@@ -187,6 +187,8 @@ def _run_request(request: CaseRequest, pool: WorkerPool, left: float | None, *, 
             at_fault, made = _left_behind(request)
             yield from made
             request = _without(request, made)
+            if not request.directions:
+                return
             if len(request.providers) == 1:
                 yield from _failed(request, error)
                 return
@@ -266,7 +268,8 @@ def _attempt(request: CaseRequest, pool: WorkerPool, deadline: float | None) -> 
         return _together(request, pool, deadline)
     except WorkerError as error:
         made = _left_behind(request)[1]
-        return [*made, *_failed(_without(request, made), error)]
+        rest = _without(request, made)
+        return [*made, *_failed(rest, error)] if rest.directions else made
 
 
 def _failed(request: CaseRequest, error: WorkerError) -> list[OpRecord]:

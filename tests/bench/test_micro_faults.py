@@ -114,6 +114,21 @@ def test_a_provider_that_hangs_is_a_row_and_the_others_are_measured(tmp_path, po
     assert found_in(file)["sdpa-flash", "forward", 24] == "skipped"
 
 
+def run_case_that_dies_at_the_end(request):
+    """In the worker."""
+    run_case(request)
+    raise RuntimeError("too late to matter")
+
+
+@pytest.mark.parametrize("op", ["attention", "clone"])
+def test_a_worker_that_dies_when_all_is_measured_loses_nothing(tmp_path, pool, monkeypatch, op):
+    monkeypatch.setattr(micro_sweep, "run_case", run_case_that_dies_at_the_end)
+    plan = plan_of(16, providers=("eager", "torch"))
+    plan = replace(plan, cases=tuple(replace(case, op=op) for case in plan.cases))
+    run_plan(plan, tmp_path / "r.jsonl", ORIGIN, pool=pool, say=lambda _: None)
+    assert set(found_in(tmp_path / "r.jsonl").values()) == {"ok"}
+
+
 def test_what_failed_at_a_long_length_is_tried_at_a_short_one(tmp_path, pool):
     not_again = {("attention", "sdpa-flash", 8, "fp32"): (32, "failed at seq_len 32: x")}
     file = tmp_path / "r.jsonl"
