@@ -47,8 +47,8 @@ class ByteTextEncoder:
         self.max_tokens = max_tokens
         generator = torch.Generator().manual_seed(_SEED)
         # Normal numbers from uniform fp64 ones: torch.randn takes other paths on other CPUs, the Mersenne twister's
-        # uniform numbers are the same everywhere. Not by erfinv: on its first call in about one process in 50, MKL
-        # computed the second thread's half of the table to 6e-9 only (torch 2.13.0, two busy cores).
+        # uniform numbers are the same everywhere. Not by erfinv: in 4 of some 460 processes (torch 2.13.0, two busy
+        # cores) its first call gave the second half of the table, a second thread's share, to 6e-9 only.
         uniform = torch.rand(NUM_SYMBOLS, text_dim, generator=generator, dtype=torch.float64)
         self._symbols = torch.special.ndtri(uniform)
         self._signs = torch.randint(0, 2, (max_tokens, text_dim), generator=generator).double() * 2 - 1
