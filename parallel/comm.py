@@ -30,6 +30,11 @@ def group_rank(group: str) -> int:
     return _named(group).rank()
 
 
+def is_fake(group: str) -> bool:
+    """Whether the named group is a fake one, whose collectives move nothing."""
+    return dist.get_backend(_named(group)) == "fake"
+
+
 def all_to_all(x: Tensor, group: str) -> Tensor:
     """Row i of x [P, ...] goes to rank i; row j of the result [P, ...] came from rank j."""
     assert x.is_contiguous() and x.shape[0] == group_size(group), (x.shape, x.stride())

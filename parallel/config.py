@@ -118,5 +118,14 @@ def check_heads(num_heads: int, degree: int) -> None:
         )
 
 
+def check_ranks(seq_len: int, degree: int) -> None:
+    """ValueError when `degree` ranks are to share a sequence of fewer tokens (seq_len, text in it included)."""
+    if degree > seq_len:
+        raise ValueError(
+            f"sp_degree {degree} is more ranks than the sequence has tokens ({seq_len}); "
+            f"use sp_degree {max(seq_len, 1)} or less, or a longer sequence"
+        )
+
+
 def _divisors(n: int) -> list[int]:
     return [d for d in range(1, n + 1) if n % d == 0]
