@@ -17,8 +17,16 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from longreel.kernels import reference, sdpa
-from longreel.kernels.checks import TRITON_DTYPES, check_cu_seqlens, check_head_dim, check_same, check_triton_dtype
-from longreel.kernels.triton_common import require_triton, triton_installed
+from longreel.kernels.checks import (
+    check_cu_seqlens,
+    check_head_dim,
+    check_last_dim,
+    check_number,
+    check_same,
+    check_tensor,
+    check_triton_dtype,
+)
+from longreel.kernels.triton_common import require_triton
 
 PROVIDERS = ("torch", "sdpa-flash", "triton", "triton-atomic", "triton-hopper")
 
@@ -27,8 +35,8 @@ def resolve_attention_provider(provider: str, device: torch.device, dtype: torch
     """The implementation that runs for this request: what `auto` picks, or the named one.
 
     Args:
-        provider: `auto` (on CUDA Triton where it computes in this dtype and is installed, else sdpa-flash for half
-            precision; the eager specification elsewhere), `torch`, `sdpa-flash` (half precision only on CUDA),
+        provider: `auto` (on CUDA Triton, and the eager specification for fp64, which no kernel computes in; elsewhere
+            the eager specification), `torch`, `sdpa-flash` (half precision only on CUDA),
             `triton` (CUDA, or CPU under TRITON_INTERPRET=1), `triton-atomic` (a backward with fewer products that is
             not deterministic) or `triton-hopper` (a forward for Hopper GPUs alone; see triton_attention_hopper).
         device: where the tensors live.
@@ -37,19 +45,17 @@ def resolve_attention_provider(provider: str, device: torch.device, dtype: torch
     Raises:
         ValueError: the name is unknown or that provider is not there; the message says why and lists what is.
     """
-    flash_runs = device.type != "cuda" or dtype in (None, torch.float16, torch.bfloat16)
     if provider == "auto":
-        if device.type != "cuda":
+        if device.type != "cuda" or dtype == torch.float64:
             return "torch"
-        if dtype in (None, *TRITON_DTYPES) and triton_installed():
-            return "triton"
-        return "sdpa-flash" if flash_runs else "torch"
-    if provider == "sdpa-flash" and not flash_runs:
+        require_triton(device)
+        return "triton"
+    if provider not in PROVIDERS:
+        raise ValueError(f"unknown attention provider {provider!r}; providers are auto, {', '.join(PROVIDERS)}")
+    if provider == "sdpa-flash" and device.type == "cuda" and dtype not in (None, torch.float16, torch.bfloat16):
         raise ValueError(
             f"attention provider 'sdpa-flash' has no {dtype} on CUDA; use precision bf16, or provider torch or auto"
         )
-    if provider not in PROVIDERS:
-        raise ValueError(f"unknown attention provider {provider!r}; providers are auto, {', '.join(PROVIDERS)}")
     if provider.startswith("triton"):
         require_triton(device)
     return provider
@@ -218,6 +224,13 @@ def _packed_backward_flops(dout: Any, dlse: Any, qkv: Any, *_: Any, **__: Any) -
     return attention_flops(shape, shape, products=5)
 
 
+def _scale(softmax_scale: float | None, head_dim: int) -> float:
+    if softmax_scale is None:
+        return head_dim**-0.5
+    check_number("softmax_scale", softmax_scale)
+    return float(softmax_scale)
+
+
 def attention(
     q: Tensor,
     k: Tensor,
@@ -241,14 +254,13 @@ def attention(
         out [B, S, H, D] and lse [B, H, S] (fp32, or fp64 for fp64 inputs).
 
     Raises:
-        ValueError: shapes, dtypes, devices or offsets that do not fit, or a provider that is not there.
+        TypeError: an argument of another type.
+        ValueError: shapes, dtypes, devices, strides, scale or offsets that do not fit, or a provider that is not there.
     """
-    for name, tensor in (("q", q), ("k", k), ("v", v)):
-        if tensor.dim() != 4:
-            raise ValueError(f"{name} must be [B, S, H, D], got {list(tensor.shape)}")
+    for name, tensor, dims in (("q", q, "[B, S, H, D]"), ("k", k, "[B, T, H, D]"), ("v", v, "[B, T, H, D]")):
+        check_tensor(name, tensor, dims)
         check_same(name, tensor, "q", q)
-        if tensor.stride(-1) != 1 and tensor.numel():
-            raise ValueError(f"{name}'s last dim has stride {tensor.stride(-1)}; it must be contiguous (stride 1)")
+        check_last_dim(name, tensor)
     check_head_dim("q", q.shape[-1])
     if k.shape != v.shape:
         raise ValueError(f"k {list(k.shape)} and v {list(v.shape)} must have one shape")
@@ -261,7 +273,7 @@ def attention(
             raise ValueError(f"cu_seqlens packs sequences into batch 1, but q has batch {q.shape[0]}")
         check_cu_seqlens("cu_seqlens_q", cu_seqlens_q, q.shape[1], q.device)
         check_cu_seqlens("cu_seqlens_k", cu_seqlens_k, k.shape[1], q.device, rows=cu_seqlens_q.numel() - 1)
-    scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
+    scale = _scale(softmax_scale, q.shape[-1])
     provider = resolve_attention_provider(provider, q.device, q.dtype)
     if provider.startswith("triton"):
         check_triton_dtype("q", q.dtype)
@@ -286,18 +298,18 @@ def attention_packed(
         out [B, S, H, D] and lse [B, H, S].
 
     Raises:
-        ValueError: as attention().
+        TypeError, ValueError: as attention().
     """
-    if qkv.dim() != 5 or qkv.shape[2] != 3:
+    check_tensor("qkv", qkv, "[B, S, 3, H, D]")
+    if qkv.shape[2] != 3:
         raise ValueError(f"qkv must be [B, S, 3, H, D], got {list(qkv.shape)}")
-    if qkv.stride(-1) != 1 and qkv.numel():
-        raise ValueError(f"qkv's last dim has stride {qkv.stride(-1)}; it must be contiguous (stride 1)")
+    check_last_dim("qkv", qkv)
     check_head_dim("qkv", qkv.shape[-1])
     if cu_seqlens is not None:
         if qkv.shape[0] != 1:
             raise ValueError(f"cu_seqlens packs sequences into batch 1, but qkv has batch {qkv.shape[0]}")
         check_cu_seqlens("cu_seqlens", cu_seqlens, qkv.shape[1], qkv.device)
-    scale = qkv.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
+    scale = _scale(softmax_scale, qkv.shape[-1])
     provider = resolve_attention_provider(provider, qkv.device, qkv.dtype)
     if provider.startswith("triton"):
         check_triton_dtype("qkv", qkv.dtype)

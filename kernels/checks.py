@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,18 +12,71 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 MAX_HEAD_DIM = 128
 TRITON_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+# What the specifications compute in: every op refuses the rest, whoever computes it.
+DTYPES = (*TRITON_DTYPES, torch.float64)
 
 # Offsets on a device that were read and found right, with their version and length: reading waits for the device, so
 # it happens once per tensor and not once per layer.
 _checked: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
+def check_tensor(name: str, value: Any, dims: str | None = None) -> None:
+    """Refuse what is no dense tensor of bfloat16, float16, float32 or float64.
+
+    Args:
+        dims: names of the dims that it must have, as `[B, S, C]`; any number of them when None.
+
+    Raises:
+        TypeError: it is no tensor.
+        ValueError: another dtype, layout or number of dims.
+    """
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {_shown(value)}")
+    if value.dtype not in DTYPES:
+        raise ValueError(f"{name} has dtype {value.dtype}; it must be one of {', '.join(str(d) for d in DTYPES)}")
+    if value.layout is not torch.strided:
+        raise ValueError(f"{name} has layout {value.layout}; it must be dense: give {name}.to_dense()")
+    if dims is not None and value.dim() != dims.count(",") + 1:
+        raise ValueError(f"{name} must be {dims}, got {list(value.shape)}")
+
+
 def check_same(name: str, tensor: Tensor, ref_name: str, ref: Tensor) -> None:
-    """ValueError when dtype or device differ from the reference tensor's."""
+    """Refuse what is no tensor (TypeError), or of another dtype or device than the reference tensor (ValueError)."""
+    check_tensor(name, tensor)
     if tensor.dtype != ref.dtype:
         raise ValueError(f"{name} has dtype {tensor.dtype}, {ref_name} has {ref.dtype}; they must be the same")
     if tensor.device != ref.device:
         raise ValueError(f"{name} is on {tensor.device}, {ref_name} on {ref.device}; they must be on one device")
+
+
+def check_shape(name: str, tensor: Tensor, ref_name: str, ref: Tensor) -> None:
+    """As check_same, and ValueError when the shapes differ."""
+    check_same(name, tensor, ref_name, ref)
+    if tensor.shape != ref.shape:
+        raise ValueError(f"{name} {list(tensor.shape)} must have {ref_name}'s shape {list(ref.shape)}")
+
+
+def check_last_dim(name: str, tensor: Tensor) -> None:
+    """ValueError unless the last dim is contiguous."""
+    if tensor.stride(-1) != 1 and tensor.numel():
+        raise ValueError(f"{name}'s last dim has stride {tensor.stride(-1)}; it must be contiguous (stride 1)")
+
+
+def check_number(name: str, value: Any, minimum: float = -math.inf) -> None:
+    """Refuse what is no finite number, at least minimum: TypeError for another type, ValueError for the value."""
+    if isinstance(value, bool) or not isinstance(value, int | float | torch.SymInt | torch.SymFloat):
+        raise TypeError(f"{name} must be a number, got {_shown(value)}")
+    if not math.isfinite(value) or value < minimum:
+        at_least = "" if minimum == -math.inf else f" and at least {minimum:g}"
+        raise ValueError(f"{name} must be finite{at_least}, got {value}")
+
+
+def check_count(name: str, value: Any, minimum: int) -> None:
+    """Refuse what is no integer (TypeError), at least minimum (ValueError)."""
+    if isinstance(value, bool) or not isinstance(value, int | torch.SymInt):
+        raise TypeError(f"{name} must be an int, got {_shown(value)}")
+    if value < minimum:
+        raise ValueError(f"{name} must be at least {minimum}, got {value}")
 
 
 def check_head_dim(name: str, head_dim: int) -> None:
@@ -38,14 +93,20 @@ def check_triton_dtype(name: str, dtype: torch.dtype) -> None:
 
 
 def check_cu_seqlens(name: str, cu_seqlens: Tensor, length: int, device: torch.device, rows: int | None = None) -> None:
-    """ValueError unless cu_seqlens is an integer vector on device that starts at 0, never falls and ends at length.
+    """Refuse what is no integer vector on device that starts at 0, never falls and ends at length.
 
     The values of a tensor on a device are read, which waits for it, the first time the tensor is seen; later calls
     look at its version only.
 
     Args:
         rows: number of segments there must be, where another argument fixes it.
+
+    Raises:
+        TypeError: it is no tensor.
+        ValueError: dtype, dims, device or values do not fit.
     """
+    if not isinstance(cu_seqlens, Tensor):
+        raise TypeError(f"{name} must be an int32 or int64 tensor of N + 1 offsets, got {_shown(cu_seqlens)}")
     if cu_seqlens.dim() != 1 or cu_seqlens.numel() < 2 or cu_seqlens.dtype not in (torch.int32, torch.int64):
         raise ValueError(
             f"{name} must be an int32 or int64 vector of N + 1 offsets, got {cu_seqlens.dtype} {list(cu_seqlens.shape)}"
@@ -68,17 +129,38 @@ def check_cu_seqlens(name: str, cu_seqlens: Tensor, length: int, device: torch.d
         _checked[cu_seqlens] = seen
 
 
-def check_modulation(name: str, value: Tensor, x: Tensor, cu_seqlens: Tensor | None) -> None:
-    """ValueError unless value holds one row of C per sample of x [B, S, C] (or per segment of a packed sequence)."""
-    if x.dim() != 3:
-        raise ValueError(f"x must be [B, S, C], got {list(x.shape)}")
-    check_same(name, value, "x", x)
-    if cu_seqlens is None:
-        expected = [x.shape[0], x.shape[2]]
-    else:
+def check_rows(name: str, x: Tensor) -> None:
+    """As check_tensor, and ValueError for rows of no channels: they have no mean."""
+    check_tensor(name, x)
+    if x.dim() == 0 or x.shape[-1] == 0:
+        raise ValueError(f"{name} must be [..., C] with C at least 1, got {list(x.shape)}")
+
+
+def check_modulation(rows: dict[str, Tensor], x: Tensor, cu_seqlens: Tensor | None) -> None:
+    """Refuse x unless it is [B, S, C], and rows unless each has one of C per sample (or per segment of one sequence).
+
+    Args:
+        rows: by argument name.
+
+    Raises:
+        TypeError: no tensor.
+        ValueError: dtype, device, dims or offsets do not fit.
+    """
+    check_tensor("x", x, "[B, S, C]")
+    check_rows("x", x)
+    expected = [x.shape[0], x.shape[2]]
+    if cu_seqlens is not None:
         if x.shape[0] != 1:
             raise ValueError(f"cu_seqlens packs sequences into batch 1, but x has batch {x.shape[0]}")
         check_cu_seqlens("cu_seqlens", cu_seqlens, x.shape[1], x.device)
-        expected = [cu_seqlens.numel() - 1, x.shape[2]]
-    if list(value.shape) != expected:
-        raise ValueError(f"{name} must be {expected} for x {list(x.shape)}, got {list(value.shape)}")
+        expected[0] = cu_seqlens.numel() - 1
+    for name, value in rows.items():
+        check_same(name, value, "x", x)
+        if list(value.shape) != expected:
+            raise ValueError(f"{name} must be {expected} for x {list(x.shape)}, got {list(value.shape)}")
+
+
+def _shown(value: Any) -> str:
+    """Type and value of what was given, cut where it is long."""
+    text = f"{type(value).__name__} {value!r}"
+    return text if len(text) <= 80 else text[:77] + "..."

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from longreel.kernels import reference
-from longreel.kernels.checks import check_same
+from longreel.kernels.checks import check_shape, check_tensor
 from longreel.kernels.memory_bound import count_no_flops
 from longreel.kernels.pointwise import resolve_pointwise_provider
 
@@ -88,16 +88,15 @@ def merge_attention(
         out [B, S, H, D] in out1's dtype and lse [B, H, S]; both differentiable.
 
     Raises:
+        TypeError: an argument of another type.
         ValueError: shapes, dtypes or devices that do not fit, or a provider that cannot run.
     """
-    if out1.dim() != 4:
-        raise ValueError(f"out1 must be [B, S, H, D], got {list(out1.shape)}")
-    check_same("out2", out2, "out1", out1)
-    if out2.shape != out1.shape:
-        raise ValueError(f"out2 {list(out2.shape)} must have out1's shape {list(out1.shape)}")
+    check_tensor("out1", out1, "[B, S, H, D]")
+    check_shape("out2", out2, "out1", out1)
     batch, seq_len, heads, _ = out1.shape
     dtype = reference.compute_dtype(out1.dtype)
     for name, lse in (("lse1", lse1), ("lse2", lse2)):
+        check_tensor(name, lse)
         if list(lse.shape) != [batch, heads, seq_len] or lse.dtype != dtype or lse.device != out1.device:
             raise ValueError(
                 f"{name} must be [{batch}, {heads}, {seq_len}] in {dtype} on {out1.device} for out1 "

@@ -15,9 +15,16 @@ import torch
 from torch import Tensor
 
 from longreel.kernels import reference
-from longreel.kernels.checks import TRITON_DTYPES, check_modulation, check_same
+from longreel.kernels.checks import (
+    TRITON_DTYPES,
+    check_modulation,
+    check_number,
+    check_rows,
+    check_same,
+    check_shape,
+)
 from longreel.kernels.memory_bound import count_no_flops
-from longreel.kernels.triton_common import require_triton, triton_installed
+from longreel.kernels.triton_common import require_triton
 
 PROVIDERS = ("torch", "triton")
 
@@ -26,15 +33,18 @@ def resolve_pointwise_provider(provider: str, x: Tensor) -> str:
     """The implementation that runs a memory-bound op on x: what `auto` picks, or the named one.
 
     Args:
-        provider: `auto` (Triton on CUDA where it computes in x's dtype and is installed, the eager specification
-            elsewhere), `torch` or `triton`.
+        provider: `auto` (on CUDA Triton, and the eager specification for fp64, which no kernel computes in; elsewhere
+            the eager specification), `torch` or `triton`.
         x: the op's first tensor; its device and dtype decide what can run.
 
     Raises:
         ValueError: the name is unknown, or Triton cannot run here; the message says why and what would work.
     """
     if provider == "auto":
-        return "triton" if x.device.type == "cuda" and x.dtype in TRITON_DTYPES and triton_installed() else "torch"
+        if x.device.type != "cuda" or x.dtype == torch.float64:
+            return "torch"
+        require_triton(x.device)
+        return "triton"
     if provider not in PROVIDERS:
         raise ValueError(f"unknown pointwise provider {provider!r}; providers are auto, {', '.join(PROVIDERS)}")
     if provider == "triton":
@@ -216,10 +226,11 @@ def adaln_modulate(
         [B, S, C] in x's dtype.
 
     Raises:
+        TypeError: an argument of another type.
         ValueError: shapes, dtypes, devices or offsets that do not fit, or a provider that cannot run.
     """
-    check_modulation("shift", shift, x, cu_seqlens)
-    check_modulation("scale", scale, x, cu_seqlens)
+    check_modulation({"shift": shift, "scale": scale}, x, cu_seqlens)
+    check_number("eps", eps, minimum=0.0)
     return adaln_modulate_op(x, shift, scale, eps, cu_seqlens, resolve_pointwise_provider(provider, x))[0]
 
 
@@ -239,12 +250,11 @@ def gated_residual(
         [B, S, C] in x's dtype.
 
     Raises:
+        TypeError: an argument of another type.
         ValueError: shapes, dtypes, devices or offsets that do not fit, or a provider that cannot run.
     """
-    check_same("y", y, "x", x)
-    if y.shape != x.shape:
-        raise ValueError(f"y {list(y.shape)} must have x's shape {list(x.shape)}")
-    check_modulation("gate", gate, x, cu_seqlens)
+    check_modulation({"gate": gate}, x, cu_seqlens)
+    check_shape("y", y, "x", x)
     return gated_residual_op(x, y, gate, cu_seqlens, resolve_pointwise_provider(provider, x))
 
 
@@ -259,8 +269,10 @@ def bias_gelu(x: Tensor, bias: Tensor, *, provider: str = "auto") -> Tensor:
         [..., C] in x's dtype.
 
     Raises:
+        TypeError: an argument of another type.
         ValueError: shapes, dtypes or devices that do not fit, or a provider that cannot run.
     """
+    check_rows("x", x)
     check_same("bias", bias, "x", x)
     if list(bias.shape) != [x.shape[-1]]:
         raise ValueError(f"bias must be [{x.shape[-1]}] for x {list(x.shape)}, got {list(bias.shape)}")

@@ -258,7 +258,7 @@ def bias_gelu_bwd(dy: Tensor, x: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
     t = torch.tanh(_GELU_SCALE * (u + _GELU_CUBIC * u**3))
     slope = 0.5 * (1 + t) + 0.5 * u * (1 - t * t) * _GELU_SCALE * (1 + 3 * _GELU_CUBIC * u * u)
     dx = b_dy * slope
-    return dx.to(x.dtype).contiguous(), dx.flatten(0, -2).sum(0).to(bias.dtype)
+    return dx.to(x.dtype).contiguous(), dx.reshape(-1, dx.shape[-1]).sum(0).to(bias.dtype)
 
 
 def sp_pack_heads_fwd(x: Tensor, bias: Tensor | None, num_ranks: int) -> Tensor:

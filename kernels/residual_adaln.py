@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from longreel.kernels import reference
-from longreel.kernels.checks import check_modulation, check_same
+from longreel.kernels.checks import check_modulation, check_number, check_shape
 from longreel.kernels.memory_bound import count_no_flops
 from longreel.kernels.pointwise import resolve_pointwise_provider
 
@@ -118,12 +118,11 @@ def gated_residual_adaln(
         it is returned, rounded.
 
     Raises:
+        TypeError: an argument of another type.
         ValueError: shapes, dtypes, devices or offsets that do not fit, or a provider that cannot run.
     """
-    check_same("y", y, "x", x)
-    if y.shape != x.shape:
-        raise ValueError(f"y {list(y.shape)} must have x's shape {list(x.shape)}")
-    for name, value in (("gate", gate), ("shift", shift), ("scale", scale)):
-        check_modulation(name, value, x, cu_seqlens)
+    check_modulation({"gate": gate, "shift": shift, "scale": scale}, x, cu_seqlens)
+    check_shape("y", y, "x", x)
+    check_number("eps", eps, minimum=0.0)
     provider = resolve_pointwise_provider(provider, x)
     return gated_residual_adaln_op(x, y, gate, shift, scale, eps, cu_seqlens, provider)[:2]

@@ -1,7 +1,7 @@
 """PyTorch's own flash attention as a provider of the attention op: the aten ops under SDPA that return the lse.
 
 The backend is pinned by calling it directly, so that no dispatcher picks another. Packed sequences run segment by
-segment.
+segment. On a CPU a row whose scores are all -inf, by overflow, has an lse of 0 there instead of -inf.
 """
 
 from __future__ import annotations
@@ -12,6 +12,9 @@ import torch
 from torch import Tensor
 
 from longreel.kernels.reference import compute_dtype, segments
+
+# The CPU kernel handles the last keys, fewer than a vector of the widest registers, with a maximum that ignores NaN.
+_SCALAR_KEYS = 64
 
 
 def attention_fwd(
@@ -77,8 +80,11 @@ def _segment_pairs(
         pairs = [((0, q.shape[1]), (0, k.shape[1]))]
     else:
         pairs = list(zip(segments(cu_seqlens_q), segments(cu_seqlens_k), strict=True))
-    # Segments with no query or no key keep what an empty sum gives: out 0, lse -inf, gradients 0.
-    return [(slice(*qs), slice(*ks)) for qs, ks in pairs if qs[1] > qs[0] and ks[1] > ks[0] and q.shape[0]]
+    # Segments with no query or no key keep what an empty sum gives: out 0, lse -inf, gradients 0. No batch and no head
+    # is nothing to compute either, and the CPU kernel would divide by their number.
+    if not q.numel() or not k.numel():
+        return []
+    return [(slice(*qs), slice(*ks)) for qs, ks in pairs if qs[1] > qs[0] and ks[1] > ks[0]]
 
 
 def _heads_first(*tensors: Tensor) -> tuple[Tensor, ...]:
@@ -92,7 +98,13 @@ def _flash(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tenso
         out, lse, *rest = torch.ops.aten._scaled_dot_product_flash_attention(*heads, 0.0, False, scale=scale)
         return out.transpose(1, 2), lse, tuple(rest)
     out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*heads, 0.0, False, scale=scale)
-    return out.transpose(1, 2), lse, ()
+    out = out.transpose(1, 2)
+    if k.shape[1] < _SCALAR_KEYS:
+        # A row of nothing but NaN came out as zeros; those of some NaN are right, and stay so.
+        lost = torch.einsum("bshd,bthd->bhst", q, k).isnan().any(-1)
+        lse = lse.masked_fill(lost, float("nan"))
+        out = out.masked_fill(lost.transpose(1, 2).unsqueeze(-1), float("nan"))
+    return out, lse, ()
 
 
 def _flash_backward(

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from longreel.kernels import reference
-from longreel.kernels.checks import check_same
+from longreel.kernels.checks import check_count, check_same, check_tensor
 from longreel.kernels.memory_bound import count_no_flops
 from longreel.kernels.pointwise import resolve_pointwise_provider
 
@@ -150,12 +150,15 @@ def pack_heads(x: Tensor, *, num_ranks: int, bias: Tensor | None = None, provide
         [P, B, s, G, H / P, D], contiguous; a view of x where there is one rank and no bias.
 
     Raises:
+        TypeError: an argument of another type.
         ValueError: shapes, dtypes or devices that do not fit, or a provider that cannot run.
     """
-    if x.dim() != 5:
-        raise ValueError(f"x must be [B, s, G, H, D], got {list(x.shape)}")
+    check_tensor("x", x, "[B, s, G, H, D]")
+    check_count("num_ranks", num_ranks, 1)
     heads = x.shape[3]
-    if num_ranks < 1 or heads % num_ranks:
+    if not heads:
+        raise ValueError(f"x must have heads, got {list(x.shape)}")
+    if heads % num_ranks:
         works = [n for n in range(1, heads + 1) if heads % n == 0]
         raise ValueError(f"num_ranks {num_ranks} must divide the {heads} heads of x; what would: {works}")
     if bias is not None:
@@ -179,6 +182,7 @@ def unpack_heads(packed: Tensor, *, provider: str = "auto") -> Tensor:
         [B, s, G, P h, D], contiguous; a view of packed where there is one rank.
 
     Raises:
+        TypeError: an argument of another type.
         ValueError: packed has other dims, or a provider cannot run.
     """
     _check_packed(packed)
@@ -201,14 +205,14 @@ def pack_tokens(x: Tensor, *, num_ranks: int, rows: int | None = None, provider:
         [P, B, s, G, h, D], contiguous; a view of x where B = 1 and T = P s, as nothing moves then.
 
     Raises:
+        TypeError: an argument of another type.
         ValueError: shapes that do not fit, or a provider that cannot run.
     """
-    if x.dim() != 5:
-        raise ValueError(f"x must be [B, T, G, h, D], got {list(x.shape)}")
-    if num_ranks < 1:
-        raise ValueError(f"num_ranks must be at least 1, got {num_ranks}")
+    check_tensor("x", x, "[B, T, G, h, D]")
+    check_count("num_ranks", num_ranks, 1)
     batch, tokens = x.shape[:2]
     rows = -(-tokens // num_ranks) if rows is None else rows
+    check_count("rows", rows, 0)
     if num_ranks * rows < tokens:
         raise ValueError(f"rows {rows} x {num_ranks} ranks hold fewer than the {tokens} tokens of x; use more rows")
     provider = resolve_pointwise_provider(provider, x)
@@ -229,12 +233,14 @@ def unpack_tokens(packed: Tensor, *, tokens: int | None = None, provider: str = 
         [B, T, G, h, D]; a view of packed where B = 1, as nothing moves then.
 
     Raises:
+        TypeError: an argument of another type.
         ValueError: shapes that do not fit, or a provider that cannot run.
     """
     _check_packed(packed)
     padded = packed.shape[0] * packed.shape[2]
     tokens = padded if tokens is None else tokens
-    if not 0 <= tokens <= padded:
+    check_count("tokens", tokens, 0)
+    if tokens > padded:
         raise ValueError(f"tokens {tokens} must be 0 to {padded}, what packed {list(packed.shape)} holds")
     provider = resolve_pointwise_provider(provider, packed)
     if packed.shape[1] == 1 and packed.is_contiguous():
@@ -243,5 +249,6 @@ def unpack_tokens(packed: Tensor, *, tokens: int | None = None, provider: str = 
 
 
 def _check_packed(packed: Tensor) -> None:
-    if packed.dim() != 6:
-        raise ValueError(f"packed must be [P, B, s, G, h, D], got {list(packed.shape)}")
+    check_tensor("packed", packed, "[P, B, s, G, h, D]")
+    if not packed.shape[0]:
+        raise ValueError(f"packed must hold at least one rank, got {list(packed.shape)}")

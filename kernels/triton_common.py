@@ -19,11 +19,6 @@ def _found() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
-def triton_installed() -> bool:
-    """Whether the package triton is there. Traced code takes it as there, and is checked when it launches."""
-    return torch.compiler.is_compiling() or _found()
-
-
 def interpreting() -> bool:
     """True where TRITON_INTERPRET=1 makes Triton run kernels on the CPU, in Python."""
     if not _found():
@@ -43,7 +38,10 @@ def require_triton(device: torch.device) -> None:
     if torch.compiler.is_compiling():
         return
     if not _found():
-        raise ValueError("provider 'triton' is missing: the package triton is not installed; pip install 'triton>=3.6'")
+        raise ValueError(
+            "provider 'triton' is missing: the package triton is not installed; pip install 'triton>=3.6', or name "
+            "provider torch (of attention in half precision also sdpa-flash)"
+        )
     if device.type == "cuda" or (device.type == "cpu" and interpreting()):
         return
     raise ValueError(

@@ -126,13 +126,28 @@ def test_every_element_of_the_outputs_is_written(provider):
     assert all(t.isfinite().all() for t in grads_of(lambda *x: attention(*x, provider=provider), tensors))
 
 
-def test_nan_in_a_query_stays_in_its_row():
-    q, k, v = (t.detach() for t in inputs(1, 5, 6, 2, 8))
-    q[0, 2] = math.nan
-    out, lse = attention(q, k, v)
-    assert out[0, 2].isnan().all()
-    assert out[:, [0, 1, 3, 4]].isfinite().all()
-    assert lse[..., [0, 1, 3, 4]].isfinite().all()
+@pytest.mark.parametrize("provider", PROVIDERS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("keys", [1, 4, 15, 17, 300])
+def test_nan_in_a_query_stays_in_its_row(keys, dtype, provider):
+    q, k, v = (t.detach() for t in inputs(1, 5, keys, 2, 8, dtype))
+    q[0, 2, 1, 3] = math.nan
+    out, lse = attention(q, k, v, provider=provider)
+    rows = torch.zeros(5, 2, dtype=torch.bool)
+    rows[2, 1] = True
+    assert torch.equal(out[0].isnan().any(-1), rows) and torch.equal(out[0].isnan().all(-1), rows)
+    assert torch.equal(lse[0].isnan(), rows.T)
+    assert out[0][~rows].isfinite().all() and lse[0][~rows.T].isfinite().all()
+
+
+@pytest.mark.parametrize("provider", PROVIDERS)
+@pytest.mark.parametrize("keys", [1, 4, 15, 17])
+def test_nan_in_a_key_is_in_every_row_of_its_head(keys, provider):
+    q, k, v = (t.detach() for t in inputs(1, 5, keys, 2, 8))
+    k[0, keys - 1, 1, 3] = math.nan
+    out, lse = attention(q, k, v, provider=provider)
+    assert out[:, :, 1].isnan().all() and lse[:, 1].isnan().all()
+    assert out[:, :, 0].isfinite().all() and lse[:, 0].isfinite().all()
 
 
 @pytest.mark.parametrize("provider", PROVIDERS)
@@ -215,10 +230,20 @@ def test_auto_picks_by_device(monkeypatch):
         assert resolve_attention_provider("auto", cuda, dtype) == "triton"
     # The Triton kernels do not compute in fp64, and flash attention on CUDA takes half precision only.
     assert resolve_attention_provider("auto", cuda, torch.float64) == "torch"
-    monkeypatch.setattr(triton_common, "_found", lambda: False)
-    assert resolve_attention_provider("auto", cuda, torch.bfloat16) == "sdpa-flash"
-    assert resolve_attention_provider("auto", cuda, torch.float32) == "torch"
     with pytest.raises(ValueError, match=r"has no torch\.float32 on CUDA"):
         resolve_attention_provider("sdpa-flash", cuda, torch.float32)
-    with pytest.raises(ValueError, match="provider 'triton' is missing: the package triton is not installed"):
-        resolve_attention_provider("triton", cuda)
+
+
+def test_without_triton_nothing_takes_its_place(monkeypatch):
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    monkeypatch.setattr(triton_common, "_found", lambda: False)
+    for dtype in (None, torch.bfloat16, torch.float16, torch.float32):
+        assert resolve_attention_provider("auto", cpu, dtype) == "torch"
+        with pytest.raises(
+            ValueError, match=r"the package triton is not installed; .* name provider torch .* sdpa-flash"
+        ):
+            resolve_attention_provider("auto", cuda, dtype)
+    assert resolve_attention_provider("auto", cuda, torch.float64) == "torch"
+    for provider in ("triton", "triton-atomic", "triton-hopper"):
+        with pytest.raises(ValueError, match="provider 'triton' is missing: the package triton is not installed"):
+            resolve_attention_provider(provider, cuda)

@@ -134,7 +134,12 @@ def test_auto_picks_by_device_and_providers_are_named(monkeypatch):
     assert [resolve_pointwise_provider("auto", t) for t in on_cuda] == ["triton", "triton", "torch"]
     assert resolve_pointwise_provider("torch", on_cuda[0]) == "torch"
     monkeypatch.setattr(triton_common, "_found", lambda: False)
-    assert resolve_pointwise_provider("auto", on_cuda[0]) == "torch"
+    # Nothing takes Triton's place but what was named.
+    for tensor in on_cuda[:2]:
+        with pytest.raises(ValueError, match=r"the package triton is not installed; .*, or name provider torch"):
+            resolve_pointwise_provider("auto", tensor)
+    assert resolve_pointwise_provider("torch", on_cuda[0]) == resolve_pointwise_provider("auto", on_cuda[2]) == "torch"
+    assert resolve_pointwise_provider("auto", x) == "torch"
 
 
 @pytest.mark.parametrize("name", OPS)

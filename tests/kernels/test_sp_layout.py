@@ -161,7 +161,7 @@ def test_compiles_without_graph_breaks():
     [
         (lambda x: pack_heads(x[0], num_ranks=2), r"x must be \[B, s, G, H, D\], got \[3, 3, 4, 8\]"),
         (lambda x: pack_heads(x, num_ranks=3), r"num_ranks 3 must divide the 4 heads of x; what would: \[1, 2, 4\]"),
-        (lambda x: pack_heads(x, num_ranks=0), "num_ranks 0 must divide"),
+        (lambda x: pack_heads(x, num_ranks=0), "num_ranks must be at least 1, got 0"),
         (lambda x: pack_heads(x, num_ranks=2, bias=x[0, 0, 0, 0]), r"bias must be \[96\] .* got \[8\]"),
         (lambda x: pack_heads(x, num_ranks=2, bias=x[0, 0].flatten().double()), "bias has dtype torch.float64"),
         (lambda x: unpack_heads(x), r"packed must be \[P, B, s, G, h, D\], got \[2, 3, 3, 4, 8\]"),

@@ -439,7 +439,6 @@ def test_gpu_backward_is_deterministic():
 
 
 @pytest.mark.gpu
-@pytest.mark.slow
 def test_gpu_packed_projection_beyond_two_to_the_31_elements():
     # [819,200, 3456] has 2.8e9 elements; rows from both ends against the specification in fp32.
     torch.manual_seed(0)
