@@ -43,7 +43,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     deadline = None if config.minutes is None else start + 60 * config.minutes
     try:
         with WorkerPool(1) as pool:
-            made, left = run_plan(plan, file, origin, pool=pool, resume=config.resume, deadline=deadline)
+            made, left = run_plan(
+                plan,
+                file,
+                origin,
+                pool=pool,
+                resume=config.resume,
+                retry_errors=config.retry_errors,
+                deadline=deadline,
+            )
     except KeyboardInterrupt:
         print(f"interrupted; finished cases are in {file}, and the same command goes on", file=sys.stderr)
         return 130

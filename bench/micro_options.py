@@ -24,6 +24,7 @@ class Preset:
     Args:
         seq_lens, head_dims, num_heads: of attention; model_heads x head_dim is the width of the other ops.
         providers: None for all. rule: timing.
+        case_s: seconds that a case may take, see MicroPlan.
         matmul: rows and width of the compute roofline. clone_rows: rows of the memory roofline.
     """
 
@@ -38,6 +39,7 @@ class Preset:
     rule: TimingRule
     matmul: int
     clone_rows: int
+    case_s: float | None = None
 
     def rooflines(self, dtype: str) -> tuple[OpCase, OpCase]:
         """The matrix product and the copy that every figure is held against."""
@@ -78,6 +80,7 @@ HOPPER = Preset(
     rule=TimingRule(min_samples=5, max_samples=50, budget_s=0.2, wall_cap_s=60.0, warm_up_s=0.05),
     matmul=8192,
     clone_rows=819_200,
+    case_s=60.0,
 )
 PRESETS = {"smoke": SMOKE, "hopper": HOPPER}
 
@@ -101,8 +104,11 @@ class MicroConfig:
         dtypes: some of bf16,fp16,fp32.
         device: torch device, such as cuda or cuda:1.
         wall_cap: seconds that the timing of one op, shape and direction may take, all providers together.
-        min_samples: samples at least, where the cap allows.
+        case_seconds: seconds that one op and shape may take by its estimate: beyond them it gets fewer samples, then
+            fewer peers. 60 on a GPU, no limit on a CPU.
+        min_samples: samples at least, where cap and case-seconds allow.
         resume: leave out what the folder holds from the same source and environment; --no-resume measures again.
+        retry_errors: try what failed before once more; otherwise its row stands.
         minutes: stop starting new cases after this many minutes; running the command again goes on.
         isolate: each provider in a process of its own (no alternation, so verdicts are weaker).
         tiles: tuning.json of a tuning run, whose attention constants are used.
@@ -121,8 +127,10 @@ class MicroConfig:
     dtypes: str | None = None
     device: str | None = None
     wall_cap: float | None = None
+    case_seconds: float | None = None
     min_samples: int | None = None
     resume: bool = True
+    retry_errors: bool = False
     minutes: float | None = None
     isolate: bool = False
     tiles: Path | None = None
@@ -152,6 +160,8 @@ class MicroConfig:
         directions = names("directions", self.directions, DIRECTIONS) or DIRECTIONS
         if self.minutes is not None and not self.minutes > 0:
             raise ValueError(f"minutes must be positive, got {self.minutes}")
+        if self.case_seconds is not None and not self.case_seconds > 0:
+            raise ValueError(f"case_seconds must be positive, got {self.case_seconds}")
         cases = tuple(case for dtype in preset.dtypes for case in preset.rooflines(dtype)) + sweep_cases(
             preset.ops,
             seq_lens=preset.seq_lens,
@@ -167,6 +177,7 @@ class MicroConfig:
             rule=preset.rule,
             device=preset.device,
             isolate=self.isolate,
+            case_s=preset.case_s,
             tiles=() if self.tiles is None else read_tiles(self.tiles),
         )
 
@@ -184,6 +195,7 @@ class MicroConfig:
             "num_heads": _positive("num_heads", self.num_heads),
             "model_heads": _positive("model_heads", self.model_heads),
             "dtypes": names("dtypes", self.dtypes, tuple(DTYPES)),
+            "case_s": self.case_seconds,
             "rule": replace(preset.rule, **{name: value for name, value in rule.items() if value is not None}),  # type: ignore[arg-type]
         }
         return replace(preset, **{name: value for name, value in given.items() if value is not None})  # type: ignore[arg-type]

@@ -1,39 +1,32 @@
-"""The loop over op cases: each in a worker process that is replaced when it fails, a record for whatever happens.
-
-Providers of one case run in one process, so that they can be timed in alternation. Where that process dies, hangs or
-raises, the provider that was at the gate becomes a row with its reason and the others run again; where it is not known
-which one it was, each is tried alone first.
-"""
+"""The loop over op cases: what is done already is left out, what takes too long is cut, every point gets a record."""
 
 from __future__ import annotations
 
-import signal
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from longreel.bench.op_run import AT, MADE, CaseRequest, failed_status, run_case
+import torch
+
+from longreel.bench.micro_attempts import LEAST_S, OutOfTime, run_request
+from longreel.bench.op_estimate import Rates, fit
+from longreel.bench.op_provenance import device_words
+from longreel.bench.op_run import LEFT_OUT, CaseRequest
 from longreel.bench.ops import OPS, OpCase
 from longreel.bench.providers import providers_of
-from longreel.bench.run import one_line
 from longreel.bench.tiles import Tiles
 from longreel.bench.timing import TimingRule
-from longreel.parallel.workers import WorkerError, WorkerPool, WorkerTimeout
+from longreel.parallel.workers import WorkerPool
 from longreel.reports import store
 from longreel.reports.op_records import OpRecord
 
 # Runs after the others, as the one most likely to take the device down with it.
 _LAST = "triton-hopper"
-# (op, provider, head_dim, dtype) -> the length at which it failed, and why it is not tried at further ones.
+# (op, provider, head_dim or hidden size, dtype) -> the length at which it failed, and why it is not tried further on.
 NotAgain = dict[tuple[str, str, int, str], tuple[int, str]]
-# With less than this left of a budget nothing is started.
-_LEAST_S = 5.0
-
-
-class _OutOfTime(Exception):
-    """The deadline of all cases came before this one was done: it is left for the next run, and is no failure."""
+_FAILED = "failed at seq_len"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -46,6 +39,7 @@ class MicroPlan:
         device: torch device. isolate: every provider in a process of its own, never in alternation.
         label: pass of a campaign. tiles: see CaseRequest.
         setup_s: what a provider may take beside its timing, for compilation and the gate.
+        case_s: what all of a case may take by its estimate, else it is cut (op_estimate); None for no limit.
     """
 
     cases: tuple[OpCase, ...]
@@ -57,11 +51,16 @@ class MicroPlan:
     label: str = ""
     tiles: Tiles = ()
     setup_s: float = 120.0
+    case_s: float | None = None
 
     @property
     def limit_s(self) -> float:
         """Seconds for one provider at the gate, and for timing one direction."""
         return self.setup_s + self.rule.wall_cap_s
+
+    def directions_of(self, case: OpCase) -> tuple[str, ...]:
+        """The directions that a case's op has."""
+        return self.directions if OPS[case.op].differentiable else ("forward",)
 
     def providers_for(self, op: str) -> tuple[str, ...]:
         """Names to try for an op, in this order; rooflines always have their one."""
@@ -80,6 +79,7 @@ def run_plan(
     *,
     pool: WorkerPool,
     resume: bool = True,
+    retry_errors: bool = False,
     deadline: float | None = None,
     run: str | None = None,
     not_again: NotAgain | None = None,
@@ -91,44 +91,84 @@ def run_plan(
         plan: what to run. file: records.jsonl, appended to. provenance: of all records.
         pool: of one worker, in which the cases run.
         resume: leave out cases whose points are all in the file already (same configuration, source, environment).
-        deadline: time.monotonic() by which to stop; None for no limit.
+        retry_errors: what failed before is tried again; otherwise its row stands.
+        deadline: time.monotonic() by which to stop; None for no limit. A case that would take longer is not started.
         run: label of the run, the time now if not given. say: gets a line per record.
         not_again: what failed in earlier plans; what fails in this one is added.
 
     Returns:
         The records made, and the cases left undone at the deadline.
     """
-    done = {r.key for r in load(file) if r.status != "error"} if resume and file.exists() else set()
+    history = load(file) if file.exists() else []
+    earlier = [r for r in history if _same_origin(r, provenance)] if resume else []
+    if retry_errors:
+        earlier = [r for r in earlier if r.status != "error" and not (r.reason or "").startswith(_FAILED)]
+    not_again = {} if not_again is None else not_again
+    for record in earlier:
+        _learn(not_again, record)
+    device = torch.device(plan.device)
     run = run or run_label()
     made: list[OpRecord] = []
-    not_again = {} if not_again is None else not_again
-    for i, case in enumerate(plan.cases):
-        whole = _request(plan, case, run, provenance, not_again, pool.scratch)
-        # A direction that was done before the deadline cut the case is not done again.
-        directions = tuple(
-            direction
-            for direction in whole.possible_directions
-            if any(key not in done for key in _keys(replace(whole, directions=(direction,))))
+    left_over: list[OpCase] = []
+    for case in plan.cases:
+        names = plan.providers_for(case.op)
+        rates = Rates([*history, *made], device_words(device), assume=device.type == "cuda")
+        fitted = fit(case, names, plan.directions_of(case), plan.rule, rates, case_s=plan.case_s)
+        whole = replace(
+            _request(plan, case, run, provenance, not_again, pool.scratch),
+            left_out=fitted.left_out,
+            samples=fitted.samples,
         )
-        if not whole.providers or not directions:
+        # A direction that was done before the deadline cut the case is not done again.
+        directions = _missing_directions(whole, earlier)
+        if not names or not directions:
             continue
-        request = replace(whole, directions=directions)
         left = None if deadline is None else deadline - time.monotonic()
-        if left is not None and left < _LEAST_S:
-            return made, list(plan.cases[i:])
+        seconds = fit(case, names, directions, plan.rule, rates, case_s=plan.case_s).seconds
+        if left is not None and left < max(LEAST_S, seconds):
+            if left >= LEAST_S:
+                say(f"{case.label()}: left for the next run; it would take {seconds:.0f} s, there are {left:.0f} s")
+            left_over.append(case)
+            continue
         try:
-            for record in _run_request(request, pool, left, isolate=plan.isolate):
+            for record in run_request(replace(whole, directions=directions), pool, deadline, isolate=plan.isolate):
                 store.append(file, record)
                 made.append(record)
                 # A provider that is missing is missing in every direction.
-                if record.status == "ok" or record.direction == request.possible_directions[0]:
+                if record.status == "ok" or record.direction == directions[0]:
                     say(line(record))
-                if record.status == "error":
-                    reason = f"failed at seq_len {case.seq_len:,}: {record.reason}"
-                    not_again.setdefault((case.op, record.provider, case.head_dim, case.dtype), (case.seq_len, reason))
-        except _OutOfTime:
-            return made, list(plan.cases[i:])
-    return made, []
+                _learn(not_again, record)
+        except OutOfTime:
+            left_over.append(case)
+    return made, left_over
+
+
+def _same_origin(record: OpRecord, provenance: dict[str, Any]) -> bool:
+    return all(record.provenance.get(name) == provenance.get(name) for name in ("commit", "source", "environment"))
+
+
+def _learn(not_again: NotAgain, record: OpRecord) -> None:
+    """What failed at one length is not tried at further ones."""
+    if record.status == "error":
+        seq_len = record.shape["seq_len"]
+        where = record.op, record.provider, _width(record.shape), record.dtype
+        not_again.setdefault(where, (seq_len, f"{_FAILED} {seq_len:,}: {record.reason}"))
+
+
+def _width(shape: Mapping[str, int]) -> int:
+    """head_dim, of ops without heads the hidden size."""
+    return shape["head_dim"] if "head_dim" in shape else shape["hidden_size"]
+
+
+def _missing_directions(request: CaseRequest, earlier: Sequence[OpRecord]) -> tuple[str, ...]:
+    """The directions of a request of which the records lack a point."""
+    # What had no time then may have it now.
+    done = {r.key for r in earlier if r.provider in request.left_out or not r.provenance.get(LEFT_OUT)}
+    return tuple(
+        direction
+        for direction in request.possible_directions
+        if any(key not in done for key in _keys(replace(request, directions=(direction,))))
+    )
 
 
 def run_label() -> str:
@@ -150,7 +190,7 @@ def _request(
     trail: Path,
 ) -> CaseRequest:
     names = plan.providers_for(case.op)
-    failed = {name: not_again.get((case.op, name, case.head_dim, case.dtype)) for name in names}
+    failed = {name: not_again.get((case.op, name, _width(case.shape()), case.dtype)) for name in names}
     return CaseRequest(
         case=case,
         providers=names,
@@ -170,113 +210,6 @@ def _request(
 
 def _keys(request: CaseRequest) -> list[str]:
     return [record.key for name in request.providers for record in request.records(name, "skipped", "its key only")]
-
-
-def _run_request(request: CaseRequest, pool: WorkerPool, left: float | None, *, isolate: bool) -> Iterator[OpRecord]:
-    """Records of one case, whatever becomes of its worker. left: seconds until the deadline, None for none."""
-    deadline = None if left is None else time.monotonic() + left
-    if isolate:
-        for name in request.providers:
-            yield from _attempt(_only(request, name), pool, deadline)
-        return
-    while True:
-        try:
-            yield from _together(request, pool, deadline)
-            return
-        except WorkerError as error:
-            at_fault, made = _left_behind(request)
-            yield from made
-            request = _without(request, made)
-            if not request.directions:
-                return
-            if len(request.providers) == 1:
-                yield from _failed(request, error)
-                return
-            if at_fault not in request.providers:
-                break
-            yield from _failed(_only(request, at_fault), error)
-            request = replace(request, providers=tuple(name for name in request.providers if name != at_fault))
-        except _OutOfTime:
-            yield from _left_behind(request)[1]
-            raise
-    yield from _one_by_one(request, pool, deadline)
-
-
-def _one_by_one(request: CaseRequest, pool: WorkerPool, deadline: float | None) -> Iterator[OpRecord]:
-    """Each provider alone, to see which one fails; those that can run are timed in alternation after all."""
-    alone: dict[str, list[OpRecord]] = {}
-    too_late: _OutOfTime | None = None
-    try:
-        for name in request.providers:
-            records = _attempt(_only(request, name), pool, deadline)
-            if any(r.status == "error" for r in records):
-                yield from records
-            else:
-                alone[name] = records
-        if 1 < len(alone) < len(request.providers):
-            together = _together(replace(request, providers=tuple(alone)), pool, deadline)
-            alone = {name: [r for r in together if r.provider == name] for name in alone}
-    except WorkerError:
-        pass
-    except _OutOfTime as error:
-        too_late = error
-    for records in alone.values():
-        yield from records
-    if too_late is not None:
-        raise too_late
-
-
-def _only(request: CaseRequest, provider: str) -> CaseRequest:
-    return replace(request, providers=(provider,))
-
-
-def _without(request: CaseRequest, made: Sequence[OpRecord]) -> CaseRequest:
-    """The request without the directions that are done."""
-    done = {record.direction for record in made}
-    return replace(request, directions=tuple(d for d in request.possible_directions if d not in done))
-
-
-def _left_behind(request: CaseRequest) -> tuple[str, list[OpRecord]]:
-    """What a worker that failed has left on its trail: the provider at the gate, or "", and records."""
-    assert request.trail is not None
-    at, made = request.trail / AT, request.trail / MADE
-    return at.read_text() if at.exists() else "", load(made) if made.exists() else []
-
-
-def _together(request: CaseRequest, pool: WorkerPool, deadline: float | None) -> list[OpRecord]:
-    """One call of the worker; WorkerError when it fails, _OutOfTime when the deadline ends it."""
-    assert request.limit_s is not None
-    assert request.trail is not None
-    for name in (AT, MADE):
-        (request.trail / name).unlink(missing_ok=True)
-    # The worker ends itself when one part takes too long; this is for what it does between them.
-    limit = request.limit_s * (len(request.providers) + len(request.possible_directions) + 1)
-    left = None if deadline is None else deadline - time.monotonic()
-    if left is not None and left < _LEAST_S:
-        raise _OutOfTime
-    try:
-        return pool.run(run_case, 1, request, timeout=limit if left is None else min(limit, left))[0]
-    except WorkerTimeout:
-        if left is not None and left <= limit:
-            raise _OutOfTime from None
-        raise
-
-
-def _attempt(request: CaseRequest, pool: WorkerPool, deadline: float | None) -> list[OpRecord]:
-    """One call of the worker, whose failure becomes rows."""
-    try:
-        return _together(request, pool, deadline)
-    except WorkerError as error:
-        made = _left_behind(request)[1]
-        rest = _without(request, made)
-        return [*made, *_failed(rest, error)] if rest.directions else made
-
-
-def _failed(request: CaseRequest, error: WorkerError) -> list[OpRecord]:
-    reason = one_line(error)
-    if f"exit code -{signal.SIGALRM:d}" in reason:
-        reason = f"did not finish compilation and gate, or timing, within {request.limit_s:g} s and was ended"
-    return [r for name in request.providers for r in request.records(name, failed_status(reason), reason)]
 
 
 def line(record: OpRecord) -> str:

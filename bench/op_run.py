@@ -11,7 +11,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,8 @@ from longreel.reports.records import Status
 # A first run of this many seconds is not repeated to see its memory without compilation.
 _LONG_S = 3.0
 AT, MADE = "at.txt", "made.jsonl"
+# In the provenance of what was left out for its time: with more time it is measured after all.
+LEFT_OUT = "left_out_for_time"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -45,7 +47,9 @@ class CaseRequest:
         run: label of the run; records with one label may be compared.
         label: which pass of a campaign, part of the records' keys.
         tiles: attention tile constants that replace the built-in ones.
-        not_again: provider -> why it is not tried again.
+        not_again: provider -> why it is not tried again. left_out: provider -> why there is no time for it.
+        samples: of each direction where the case takes long, rule.min_samples or fewer; None: as the rule says.
+        deadline: time.monotonic() after which nothing is started any more; what was measured by then is returned.
         provenance: of every record, without its time.
         limit_s: seconds for the gate of one provider, compilation included, and for timing one direction; past them
             the process is ended. None: no limit.
@@ -62,9 +66,17 @@ class CaseRequest:
     label: str = ""
     tiles: Tiles = ()
     not_again: Mapping[str, str] = field(default_factory=dict)
+    left_out: Mapping[str, str] = field(default_factory=dict)
+    samples: int | None = None
+    deadline: float | None = None
     provenance: Mapping[str, Any] = field(default_factory=dict)
     limit_s: float | None = None
     trail: Path | None = None
+
+    @property
+    def time_is_up(self) -> bool:
+        """Whether the deadline has come."""
+        return self.deadline is not None and time.monotonic() >= self.deadline
 
     @property
     def possible_directions(self) -> tuple[str, ...]:
@@ -107,7 +119,10 @@ class _Passed:
 
 
 def run_case(request: CaseRequest) -> list[OpRecord]:
-    """Gate and time every provider of a request; records in the order of providers, then directions."""
+    """Gate and time every provider of a request; records in the order of providers, then directions.
+
+    Directions that the deadline leaves no time for have no records.
+    """
     device = torch.device(request.device)
     context = torch.cuda.device(device) if device.type == "cuda" else nullcontext()
     with context, Monitor(device) as monitor, use_tiles(request.tiles):
@@ -120,13 +135,19 @@ def run_case(request: CaseRequest) -> list[OpRecord]:
             return [r for name in request.providers for r in request.records(name, "oom", _first_line(error))]
         passed: dict[str, _Passed] = {}
         for name in request.providers:
+            if request.time_is_up:
+                return []
             with _limited(request, name):
                 found = _gate(request, name, inputs)
             if isinstance(found, _Passed):
                 passed[name] = found
             else:
                 records += found
+        done: list[str] = []
         for direction in request.possible_directions:
+            if request.time_is_up:
+                break
+            done.append(direction)
             with _limited(request, ""):
                 records += _time_direction(request, direction, passed, inputs, monitor)
             if request.trail is not None:
@@ -134,6 +155,7 @@ def run_case(request: CaseRequest) -> list[OpRecord]:
                     if record.direction == direction:
                         store.append(request.trail / MADE, record)
     place = {name: i for i, name in enumerate(request.providers)}
+    records = [r for r in records if r.direction in done]
     return sorted(records, key=lambda r: (place[r.provider], request.possible_directions.index(r.direction)))
 
 
@@ -163,6 +185,8 @@ def _gate(request: CaseRequest, name: str, inputs: Mapping[str, Tensor]) -> _Pas
     on_cuda = device.type == "cuda"
     if name in request.not_again:
         return request.records(name, "skipped", request.not_again[name])
+    if name in request.left_out:
+        return request.records(name, "skipped", request.left_out[name], provenance={LEFT_OUT: True})
     try:
         function = providers.build(request.case, name, device)
     except providers.Unavailable as error:
@@ -260,7 +284,7 @@ def _time_direction(
     while remaining and not timings:
         works = {name: works_of(request.case, p.function, inputs)[direction] for name, p in remaining.items()}
         try:
-            timings = measure(works, clock=clock, rule=request.rule, monitor=monitor)
+            timings = measure(works, clock=clock, rule=_rule(request), monitor=monitor)
         except torch.OutOfMemoryError as error:
             # Together with the others' buffers; the one that needs most goes.
             largest = max(remaining, key=lambda name: remaining[name].memory.get("allocated", 0))
@@ -295,6 +319,17 @@ def _time_direction(
             )
         )
     return records
+
+
+def _rule(request: CaseRequest) -> TimingRule:
+    """The timing rule within the time that there is; records keep the request's, which is part of their key."""
+    rule = request.rule
+    if request.samples is not None and request.samples < rule.min_samples:
+        rule = replace(rule, min_samples=request.samples, max_samples=request.samples)
+    if request.deadline is not None:
+        left = max(0.0, request.deadline - time.monotonic())
+        rule = replace(rule, wall_cap_s=min(rule.wall_cap_s, left))
+    return rule
 
 
 def _first_line(error: Exception) -> str:

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 
-from longreel.bench import micro, micro_sweep
+from longreel.bench import micro, micro_attempts
 from longreel.bench.micro import main
 from longreel.bench.micro_options import HOPPER, MicroConfig, parse_range
 from longreel.bench.micro_sweep import MicroPlan, load, run_plan
@@ -89,7 +89,7 @@ def test_writes_records_csv_and_report(tmp_path, capsys):
 def test_a_worker_that_fails_costs_only_the_provider_at_fault(tmp_path, pool, monkeypatch):
     case = tiny_case("gated_residual")
     plan = tiny_plan(case, tiny_case("gated_residual", seq_len=24), providers=("eager", "torch", "broken"))
-    monkeypatch.setattr(micro_sweep, "run_case", run_case_with_a_broken_provider)
+    monkeypatch.setattr(micro_attempts, "run_case", run_case_with_a_broken_provider)
     monkeypatch.setattr(MicroPlan, "providers_for", lambda self, op: self.providers)
     run_plan(plan, tmp_path / "r.jsonl", ORIGIN, pool=pool, say=lambda _: None)
     records = load(tmp_path / "r.jsonl")
@@ -119,7 +119,7 @@ def run_case_with_a_broken_provider(request):
 
 def test_wrong_results_are_rows_and_not_timed(tmp_path, pool, monkeypatch):
     plan = tiny_plan(tiny_case("bias_gelu"), providers=("eager",))
-    monkeypatch.setattr(micro_sweep, "run_case", run_case_of_a_wrong_kernel)
+    monkeypatch.setattr(micro_attempts, "run_case", run_case_of_a_wrong_kernel)
     run_plan(plan, tmp_path / "r.jsonl", ORIGIN, pool=pool, say=lambda _: None)
     for record in load(tmp_path / "r.jsonl"):
         assert record.status == "wrong", record.reason
@@ -150,8 +150,8 @@ def test_the_deadline_leaves_cases_for_the_next_run(tmp_path, pool):
 
 
 def test_a_case_cut_by_the_deadline_is_left_and_is_no_failure(tmp_path, pool, monkeypatch):
-    monkeypatch.setattr(micro_sweep, "run_case", run_case_forever)
-    monkeypatch.setattr(micro_sweep, "_LEAST_S", 0.1)
+    monkeypatch.setattr(micro_attempts, "run_case", run_case_forever)
+    monkeypatch.setattr(micro_attempts, "LEAST_S", 0.1)
     cases = (tiny_case("clone"), tiny_case("attention"))
     deadline = time.monotonic() + 1.0
     made, left = run_plan(
@@ -221,3 +221,82 @@ def test_source_hash_follows_the_code(tmp_path, monkeypatch):
     assert source_hash() == first
     (tmp_path / "kernels" / "a.py").write_text("x = 2\n")
     assert source_hash() != first
+
+
+def raising_case(request):
+    """In the worker: sdpa-flash raises; run_case else."""
+    from longreel.bench import op_run, providers
+
+    right = providers.build
+
+    def refuse(*_):
+        raise RuntimeError("no kernel for this shape")
+
+    def build(case, name, device):
+        return refuse if name == "sdpa-flash" else right(case, name, device)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(providers, "build", build)
+        return op_run.run_case(request)
+
+
+def test_what_failed_is_not_tried_again_unless_asked(tmp_path, pool, monkeypatch):
+    monkeypatch.setattr(micro_attempts, "run_case", raising_case)
+    file = tmp_path / "r.jsonl"
+    short, long = tiny_case(), tiny_case(seq_len=24)
+    providers = {"providers": ("eager", "sdpa-flash")}
+    run = {"pool": pool, "say": lambda _: None}
+    made, _ = run_plan(tiny_plan(short, **providers), file, ORIGIN, **run)
+    assert {(r.provider, r.status) for r in made} == {("eager", "ok"), ("sdpa-flash", "error")}
+    assert run_plan(tiny_plan(short, **providers), file, ORIGIN, **run)[0] == []
+    # Another invocation knows that it failed at a shorter length.
+    made, _ = run_plan(tiny_plan(short, long, **providers), file, ORIGIN, **run)
+    assert {(r.provider, r.status, r.shape["seq_len"]) for r in made} == {
+        ("eager", "ok", 24),
+        ("sdpa-flash", "skipped", 24),
+    }
+    monkeypatch.undo()
+    made, _ = run_plan(tiny_plan(short, long, **providers), file, ORIGIN, retry_errors=True, **run)
+    assert {(r.provider, r.status) for r in made} == {("eager", "ok"), ("sdpa-flash", "ok")}
+    assert {r.shape["seq_len"] for r in made} == {16, 24}
+    assert run_plan(tiny_plan(short, long, **providers), file, ORIGIN, retry_errors=True, **run)[0] == []
+
+
+def test_a_peer_without_time_is_a_row_and_measured_once_there_is_time(tmp_path, pool):
+    file = tmp_path / "r.jsonl"
+    plan = tiny_plan(tiny_case(), providers=("eager", "sdpa-flash", "torch"))
+    run_plan(plan, file, ORIGIN, pool=pool, say=lambda _: None)
+    longer = replace(plan, cases=(tiny_case(seq_len=64),), case_s=1e-9)
+    made, left = run_plan(longer, file, ORIGIN, pool=pool, say=lambda _: None)
+    assert not left
+    # The fastest is kept.
+    skipped = {r.provider for r in made if r.status == "skipped"}
+    assert len(skipped) == 2
+    assert all("left out: one forward and backward would take" in r.reason for r in made if r.status == "skipped")
+    assert {r.provider for r in made if r.status == "ok"} == {"eager", "sdpa-flash", "torch"} - skipped
+    assert {len(r.samples_s) for r in made if r.status == "ok"} == {2}
+    assert run_plan(longer, file, ORIGIN, pool=pool, say=lambda _: None)[0] == []
+    made, _ = run_plan(replace(longer, case_s=60.0), file, ORIGIN, pool=pool, say=lambda _: None)
+    assert {r.status for r in made} == {"ok"}
+    assert {r.provider for r in made} == {"eager", "sdpa-flash", "torch"}
+
+
+def test_a_case_that_would_outlast_the_deadline_is_not_started(tmp_path, pool, monkeypatch):
+    file = tmp_path / "r.jsonl"
+    run_plan(tiny_plan(tiny_case()), file, ORIGIN, pool=pool, say=lambda _: None)
+    # By the rate at 16 tokens these take hours, the shorter one does not.
+    cases = tiny_case(seq_len=2_000_000), tiny_case(seq_len=20)
+    monkeypatch.setattr(micro_attempts, "run_case", run_case_forever_when_long)
+    said = []
+    deadline = time.monotonic() + 60.0
+    made, left = run_plan(tiny_plan(*cases), file, ORIGIN, pool=pool, deadline=deadline, say=said.append)
+    assert left == [cases[0]]
+    assert {r.shape["seq_len"] for r in made} == {20}
+    assert "left for the next run; it would take" in said[0]
+
+
+def run_case_forever_when_long(request):
+    """In the worker."""
+    from longreel.bench import op_run
+
+    return op_run.run_case(request) if request.case.seq_len < 100 else time.sleep(600)

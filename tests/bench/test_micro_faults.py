@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from longreel.bench import micro_sweep, op_run, tune
+from longreel.bench import micro_attempts, op_run, tune
 from longreel.bench.campaign_plans import hopper
 from longreel.bench.micro_sweep import MicroPlan, load, run_plan
 from longreel.bench.op_run import CaseRequest, run_case
@@ -97,7 +97,7 @@ def run_case_cut_after_forward(request):
 
 
 def test_a_provider_that_hangs_is_a_row_and_the_others_are_measured(tmp_path, pool, monkeypatch):
-    monkeypatch.setattr(micro_sweep, "run_case", run_case_with_hanging_flash)
+    monkeypatch.setattr(micro_attempts, "run_case", run_case_with_hanging_flash)
     file, not_again = tmp_path / "r.jsonl", {}
     start = time.monotonic()
     options = {"pool": pool, "deadline": start + 120.0, "not_again": not_again, "say": lambda _: None}
@@ -122,7 +122,7 @@ def run_case_that_dies_at_the_end(request):
 
 @pytest.mark.parametrize("op", ["attention", "clone"])
 def test_a_worker_that_dies_when_all_is_measured_loses_nothing(tmp_path, pool, monkeypatch, op):
-    monkeypatch.setattr(micro_sweep, "run_case", run_case_that_dies_at_the_end)
+    monkeypatch.setattr(micro_attempts, "run_case", run_case_that_dies_at_the_end)
     plan = plan_of(16, providers=("eager", "torch"))
     plan = replace(plan, cases=tuple(replace(case, op=op) for case in plan.cases))
     run_plan(plan, tmp_path / "r.jsonl", ORIGIN, pool=pool, say=lambda _: None)
@@ -156,7 +156,7 @@ def test_a_provider_that_raises_at_the_gate_costs_nobody_else_a_run(monkeypatch)
 def test_a_direction_that_was_done_before_the_deadline_is_kept(tmp_path, pool, monkeypatch):
     file = tmp_path / "r.jsonl"
     plan = replace(plan_of(16, providers=("eager", "torch")), setup_s=100.0)
-    monkeypatch.setattr(micro_sweep, "run_case", run_case_cut_after_forward)
+    monkeypatch.setattr(micro_attempts, "run_case", run_case_cut_after_forward)
     options = {"pool": pool, "say": lambda _: None}
     pool.run(time.monotonic, 1)
     made, left = run_plan(plan, file, ORIGIN, deadline=time.monotonic() + 7.0, **options)
