@@ -7,12 +7,14 @@ Source: Peebles and Xie 2022, DiT (arXiv:2212.09748), adaLN-zero block; Chen et 
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from longreel.kernels import adaln_modulate, attention, bias_gelu, gated_residual, gated_residual_adaln
 from longreel.models.config import DiTConfig
-from longreel.models.sequence import SequenceLengths, SequenceParallel
+from longreel.models.sequence import Packing, SequenceLengths, SequenceParallel
 from longreel.models.tiled_mlp import tiled_mlp
 
 
@@ -40,8 +42,12 @@ class TextAttention(nn.Module):
         sp: SequenceParallel,
         lengths: SequenceLengths,
         text_lengths: SequenceLengths | None,
+        packing: Packing | None = None,
     ) -> Tensor:
-        """x [B, s, C] over text [B, L, C] (or this rank's rows of it, `published`); returns [B, s, C]."""
+        """x [B, s, C] over text [B, L, C] (or this rank's rows of it, `published`); returns [B, s, C].
+
+        Packed, x is [1, s, C], text [N, L, C], and the rows of a clip attend to the text of that clip.
+        """
         if self.layout == "published":
             if text_lengths is None:
                 raise ValueError("cross_layout 'published' shards the text: give text_lengths")
@@ -50,8 +56,17 @@ class TextAttention(nn.Module):
             )
             return self.proj(out)
         q_BSHD = self.q(x).unflatten(-1, (self.num_heads, -1))
+        if packing is not None:
+            text = text.flatten(0, 1).unsqueeze(0)
         k_BLHD, v_BLHD = self.kv(text).unflatten(-1, (2, self.num_heads, -1)).unbind(2)
-        out_BSHD, _ = attention(q_BSHD, k_BLHD, v_BLHD, provider=sp.provider)
+        out_BSHD, _ = attention(
+            q_BSHD,
+            k_BLHD,
+            v_BLHD,
+            cu_seqlens_q=packing.segments if packing else None,
+            cu_seqlens_k=packing.text_segments if packing else None,
+            provider=sp.provider,
+        )
         return self.proj(out_BSHD.flatten(2))
 
 
@@ -88,30 +103,34 @@ class DiTBlock(nn.Module):
         sp: SequenceParallel,
         lengths: SequenceLengths,
         text_lengths: SequenceLengths | None = None,
+        packing: Packing | None = None,
     ) -> Tensor:
         """One block on this rank's rows.
 
         Args:
             x: [B, s, C]. c: [B, C], what modulates. text: [B, L, C] projected text of a cross attention, or None.
             sp: the strategy. lengths: of the whole sequence; text_lengths: of the sharded text (`published`).
+            packing: of a packed batch: x is [1, s, C], c [N, C] and text [N, L, C] then.
 
         Returns:
             [B, s, C].
         """
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.modulation(F.silu(c)).chunk(6, dim=-1)
-        modulated = adaln_modulate(x, shift_a, scale_a)
+        segments = packing.segments if packing else None
+        over_text = {"sp": sp, "lengths": lengths, "text_lengths": text_lengths, "packing": packing}
+        modulated = adaln_modulate(x, shift_a, scale_a, cu_seqlens=segments)
         if self.text_only:
-            attended = self._attend_text(modulated, text, sp=sp, lengths=lengths, text_lengths=text_lengths)
+            attended = self._attend_text(modulated, text, **over_text)
         else:
             heads = sp.self_attention(modulated, self.qkv, num_heads=self.num_heads, lengths=lengths)
             attended = self.proj(heads)
         if self.text_only or self.cross is None:
-            x, modulated = gated_residual_adaln(x, attended, gate_a, shift_m, scale_m)
+            x, modulated = gated_residual_adaln(x, attended, gate_a, shift_m, scale_m, cu_seqlens=segments)
         else:
-            x = gated_residual(x, attended, gate_a)
-            x = x + self._attend_text(x, text, sp=sp, lengths=lengths, text_lengths=text_lengths)
-            modulated = adaln_modulate(x, shift_m, scale_m)
-        return gated_residual(x, self._mlp(modulated), gate_m)
+            x = gated_residual(x, attended, gate_a, cu_seqlens=segments)
+            x = x + self._attend_text(x, text, **over_text)
+            modulated = adaln_modulate(x, shift_m, scale_m, cu_seqlens=segments)
+        return gated_residual(x, self._mlp(modulated), gate_m, cu_seqlens=segments)
 
     def _mlp(self, x: Tensor) -> Tensor:
         if self.mlp_tile is not None:
@@ -119,19 +138,11 @@ class DiTBlock(nn.Module):
         # The bias joins the GELU's pass over the hidden layer instead of the GEMM's epilogue.
         return self.fc2(bias_gelu(F.linear(x, self.fc1.weight), self.fc1.bias))
 
-    def _attend_text(
-        self,
-        x: Tensor,
-        text: Tensor | None,
-        *,
-        sp: SequenceParallel,
-        lengths: SequenceLengths,
-        text_lengths: SequenceLengths | None,
-    ) -> Tensor:
+    def _attend_text(self, x: Tensor, text: Tensor | None, **over_text: Any) -> Tensor:
         assert self.cross is not None
         if text is None:
             raise ValueError("text is missing, and the block's text attention needs it")
-        return self.cross(x, text, sp=sp, lengths=lengths, text_lengths=text_lengths)
+        return self.cross(x, text, **over_text)
 
     def zero_residual_paths(self) -> None:
         """Initialise the block as the identity: zero gates (adaLN-zero) and a zero text projection where ungated."""

@@ -16,7 +16,7 @@ from longreel.kernels import adaln_modulate
 from longreel.models.block import DiTBlock
 from longreel.models.config import DiTConfig
 from longreel.models.embeddings import embedding_dtype, position_embedding, timestep_embedding
-from longreel.models.sequence import SequenceLengths, SequenceParallel
+from longreel.models.sequence import Packing, SequenceLengths, SequenceParallel
 
 FREQUENCY_DIM = 256
 _INIT_STD = 0.02
@@ -44,9 +44,9 @@ class FinalLayer(nn.Module):
         self.modulation = nn.Linear(hidden_size, 2 * hidden_size)
         self.proj = nn.Linear(hidden_size, out_dim)
 
-    def forward(self, x: Tensor, c: Tensor) -> Tensor:
+    def forward(self, x: Tensor, c: Tensor, segments: Tensor | None = None) -> Tensor:
         shift, scale = self.modulation(F.silu(c)).chunk(2, dim=-1)
-        return self.proj(adaln_modulate(x, shift, scale))
+        return self.proj(adaln_modulate(x, shift, scale, cu_seqlens=segments))
 
 
 class DiT(nn.Module):
@@ -105,6 +105,7 @@ class DiT(nn.Module):
         sp: SequenceParallel,
         lengths: SequenceLengths,
         text_lengths: SequenceLengths | None = None,
+        packing: Packing | None = None,
     ) -> Tensor:
         """Prediction for this rank's patches.
 
@@ -119,6 +120,8 @@ class DiT(nn.Module):
             sp: the strategy.
             lengths: of the whole sequence over all ranks; text and video together for `in_context`.
             text_lengths: of the text, for the published cross attention.
+            packing: of a batch of N clips packed into one sequence. B is 1 then for tokens (and for the text rows of
+                `in_context`), N for timestep, labels and other text; lengths has cu_seqlens.
 
         Returns:
             [B, s, patch volume * out_channels] in the weights' dtype, elements ordered (pt, ph, pw, channel).
@@ -126,7 +129,7 @@ class DiT(nn.Module):
         Raises:
             ValueError: an input is missing, not taken by this configuration, or has the wrong shape.
         """
-        self._check_inputs(tokens, coords, timestep, text, labels)
+        self._check_inputs(tokens, coords, timestep, text, labels, packing)
         dtype = self.patch_embed.weight.dtype
         x = self.patch_embed(tokens.to(dtype))
         x = x + position_embedding(coords, self.config.hidden_size, self.config.position, dtype)
@@ -145,24 +148,38 @@ class DiT(nn.Module):
                 if self.config.conditioning == "in_context":
                     num_text_rows = text.shape[1]
                     x = torch.cat([text, x], dim=1)
+                    if packing is not None and packing.order is not None:
+                        x = x.index_select(1, packing.order)
                     text = None
 
         for block in self.blocks:
-            x = block(x, c, text, sp=sp, lengths=lengths, text_lengths=text_lengths)
-        return self.final(x[:, num_text_rows:], c)
+            x = block(x, c, text, sp=sp, lengths=lengths, text_lengths=text_lengths, packing=packing)
+        if packing is None:
+            return self.final(x[:, num_text_rows:], c)
+        video = x if packing.video_rows is None else x.index_select(1, packing.video_rows)
+        return self.final(video, c, packing.video_segments)
 
     def _check_inputs(
-        self, tokens: Tensor, coords: Tensor, timestep: Tensor, text: Tensor | None, labels: Tensor | None
+        self,
+        tokens: Tensor,
+        coords: Tensor,
+        timestep: Tensor,
+        text: Tensor | None,
+        labels: Tensor | None,
+        packing: Packing | None,
     ) -> None:
         config = self.config
+        if packing is not None and tokens.shape[0] != 1:
+            raise ValueError(f"a packed batch has tokens [1, s, patch_dim], got {list(tokens.shape)}")
+        clips = tokens.shape[0] if packing is None else packing.segments.shape[0] - 1
         if tokens.dim() != 3 or tokens.shape[2] != config.patch_dim:
             raise ValueError(f"tokens must be [B, s, patch_dim = {config.patch_dim}], got {list(tokens.shape)}")
         if coords.shape[:1] != tokens.shape[1:2]:
             raise ValueError(
                 f"coords {list(coords.shape)} must have one row per token, tokens are {list(tokens.shape)}"
             )
-        if list(timestep.shape) != [tokens.shape[0]]:
-            raise ValueError(f"timestep must be [B = {tokens.shape[0]}], got {list(timestep.shape)}")
+        if list(timestep.shape) != [clips]:
+            raise ValueError(f"timestep must be [{clips}], one per clip, got {list(timestep.shape)}")
         if not timestep.is_floating_point() or timestep.element_size() < 4:
             raise ValueError(f"timestep has dtype {timestep.dtype}; half precision rounds it, use float32 or float64")
         if (labels is not None) != (config.num_classes > 0):
@@ -175,10 +192,10 @@ class DiT(nn.Module):
                 f"text is {'given' if text is not None else 'missing'}, and conditioning {config.conditioning!r} with "
                 f"num_classes = {config.num_classes} {'needs' if takes_text(config) else 'takes no'} text"
             )
-        if text is not None and (text.dim() != 3 or text.shape[::2] != (tokens.shape[0], config.text_dim)):
-            raise ValueError(
-                f"text must be [B = {tokens.shape[0]}, L, text_dim = {config.text_dim}], got {list(text.shape)}"
-            )
+        # Text in the sequence is packed with it.
+        texts = tokens.shape[0] if config.conditioning == "in_context" else clips
+        if text is not None and (text.dim() != 3 or text.shape[::2] != (texts, config.text_dim)):
+            raise ValueError(f"text must be [{texts}, L, text_dim = {config.text_dim}], got {list(text.shape)}")
 
 
 def takes_text(config: DiTConfig) -> bool:

@@ -1,12 +1,14 @@
 """What the model asks of sequence parallelism: the protocol every strategy implements, and its host-side data.
 
 The model calls these methods and never asks about ranks; longreel.parallel implements them.
-Shape letters: B batch, S tokens of the whole sequence, s tokens of this rank, C hidden size, L text tokens.
+Shape letters: B batch, S tokens of the whole sequence, s tokens of this rank, C hidden size, L text tokens, N clips
+packed into one sequence.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Protocol
 
 from torch import Tensor, nn
@@ -19,14 +21,45 @@ class SequenceLengths:
     Args:
         valid: S, tokens of the whole sequence that exist.
         padded: S rounded up to a multiple of the ranks; rows from `valid` on are padding and are masked by length.
+        cu_seqlens: N + 1 offsets of the clips packed into the sequence, from 0 to `valid`: tokens attend within their
+            clip. None: the sequence is one.
     """
 
     valid: int
     padded: int
+    cu_seqlens: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         if not 1 <= self.valid <= self.padded:
             raise ValueError(f"valid = {self.valid} must be at least 1 and at most padded = {self.padded}")
+        ends = self.offsets
+        if len(ends) < 2 or ends[0] != 0 or ends[-1] != self.valid or any(b < a for a, b in pairwise(ends)):
+            raise ValueError(f"cu_seqlens must start at 0, never fall and end at valid = {self.valid}, got {ends}")
+
+    @property
+    def offsets(self) -> tuple[int, ...]:
+        """cu_seqlens, those of one segment if the sequence is not packed."""
+        return (0, self.valid) if self.cu_seqlens is None else self.cu_seqlens
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Packing:
+    """Where the N clips of a packed batch lie among the rows of this rank; all offsets are int64, on the device.
+
+    Args:
+        segments: [N + 1] offsets of the clips among this rank's rows of the sequence. Clips of other ranks are empty;
+            padding belongs to the last clip.
+        video_segments: the same among its video rows; `segments` itself unless text is in the sequence.
+        text_segments: [N + 1] offsets of the clips among the text of a cross attention, or None.
+        order: [s], for every row of the sequence its place in [text rows, video rows] (`in_context`), or None.
+        video_rows: which rows of the sequence are video (`in_context`), or None.
+    """
+
+    segments: Tensor
+    video_segments: Tensor
+    text_segments: Tensor | None = None
+    order: Tensor | None = None
+    video_rows: Tensor | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -3,11 +3,12 @@
 Every rank of an SP group is handed the same samples. It computes its own rows of the sequence and a loss weighted so
 that gradients, averaged over all dp x sp ranks, are those of one device on the whole global step: a token of a
 sample weighs dp P / (n_valid(sample) * samples in the global step).
-Shapes: latents [B, T, H, W, C_in]; N video tokens, L text tokens, S tokens of the sequence, s rows of this rank.
+Shapes: latents [B, T, H, W, C_in]; N clips of a packed batch, L text tokens, s rows of this rank, v of them video.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -19,11 +20,12 @@ from longreel.models.config import DiTConfig
 from longreel.models.dit import DiT
 from longreel.models.flow import TIMESTEP_SCALE, interpolate, velocity_target
 from longreel.models.patches import grid_coords, patchify, unpatchify
-from longreel.models.sequence import SequenceLengths, SequenceParallel
+from longreel.models.sequence import SequenceParallel
 from longreel.parallel.config import ParallelConfig, check_heads
 from longreel.parallel.engine import Engine, apply_policy, build_engine
 from longreel.parallel.mesh import ParallelMesh
 from longreel.parallel.offload import HostStore
+from longreel.parallel.rows import ClipRows, Rows, packing_of, split_rows, take_rows
 from longreel.parallel.strategies import build_strategy
 
 
@@ -48,37 +50,32 @@ class Batch:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Rows:
-    """Rows of the sequence [text | video | padding] that one rank holds.
+class PackedBatch:
+    """Clips of any lengths and sizes that one SP group trains as one sequence, the same on each of its ranks.
 
     Args:
-        lengths: of the whole sequence.
-        text: (start, stop) among the text tokens of the sequence (empty unless conditioning is in-context).
-        video: (start, stop) among the video tokens; padding counts on beyond their number.
-        num_video: video tokens among them that exist.
+        latents, noise: of N clips, each [T, H, W, C_in]. N may differ between dp ranks.
+        timestep: [N] in [0, 1], fp32. text: [N, L, text_dim] or None. labels: [N] or None.
+        global_samples: clips of the whole step, over dp ranks and micro-batches.
     """
 
-    lengths: SequenceLengths
-    text: tuple[int, int]
-    video: tuple[int, int]
-    num_video: int
+    latents: tuple[Tensor, ...]
+    noise: tuple[Tensor, ...]
+    timestep: Tensor
+    text: Tensor | None = None
+    labels: Tensor | None = None
+    global_samples: int
 
-
-def split_rows(*, num_text: int, num_video: int, degree: int, rank: int) -> Rows:
-    """Which rows of a sequence of num_text + num_video tokens rank holds, out of `degree` equal parts."""
-    valid = num_text + num_video
-    size = -(-valid // degree)
-    start, stop = rank * size, (rank + 1) * size
-    text = min(start, num_text), min(stop, num_text)
-    video = max(start - num_text, 0), max(stop - num_text, 0)
-    existing = max(min(video[1], num_video) - min(video[0], num_video), 0)
-    return Rows(lengths=SequenceLengths(valid=valid, padded=size * degree), text=text, video=video, num_video=existing)
-
-
-def take_rows(x: Tensor, start: int, stop: int) -> Tensor:
-    """Rows start to stop of x [B, N, ...]; rows beyond N are zeros."""
-    taken = x[:, min(start, x.shape[1]) : min(stop, x.shape[1])]
-    return F.pad(taken, (0, 0) * (x.dim() - 2) + (0, stop - start - taken.shape[1]))
+    def __post_init__(self) -> None:
+        sizes = [list(clip.shape) for clip in self.latents]
+        if not sizes or sizes != [list(clip.shape) for clip in self.noise] or any(len(size) != 4 for size in sizes):
+            raise ValueError(
+                f"latents and noise must be N >= 1 clips [T, H, W, C_in] of the same sizes, got latents {sizes} and "
+                f"noise {[list(clip.shape) for clip in self.noise]}"
+            )
+        for name, value in (("timestep", self.timestep), ("text", self.text), ("labels", self.labels)):
+            if value is not None and value.shape[:1] != (len(sizes),):
+                raise ValueError(f"{name} must have one row for each of {len(sizes)} clips, got {list(value.shape)}")
 
 
 class ParallelDiT:
@@ -121,27 +118,42 @@ class ParallelDiT:
         """Dtype of targets and loss: fp32, or fp64 in an fp64 run."""
         return torch.float64 if self.config.precision == "fp64" else torch.float32
 
-    def loss(self, batch: Batch) -> Tensor:
+    def loss(self, batch: Batch | PackedBatch) -> Tensor:
         """This rank's share of the rectified-flow loss; give it to engine.backward().
 
         Returns:
             A scalar. Its mean over all ranks is the mean over samples and tokens of one device, and so are the
             gradients that the engine averages.
+
+        Raises:
+            ValueError: the configuration does not take this batch, or ranks of an SP group pack different lengths.
         """
-        config = self.model_config
-        grid = config.grid(*batch.latents.shape[1:4])
-        num_video = grid[0] * grid[1] * grid[2]
-        rows = self._rows(batch.text, num_video)
-        x0, noise = (
-            take_rows(patchify(x.to(self.loss_dtype), config.patch_size), *rows.video)
-            for x in (batch.latents, batch.noise)
-        )
-        t = batch.timestep.to(self.loss_dtype)
-        prediction = self._forward(interpolate(x0, noise, t), rows, grid, batch.timestep, batch.text, batch.labels)
-        error = self._data_channels(prediction) - velocity_target(x0, noise)
-        weight = self.mesh.dp_degree * self.mesh.sp_degree / (num_video * batch.global_samples)
-        # An empty slice still ties the loss to the graph: this rank's collectives in backward must run.
-        return error[:, : rows.num_video].square().mean(-1).sum() * weight if rows.num_video else prediction.sum() * 0
+        grids = [self.model_config.grid(*size) for size in _sizes(batch)]
+        rows = self._rows(batch.text, [math.prod(grid) for grid in grids])
+        if isinstance(batch, PackedBatch):
+            self._check_packed(rows)
+        # One sample of a packed batch after the other, or all samples of the other kind at once.
+        noised, targets = [], []
+        for i, clip in enumerate(rows.clips):
+            latents, noise = (
+                (batch.latents[i][None], batch.noise[i][None])
+                if isinstance(batch, PackedBatch)
+                else (batch.latents, batch.noise)
+            )
+            t = batch.timestep[i : i + 1] if isinstance(batch, PackedBatch) else batch.timestep
+            x0, noise = (self._patches(x, clip) for x in (latents, noise))
+            noised.append(interpolate(x0, noise, t.to(self.loss_dtype)))
+            targets.append(velocity_target(x0, noise))
+        prediction = self._forward(torch.cat(noised, dim=1), rows, grids, batch)
+        predictions = self._data_channels(prediction).split([target.shape[1] for target in targets], dim=1)
+        errors = [
+            (predicted - target)[:, : clip.num_video].square().mean(-1).sum() / (math.prod(grid) * batch.global_samples)
+            for clip, grid, predicted, target in zip(rows.clips, grids, predictions, targets, strict=True)
+            if clip.num_video
+        ]
+        # Without video rows the loss is still tied to the graph: this rank's collectives in backward must run.
+        loss = torch.stack(errors).sum() if errors else prediction.sum() * 0
+        return loss * (self.mesh.dp_degree * self.mesh.sp_degree)
 
     @torch.no_grad()
     def velocity(
@@ -158,17 +170,24 @@ class ParallelDiT:
         """
         config = self.model_config
         grid = config.grid(*latents.shape[1:4])
-        num_video = grid[0] * grid[1] * grid[2]
-        rows = self._rows(text, num_video)
-        x = take_rows(patchify(latents.to(self.loss_dtype), config.patch_size), *rows.video)
-        prediction = self._data_channels(self._forward(x, rows, grid, timestep, text, labels))
+        num_video = math.prod(grid)
+        rows = self._rows(text, [num_video])
+        batch = Batch(
+            latents=latents, noise=latents, timestep=timestep, text=text, labels=labels, global_samples=len(latents)
+        )
+        (clip,) = rows.clips
+        prediction = self._data_channels(self._forward(self._patches(latents, clip), rows, [grid], batch))
         # Ranks hold different numbers of video rows: whole rows of the sequence are gathered, text rows as zeros.
         num_text = rows.lengths.valid - num_video
-        local = F.pad(prediction, (0, 0, rows.text[1] - rows.text[0], 0))
+        local = F.pad(prediction, (0, 0, clip.text[1] - clip.text[0], 0))
         whole = self.strategy.unshard(local, 1)[:, num_text : num_text + num_video]
         return unpatchify(whole, grid, config.patch_size, config.in_channels)
 
-    def _rows(self, text: Tensor | None, num_video: int) -> Rows:
+    def _patches(self, latents: Tensor, clip: ClipRows) -> Tensor:
+        """This rank's rows of latents [B, T, H, W, C_in]: [B, v, patch_dim], zeros for padding."""
+        return take_rows(patchify(latents.to(self.loss_dtype), self.model_config.patch_size), *clip.video)
+
+    def _rows(self, text: Tensor | None, num_video: list[int]) -> Rows:
         in_sequence = text is not None and self.model_config.conditioning == "in_context"
         return split_rows(
             num_text=text.shape[1] if in_sequence and text is not None else 0,
@@ -177,35 +196,41 @@ class ParallelDiT:
             rank=self.mesh.sp_rank,
         )
 
+    def _check_packed(self, rows: Rows) -> None:
+        if self.model_config.cross_layout == "published":
+            raise ValueError("cross_layout 'published' takes no packed batch; use cross_layout 'replicated'")
+
     def _forward(
-        self,
-        tokens: Tensor,
-        rows: Rows,
-        grid: tuple[int, int, int],
-        timestep: Tensor,
-        text: Tensor | None,
-        labels: Tensor | None,
+        self, tokens: Tensor, rows: Rows, grids: list[tuple[int, int, int]], batch: Batch | PackedBatch
     ) -> Tensor:
-        config = self.model_config
-        text_lengths = None
+        config, text = self.model_config, batch.text
+        text_lengths = packing = None
+        if isinstance(batch, PackedBatch):
+            in_context, num_text = config.conditioning == "in_context", 0 if text is None else text.shape[1]
+            packing = packing_of(rows, num_text=num_text, in_context=in_context, device=tokens.device)
         if text is not None and config.conditioning == "in_context":
-            text = take_rows(text, *rows.text)
+            texts = text.unsqueeze(1) if isinstance(batch, PackedBatch) else [text]
+            text = torch.cat([take_rows(one, *clip.text) for one, clip in zip(texts, rows.clips, strict=True)], dim=1)
         elif text is not None and config.cross_layout == "published":
             text_rows = split_rows(
-                num_text=0, num_video=text.shape[1], degree=self.mesh.sp_degree, rank=self.mesh.sp_rank
+                num_text=0, num_video=[text.shape[1]], degree=self.mesh.sp_degree, rank=self.mesh.sp_rank
             )
             text_lengths = text_rows.lengths
-            text = take_rows(text, *text_rows.video)
-        coords = grid_coords(grid, *rows.video, device=tokens.device, dtype=self.loss_dtype)
+            text = take_rows(text, *text_rows.clips[0].video)
+        coords = [
+            grid_coords(grid, *clip.video, device=tokens.device, dtype=self.loss_dtype)
+            for grid, clip in zip(grids, rows.clips, strict=True)
+        ]
         return self.module(
             tokens,
-            coords,
-            timestep.to(self.loss_dtype) * TIMESTEP_SCALE,
+            torch.cat(coords),
+            batch.timestep.to(self.loss_dtype) * TIMESTEP_SCALE,
             text=text,
-            labels=labels,
+            labels=batch.labels,
             sp=self.strategy,
             lengths=rows.lengths,
             text_lengths=text_lengths,
+            packing=packing,
         )
 
     def _data_channels(self, prediction: Tensor) -> Tensor:
@@ -215,3 +240,10 @@ class ParallelDiT:
         if config.learn_sigma:
             prediction = prediction.unflatten(-1, (-1, config.out_channels))[..., : config.in_channels].flatten(-2)
         return prediction
+
+
+def _sizes(batch: Batch | PackedBatch) -> list[tuple[int, ...]]:
+    """(T, H, W) of every clip of a packed batch, or the one of all samples."""
+    if isinstance(batch, PackedBatch):
+        return [tuple(clip.shape[:3]) for clip in batch.latents]
+    return [tuple(batch.latents.shape[1:4])]

@@ -8,6 +8,8 @@ P-th of the projection and (2 P - 1) / P^2 of the attention.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -17,6 +19,7 @@ from longreel.kernels.lse_merge import merge_attention_op
 from longreel.kernels.pointwise import resolve_pointwise_provider
 from longreel.kernels.reference import compute_dtype
 from longreel.parallel import comm
+from longreel.parallel.strategies.segments import kernel_offsets, score_pairs, window
 
 
 def token_ranges(first: int, last: int, size: int, rows: int, valid: int) -> list[slice]:
@@ -31,7 +34,7 @@ def gather_project_attend(
     weight: Tensor,
     bias: Tensor | None,
     heads: int,
-    valid: int,
+    offsets: Sequence[int],
     scale: float,
     provider: str,
     group: str,
@@ -40,16 +43,17 @@ def gather_project_attend(
 
     Args:
         x: [B, s, C], this rank's tokens. weight, bias: [3 h D, C] and [3 h D] or None, of this rank's heads.
-        heads: h. valid: tokens of the whole sequence that exist.
+        heads: h. offsets: cu_seqlens of the whole sequence, on the host; it has S tokens that exist.
 
     Returns:
-        q_heads [B, P s, 3, h, D], out [B, valid, h, D] and lse [B, h, valid].
+        q_heads [B, P s, 3, h, D], out [B, S, h, D] and lse [B, h, S].
     """
     size, rank = comm.group_size(group), comm.group_rank(group)
     batch, rows, _ = x.shape
     qkv = x.new_empty(batch, size * rows, 3, heads, weight.shape[0] // (3 * heads))
     chunks = qkv.view(batch, size, rows, -1)
-    merged = _Merged(qkv, valid)
+    valid = offsets[-1]
+    merged = _Merged(qkv, offsets)
     for step, (owner, chunk) in enumerate(comm.ring_chunks(x, group)):
         chunks[:, owner] = F.linear(chunk, weight, bias)
         for new in token_ranges(owner, owner, size, rows, valid):
@@ -63,18 +67,25 @@ def gather_project_attend(
 class _Merged:
     """Attention over the pairs of query and key ranges so far, in fp32."""
 
-    def __init__(self, qkv: Tensor, valid: int) -> None:
+    def __init__(self, qkv: Tensor, offsets: Sequence[int]) -> None:
         batch, _, _, heads, head_dim = qkv.shape
+        valid = offsets[-1]
         dtype = compute_dtype(qkv.dtype)
-        self._qkv = qkv
+        self._qkv, self._offsets = qkv, offsets
         self._merge = resolve_pointwise_provider("auto", qkv)
         self._seen: set[int] = set()
-        self.out = torch.empty(batch, valid, heads, head_dim, dtype=dtype, device=qkv.device)
-        self.lse = torch.empty(batch, heads, valid, dtype=dtype, device=qkv.device)
+        # What a range holds until keys of its segments come.
+        self.out = torch.zeros(batch, valid, heads, head_dim, dtype=dtype, device=qkv.device)
+        self.lse = torch.full((batch, heads, valid), float("-inf"), dtype=dtype, device=qkv.device)
 
     def attend(self, queries: slice, keys: slice, scale: float, provider: str) -> None:
+        offsets_q = window(self._offsets, queries.start, queries.stop)
+        offsets_k = window(self._offsets, keys.start, keys.stop)
+        if not score_pairs(offsets_q, offsets_k):
+            return
         q, k, v = self._qkv[:, queries, 0], self._qkv[:, keys, 1], self._qkv[:, keys, 2]
-        out, lse = attention_op(q, k, v, scale, None, None, provider)
+        segments = kernel_offsets(offsets_q, q.device), kernel_offsets(offsets_k, q.device)
+        out, lse = attention_op(q, k, v, scale, *segments, provider)
         out = out.to(self.out.dtype)
         if queries.start in self._seen:
             before = self.out[:, queries].contiguous(), self.lse[:, :, queries].contiguous()

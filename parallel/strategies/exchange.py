@@ -3,11 +3,13 @@
 Heads are split by all-to-all over `heads_group` (U ranks), keys and values then go round `ring_group` (R ranks); an
 empty name leaves that half out. A rank's place among the P = U R is ring_rank * U + heads_rank, so that the U parts
 that meet in an all-to-all are consecutive tokens.
+Lengths are cu_seqlens on the host: [0, S], or the ends of packed clips (segments.py).
 An absent tensor inside an op is an empty one: op outputs cannot be optional.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -18,16 +20,17 @@ from longreel.kernels.reference import compute_dtype
 from longreel.parallel import comm
 from longreel.parallel.strategies.heads import attend, attend_backward, attend_flops
 from longreel.parallel.strategies.layout import gather_heads, pad_tokens, scatter_heads, scatter_heads_backward
-from longreel.parallel.strategies.ring import existing_rows, ring_attend, ring_attend_backward
+from longreel.parallel.strategies.ring import ring_attend, ring_attend_backward
+from longreel.parallel.strategies.segments import part_offsets
 
 
 def _size(group: str) -> int:
     return comm.group_size(group) if group else 1
 
 
-def _rows(valid: int, rows: int, ring_group: str) -> int:
-    """Tokens that exist among the `rows` of this rank's ring part; all valid ones without a ring."""
-    return existing_rows(valid, rows, comm.group_rank(ring_group)) if ring_group else valid
+def _ring_part(offsets: Sequence[int], rows: int, ring_group: str) -> Sequence[int]:
+    """Offsets among the existing tokens of this rank's ring part of `rows`; all of them without a ring."""
+    return part_offsets(offsets, rows, comm.group_rank(ring_group)) if ring_group else offsets
 
 
 def _to_heads(x: Tensor, bias: Tensor | None, heads_group: str) -> Tensor:
@@ -41,13 +44,19 @@ def _to_tokens(x: Tensor, rows: int, heads_group: str) -> Tensor:
 
 
 def _attend(
-    q_heads: Tensor, kv_heads: Tensor, valid_q: int, valid_k: int, scale: float, provider: str, ring_group: str
+    q_heads: Tensor,
+    kv_heads: Tensor,
+    offsets_q: Sequence[int],
+    offsets_k: Sequence[int],
+    scale: float,
+    provider: str,
+    ring_group: str,
 ) -> tuple[Tensor, Tensor]:
     if not ring_group:
-        return attend(q_heads, kv_heads, valid_q, valid_k, scale, provider)
-    rows = _rows(valid_q, q_heads.shape[1], ring_group)
+        return attend(q_heads, kv_heads, offsets_q, offsets_k, scale, provider)
+    own = _ring_part(offsets_q, q_heads.shape[1], ring_group)
     kv = q_heads[:, :, 1:] if q_heads.shape[2] == 3 else kv_heads
-    return ring_attend(q_heads[:, :rows, 0], kv, valid_k, scale, provider, ring_group)
+    return ring_attend(q_heads[:, : own[-1], 0], kv, own, offsets_k, scale, provider, ring_group)
 
 
 def _attend_backward(
@@ -56,21 +65,22 @@ def _attend_backward(
     kv_heads: Tensor,
     out_heads: Tensor,
     lse: Tensor,
-    valid_q: int,
-    valid_k: int,
+    offsets_q: Sequence[int],
+    offsets_k: Sequence[int],
     scale: float,
     provider: str,
     ring_group: str,
 ) -> tuple[Tensor, Tensor]:
     """Gradients of q_heads and kv_heads; rows beyond the existing ones may be left out."""
     if not ring_group:
-        return attend_backward(dout_heads, q_heads, kv_heads, out_heads, lse, valid_q, valid_k, scale, provider)
+        return attend_backward(dout_heads, q_heads, kv_heads, out_heads, lse, offsets_q, offsets_k, scale, provider)
     padded = q_heads.shape[1]
-    rows = _rows(valid_q, padded, ring_group)
+    own = _ring_part(offsets_q, padded, ring_group)
     packed = q_heads.shape[2] == 3
     kv = q_heads[:, :, 1:] if packed else kv_heads
+    queries, dout_queries = q_heads[:, : own[-1], 0], dout_heads[:, : own[-1]]
     dq, dkv = ring_attend_backward(
-        dout_heads[:, :rows], q_heads[:, :rows, 0], kv, out_heads, lse, valid_k, scale, provider, ring_group
+        dout_queries, queries, kv, out_heads, lse, own, offsets_k, scale, provider, ring_group
     )
     if packed:
         return torch.cat((pad_tokens(dq, padded).unsqueeze(2), dkv), dim=2), kv_heads
@@ -83,8 +93,8 @@ def exchange_attention_op(
     q_bias: Tensor | None,
     kv: Tensor | None,
     kv_bias: Tensor | None,
-    valid_q: int,
-    valid_k: int,
+    offsets_q: Sequence[int],
+    offsets_k: Sequence[int],
     scale: float,
     provider: str,
     heads_group: str,
@@ -97,7 +107,7 @@ def exchange_attention_op(
         q: [B, s, 3, H, D] (q, k, v of self-attention, one exchange), or [B, s, 1, H, D] with kv.
         q_bias: [3 H D] or [H D], added to q on its way into the exchange, or None.
         kv, kv_bias: [B, l, 2, H, D] of a cross attention and [2 H D], or None.
-        valid_q, valid_k: tokens of the whole sequences that exist.
+        offsets_q, offsets_k: cu_seqlens of the whole sequences; [0, S] if they are not packed.
         heads_group, ring_group: names of the process groups, "" for none.
         lean: return out and lse alone; backward exchanges q, k, v and out again.
 
@@ -107,7 +117,7 @@ def exchange_attention_op(
     """
     q_heads = _to_heads(q, q_bias, heads_group)
     kv_heads = q.new_empty(0) if kv is None else _to_heads(kv, kv_bias, heads_group)
-    out_heads, lse = _attend(q_heads, kv_heads, valid_q, valid_k, scale, provider, ring_group)
+    out_heads, lse = _attend(q_heads, kv_heads, offsets_q, offsets_k, scale, provider, ring_group)
     out = _to_tokens(out_heads.unsqueeze(2), q.shape[1], heads_group).squeeze(2)
     if lean:
         return out, lse, q.new_empty(0), q.new_empty(0), q.new_empty(0)
@@ -123,8 +133,8 @@ def exchange_attention_backward_op(
     q_bias: Tensor | None,
     kv: Tensor | None,
     kv_bias: Tensor | None,
-    valid_q: int,
-    valid_k: int,
+    offsets_q: Sequence[int],
+    offsets_k: Sequence[int],
     scale: float,
     provider: str,
     heads_group: str,
@@ -147,7 +157,7 @@ def exchange_attention_backward_op(
         q_heads, kv_heads, out_heads = q, kv, out
         dout_heads = _to_heads(dout.unsqueeze(2), None, heads_group).squeeze(2)
     dq_heads, dkv_heads = _attend_backward(
-        dout_heads, q_heads, kv_heads, out_heads, lse, valid_q, valid_k, scale, provider, ring_group
+        dout_heads, q_heads, kv_heads, out_heads, lse, offsets_q, offsets_k, scale, provider, ring_group
     )
     dq, dq_bias = _from_heads(dq_heads, s, heads_group)
     if not kv_heads.numel():
@@ -169,8 +179,8 @@ def _(
     q_bias: Tensor | None,
     kv: Tensor | None,
     kv_bias: Tensor | None,
-    valid_q: int,
-    valid_k: int,
+    offsets_q: Sequence[int],
+    offsets_k: Sequence[int],
     scale: float,
     provider: str,
     heads_group: str,
@@ -180,7 +190,7 @@ def _(
     batch, s, parts, num_heads, head_dim = q.shape
     size = _size(heads_group)
     heads = num_heads // size
-    n = _rows(valid_q, size * s, ring_group)
+    n = _ring_part(offsets_q, size * s, ring_group)[-1]
     out = q.new_empty(batch, s, num_heads, head_dim)
     lse = q.new_empty(batch, heads, n, dtype=compute_dtype(q.dtype))
     if lean:
@@ -211,7 +221,7 @@ def _(
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    *tensors, ctx.valid_q, ctx.valid_k, ctx.scale, ctx.provider, ctx.heads_group, ctx.ring_group, ctx.lean = inputs
+    *tensors, ctx.offsets_q, ctx.offsets_k, ctx.scale, ctx.provider, ctx.heads_group, ctx.ring_group, ctx.lean = inputs
     ctx.given = [tensor is not None for tensor in tensors]
     out, lse, q_heads, kv_heads, out_heads = output
     q, q_bias, kv, kv_bias = tensors
@@ -225,7 +235,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
 
 
 def _grad(ctx: Any, dout: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-    rest = (ctx.valid_q, ctx.valid_k, ctx.scale, ctx.provider, ctx.heads_group, ctx.ring_group, ctx.lean)
+    rest = (ctx.offsets_q, ctx.offsets_k, ctx.scale, ctx.provider, ctx.heads_group, ctx.ring_group, ctx.lean)
     grads = exchange_attention_backward_op(dout, *ctx.saved_tensors, *rest)
     wanted = [grad if given else None for grad, given in zip(grads, ctx.given, strict=True)]
     return *wanted, *(None for _ in rest)
@@ -235,15 +245,16 @@ exchange_attention_op.register_autograd(_grad, setup_context=_save)
 
 
 @register_flop_formula(torch.ops.longreel.exchange_attention)
-def _flops(q: Any, q_bias: Any, kv: Any, kv_bias: Any, valid_q: int, valid_k: int, *rest: Any, **_: Any) -> int:
+def _flops(q: Any, q_bias: Any, kv: Any, kv_bias: Any, offsets_q: Any, offsets_k: Any, *rest: Any, **_: Any) -> int:
     _, _, heads_group, ring_group, _ = rest
     size = _size(heads_group)
-    n = _rows(valid_q, size * q[1], ring_group)
-    return attend_flops(q[0], q[3] // size, q[4], n, valid_k, 2)
+    own = _ring_part(offsets_q, size * q[1], ring_group)
+    return attend_flops(q[0], q[3] // size, q[4], own, offsets_k, 2)
 
 
 @register_flop_formula(torch.ops.longreel.exchange_attention_backward)
 def _backward_flops(dout: Any, out: Any, lse: Any, *rest: Any, **_: Any) -> int:
-    valid_k = rest[5]
-    batch, heads, n = lse
-    return attend_flops(batch, heads, dout[3], n, valid_k, 5)
+    offsets_q, offsets_k, _, _, heads_group, ring_group, _ = rest[4:]
+    own = _ring_part(offsets_q, _size(heads_group) * dout[1], ring_group)
+    batch, heads, _ = lse
+    return attend_flops(batch, heads, dout[3], own, offsets_k, 5)

@@ -13,6 +13,7 @@ Source: Open-Sora, March 2024 (FastSeq), which overlaps for P = 2 only and leave
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,8 +44,8 @@ def fastseq_attention_op(
     kv_weight: Tensor | None,
     kv_bias: Tensor | None,
     num_heads: int,
-    valid_q: int,
-    valid_k: int,
+    offsets_q: Sequence[int],
+    offsets_k: Sequence[int],
     scale: float,
     provider: str,
     group: str,
@@ -56,22 +57,24 @@ def fastseq_attention_op(
     Args:
         x: [B, s, C]. weight, bias: [3 C, C] and [3 C] for self-attention, [C, C] and [C] with text.
         text, kv_weight, kv_bias: [B, l, C], [2 C, C] and [2 C] of a cross attention, or None.
-        valid_q, valid_k: tokens of the whole sequences that exist.
+        offsets_q, offsets_k: cu_seqlens of the whole sequences, on the host; [0, S] if they are not packed.
         lean: return out and lse alone; backward gathers and projects again.
         chunked: self-attention starts on the chunks that are there (see chunked_attention.py).
 
     Returns:
-        out [B, s, H, D] and lse [B, h, valid_q]; then, unless lean, what backward reuses: q_heads [B, P s, G, h, D],
-        kv_heads and out_heads [B, valid_q, h, D].
+        out [B, s, H, D] and lse [B, h, S]; then, unless lean, what backward reuses: q_heads [B, P s, G, h, D],
+        kv_heads and out_heads [B, S, h, D].
     """
     if chunked:
         heads = num_heads // comm.group_size(group)
         own_weight, own_bias = own_heads(weight, bias, 3, num_heads, group)
-        q_heads, out_heads, lse = gather_project_attend(x, own_weight, own_bias, heads, valid_q, scale, provider, group)
+        q_heads, out_heads, lse = gather_project_attend(
+            x, own_weight, own_bias, heads, offsets_q, scale, provider, group
+        )
         kv_heads = x.new_empty(0)
     else:
         q_heads, kv_heads = _project_all(x, weight, bias, text, kv_weight, kv_bias, num_heads, group)
-        out_heads, lse = attend(q_heads, kv_heads, valid_q, valid_k, scale, provider)
+        out_heads, lse = attend(q_heads, kv_heads, offsets_q, offsets_k, scale, provider)
     out = gather_heads(out_heads.unsqueeze(2), group, rows=x.shape[1]).squeeze(2)
     if lean:
         return out, lse, x.new_empty(0), x.new_empty(0), x.new_empty(0)
@@ -109,8 +112,8 @@ def fastseq_attention_backward_op(
     kv_weight: Tensor | None,
     kv_bias: Tensor | None,
     num_heads: int,
-    valid_q: int,
-    valid_k: int,
+    offsets_q: Sequence[int],
+    offsets_k: Sequence[int],
     scale: float,
     provider: str,
     group: str,
@@ -123,12 +126,12 @@ def fastseq_attention_backward_op(
     if q_heads is None or kv_heads is None:
         q_heads, kv_heads = _project_all(x, weight, bias, text, kv_weight, kv_bias, num_heads, group)
         both = scatter_heads(torch.stack((dout, out), dim=2), group)
-        dout_heads, out_heads = both[:, :, 0], both[:, :valid_q, 1]
+        dout_heads, out_heads = both[:, :, 0], both[:, : offsets_q[-1], 1]
     else:
         out_heads = out
         dout_heads = scatter_heads(dout.unsqueeze(2), group).squeeze(2)
     dq_heads, dkv_heads = attend_backward(
-        dout_heads, q_heads, kv_heads, out_heads, lse, valid_q, valid_k, scale, provider
+        dout_heads, q_heads, kv_heads, out_heads, lse, offsets_q, offsets_k, scale, provider
     )
     grads = gather_project_backward(pad_tokens(dq_heads, q_heads.shape[1]), x, weight, num_heads, group)
     if text is None or kv_weight is None:
@@ -146,8 +149,8 @@ def _(
     kv_weight: Tensor | None,
     kv_bias: Tensor | None,
     num_heads: int,
-    valid_q: int,
-    valid_k: int,
+    offsets_q: Sequence[int],
+    offsets_k: Sequence[int],
     scale: float,
     provider: str,
     group: str,
@@ -159,12 +162,12 @@ def _(
     head_dim = weight.shape[0] // (num_heads * (3 if text is None else 1))
     heads = num_heads // size
     out = x.new_empty(batch, s, num_heads, head_dim)
-    lse = x.new_empty(batch, heads, valid_q, dtype=compute_dtype(x.dtype))
+    lse = x.new_empty(batch, heads, offsets_q[-1], dtype=compute_dtype(x.dtype))
     if lean:
         return out, lse, x.new_empty(0), x.new_empty(0), x.new_empty(0)
     q_heads = x.new_empty(batch, size * s, 3 if text is None else 1, heads, head_dim)
     kv_heads = x.new_empty(0) if text is None else x.new_empty(batch, size * text.shape[1], 2, heads, head_dim)
-    return out, lse, q_heads, kv_heads, x.new_empty(batch, valid_q, heads, head_dim)
+    return out, lse, q_heads, kv_heads, x.new_empty(batch, offsets_q[-1], heads, head_dim)
 
 
 @fastseq_attention_backward_op.register_fake
@@ -189,7 +192,7 @@ def _(
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    *tensors, ctx.num_heads, ctx.valid_q, ctx.valid_k, ctx.scale, ctx.provider, ctx.group, lean, _ = inputs
+    *tensors, ctx.num_heads, ctx.offsets_q, ctx.offsets_k, ctx.scale, ctx.provider, ctx.group, lean, _ = inputs
     ctx.given = [tensor is not None for tensor in tensors]
     out, lse, q_heads, kv_heads, out_heads = output
     saved = (out, lse, None, None) if lean else (out_heads, lse, q_heads, kv_heads)
@@ -200,7 +203,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
 
 
 def _grad(ctx: Any, dout: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-    rest = ctx.num_heads, ctx.valid_q, ctx.valid_k, ctx.scale, ctx.provider, ctx.group
+    rest = ctx.num_heads, ctx.offsets_q, ctx.offsets_k, ctx.scale, ctx.provider, ctx.group
     grads = fastseq_attention_backward_op(dout, *ctx.saved_tensors, *rest)
     wanted = [grad if given else None for grad, given in zip(grads, ctx.given, strict=True)]
     return *wanted, *(None for _ in rest), None, None
@@ -226,8 +229,8 @@ def _flops(
     kv_weight: Any,
     kv_bias: Any,
     num_heads: int,
-    valid_q: int,
-    valid_k: int,
+    offsets_q: Sequence[int],
+    offsets_k: Sequence[int],
     scale: float,
     provider: str,
     group: str,
@@ -237,7 +240,7 @@ def _flops(
 ) -> int:
     size = comm.group_size(group)
     head_dim = weight[0] // (num_heads * (3 if text is None else 1))
-    attended = attend_flops(x[0], num_heads // size, head_dim, valid_q, valid_k, 2)
+    attended = attend_flops(x[0], num_heads // size, head_dim, offsets_q, offsets_k, 2)
     return attended + _projection_flops(x, weight, text, kv_weight, size)
 
 
@@ -245,9 +248,9 @@ def _flops(
 def _backward_flops(
     dout: Any, out: Any, lse: Any, q_heads: Any, kv_heads: Any, x: Any, weight: Any, *rest: Any, **_: Any
 ) -> int:
-    text, kv_weight, (num_heads, valid_q, valid_k) = rest[1], rest[2], rest[4:7]
+    text, kv_weight, (num_heads, offsets_q, offsets_k) = rest[1], rest[2], rest[4:7]
     batch, heads, _ = lse
-    attended = attend_flops(batch, heads, dout[3], valid_q, valid_k, 5)
+    attended = attend_flops(batch, heads, dout[3], offsets_q, offsets_k, 5)
     # Two products per projection, and once more its forward where it was not kept.
     return attended + (3 if q_heads is None else 2) * _projection_flops(x, weight, text, kv_weight, num_heads // heads)
 
@@ -267,7 +270,7 @@ class FastSeq(SequenceGroup):
 
     def self_attention(self, x: Tensor, qkv: nn.Linear, *, num_heads: int, lengths: SequenceLengths) -> Tensor:
         """See longreel.models.sequence.SequenceParallel."""
-        return self._attend(x, qkv, None, None, num_heads, lengths.valid, lengths.valid)
+        return self._attend(x, qkv, None, None, num_heads, lengths.offsets, lengths.offsets)
 
     def cross_attention(
         self,
@@ -281,7 +284,7 @@ class FastSeq(SequenceGroup):
         text_lengths: SequenceLengths,
     ) -> Tensor:
         """See longreel.models.sequence.SequenceParallel."""
-        return self._attend(x, q, text, kv, num_heads, lengths.valid, text_lengths.valid)
+        return self._attend(x, q, text, kv, num_heads, lengths.offsets, text_lengths.offsets)
 
     def _attend(
         self,
@@ -290,8 +293,8 @@ class FastSeq(SequenceGroup):
         text: Tensor | None,
         kv: nn.Linear | None,
         num_heads: int,
-        valid_q: int,
-        valid_k: int,
+        offsets_q: Sequence[int],
+        offsets_k: Sequence[int],
     ) -> Tensor:
         self.check_heads(num_heads)
         scale = (x.shape[-1] // num_heads) ** -0.5
@@ -303,8 +306,8 @@ class FastSeq(SequenceGroup):
             None if kv is None else kv.weight,
             None if kv is None else kv.bias,
             num_heads,
-            valid_q,
-            valid_k,
+            offsets_q,
+            offsets_k,
             scale,
             self.resolved_provider(x),
             self.group,

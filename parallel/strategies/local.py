@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from longreel.kernels import attention, attention_packed
 from longreel.models.sequence import AttentionShape, SequenceLengths, Traffic
+from longreel.parallel.strategies.segments import kernel_offsets
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -32,7 +33,9 @@ class Local:
     def self_attention(self, x: Tensor, qkv: nn.Linear, *, num_heads: int, lengths: SequenceLengths) -> Tensor:
         """See longreel.models.sequence.SequenceParallel."""
         _check_unpadded(lengths)
-        out, _ = attention_packed(qkv(x).unflatten(-1, (3, num_heads, -1)), provider=self.provider)
+        cu_seqlens = kernel_offsets(lengths.offsets, x.device)
+        projected = qkv(x).unflatten(-1, (3, num_heads, -1))
+        out, _ = attention_packed(projected, cu_seqlens=cu_seqlens, provider=self.provider)
         return out.flatten(2)
 
     def cross_attention(

@@ -11,6 +11,8 @@ Source: Liu et al. 2023, Ring Attention (arXiv:2310.01889), for the rotation; Fl
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -20,20 +22,24 @@ from longreel.kernels.pointwise import resolve_pointwise_provider
 from longreel.kernels.reference import compute_dtype
 from longreel.parallel import comm
 from longreel.parallel.strategies.layout import pad_tokens
+from longreel.parallel.strategies.segments import kernel_offsets, part_offsets, score_pairs
 
 
-def existing_rows(valid: int, rows: int, owner: int) -> int:
-    """Tokens that exist in the owner's part when parts of `rows` tokens share out `valid` ones."""
-    return min(max(valid - owner * rows, 0), rows)
-
-
-def ring_attend(q: Tensor, kv: Tensor, valid_k: int, scale: float, provider: str, group: str) -> tuple[Tensor, Tensor]:
+def ring_attend(
+    q: Tensor,
+    kv: Tensor,
+    offsets_q: Sequence[int],
+    offsets_k: Sequence[int],
+    scale: float,
+    provider: str,
+    group: str,
+) -> tuple[Tensor, Tensor]:
     """Attention of this rank's queries over all ranks' keys.
 
     Args:
         q: [B, n, H, D], queries that exist; n may differ between ranks and be 0.
         kv: [B, l, 2, H, D], this rank's keys and values, padded to one length on all ranks.
-        valid_k: keys of all ranks that exist.
+        offsets_q: cu_seqlens, on the host, of this rank's queries. offsets_k: of the keys of all ranks.
 
     Returns:
         out [B, n, H, D] and lse [B, H, n].
@@ -44,11 +50,12 @@ def ring_attend(q: Tensor, kv: Tensor, valid_k: int, scale: float, provider: str
     out = torch.zeros(q.shape, dtype=dtype, device=q.device)
     lse = torch.full((batch, heads, rows), float("-inf"), dtype=dtype, device=q.device)
     for step, (owner, chunk) in enumerate(comm.rotating_chunks(kv, group)):
-        keys = existing_rows(valid_k, kv.shape[1], owner)
-        if not keys or not rows:
+        chunk_k = part_offsets(offsets_k, kv.shape[1], owner)
+        if not score_pairs(offsets_q, chunk_k):
             continue
-        k, v = chunk[:, :keys].unbind(2)
-        part, part_lse = attention_op(q, k, v, scale, None, None, provider)
+        k, v = chunk[:, : chunk_k[-1]].unbind(2)
+        segments = kernel_offsets(offsets_q, q.device), kernel_offsets(chunk_k, q.device)
+        part, part_lse = attention_op(q, k, v, scale, *segments, provider)
         if step:
             out, lse = merge_attention_op(out, lse, part.to(dtype), part_lse, merge)
         else:
@@ -57,7 +64,16 @@ def ring_attend(q: Tensor, kv: Tensor, valid_k: int, scale: float, provider: str
 
 
 def ring_attend_backward(
-    dout: Tensor, q: Tensor, kv: Tensor, out: Tensor, lse: Tensor, valid_k: int, scale: float, provider: str, group: str
+    dout: Tensor,
+    q: Tensor,
+    kv: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    offsets_q: Sequence[int],
+    offsets_k: Sequence[int],
+    scale: float,
+    provider: str,
+    group: str,
 ) -> tuple[Tensor, Tensor]:
     """dq [B, n, H, D] and dkv [B, l, 2, H, D] of ring_attend, dkv summed over the ranks, 0 in the padding.
 
@@ -70,10 +86,11 @@ def ring_attend_backward(
     dkv = torch.zeros(kv.shape, dtype=dtype, device=kv.device)
     flight: comm.Exchange | None = None
     for step, (owner, chunk) in enumerate(comm.rotating_chunks(kv, group)):
-        keys = existing_rows(valid_k, kv.shape[1], owner)
-        if keys and q.shape[1]:
-            k, v = chunk[:, :keys].unbind(2)
-            dq_share, *dkv_share = attention_backward_op(dout, None, q, k, v, out, lse, scale, None, None, provider)
+        chunk_k = part_offsets(offsets_k, kv.shape[1], owner)
+        if score_pairs(offsets_q, chunk_k):
+            k, v = chunk[:, : chunk_k[-1]].unbind(2)
+            segments = kernel_offsets(offsets_q, q.device), kernel_offsets(chunk_k, q.device)
+            dq_share, *dkv_share = attention_backward_op(dout, None, q, k, v, out, lse, scale, *segments, provider)
             dq += dq_share
             share = pad_tokens(torch.stack(dkv_share, dim=2), kv.shape[1])
         else:

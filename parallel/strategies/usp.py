@@ -13,6 +13,7 @@ Fang and Zhao 2024, USP (arXiv:2405.07719).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch.nn.functional as F
@@ -48,7 +49,7 @@ class USP(SequenceGroup):
     def self_attention(self, x: Tensor, qkv: nn.Linear, *, num_heads: int, lengths: SequenceLengths) -> Tensor:
         """See longreel.models.sequence.SequenceParallel."""
         projected = F.linear(x, qkv.weight).unflatten(-1, (3, num_heads, -1))
-        return self._attend(projected, qkv.bias, None, None, lengths.valid, lengths.valid)
+        return self._attend(projected, qkv.bias, None, None, lengths.offsets, lengths.offsets)
 
     def cross_attention(
         self,
@@ -64,7 +65,7 @@ class USP(SequenceGroup):
         """See longreel.models.sequence.SequenceParallel."""
         q_tokens = F.linear(x, q.weight).unflatten(-1, (1, num_heads, -1))
         kv_tokens = F.linear(text, kv.weight).unflatten(-1, (2, num_heads, -1))
-        return self._attend(q_tokens, q.bias, kv_tokens, kv.bias, lengths.valid, text_lengths.valid)
+        return self._attend(q_tokens, q.bias, kv_tokens, kv.bias, lengths.offsets, text_lengths.offsets)
 
     def _attend(
         self,
@@ -72,15 +73,15 @@ class USP(SequenceGroup):
         q_bias: Tensor | None,
         kv: Tensor | None,
         kv_bias: Tensor | None,
-        valid_q: int,
-        valid_k: int,
+        offsets_q: Sequence[int],
+        offsets_k: Sequence[int],
     ) -> Tensor:
         check_heads(q.shape[3], self.ulysses_degree)
         scale = q.shape[-1] ** -0.5
         provider = self.resolved_provider(q)
         groups = self.ulysses_group, self.ring_group
         out, *_ = exchange_attention_op(
-            q, q_bias, kv, kv_bias, valid_q, valid_k, scale, provider, *groups, self._saves_inputs
+            q, q_bias, kv, kv_bias, offsets_q, offsets_k, scale, provider, *groups, self._saves_inputs
         )
         return out.flatten(2)
 

@@ -22,7 +22,7 @@ from longreel.parallel.config import ParallelConfig
 from longreel.parallel.engine import full_gradients
 from longreel.parallel.mesh import build_mesh
 from longreel.parallel.offload import HostStore
-from longreel.parallel.parallelize import Batch, ParallelDiT, split_rows, take_rows
+from longreel.parallel.parallelize import Batch, PackedBatch, ParallelDiT
 from longreel.parallel.strategies import Local
 
 # 45 video tokens, and 51 with the text in the sequence: neither divides by 2, 4 or 8; text does not by 4 or 8.
@@ -71,7 +71,7 @@ def one_device(model: DiT, data: dict[str, Tensor]) -> tuple[Tensor, Tensor, dic
     latents = data["latents"].clone().requires_grad_()
     t = data["timestep"].reshape(-1, 1, 1, 1, 1)
     noised = patchify((1 - t) * latents + t * data["noise"], model.config.patch_size)
-    grid = model.config.grid(*LATENT_SHAPE[:3])
+    grid = model.config.grid(*latents.shape[1:4])
     num_tokens = noised.shape[1]
     in_sequence = TEXT_TOKENS if model.config.conditioning == "in_context" else 0
     whole = SequenceLengths(valid=num_tokens + in_sequence, padded=num_tokens + in_sequence)
@@ -115,6 +115,59 @@ def parity(
     dist.all_reduce(total)
     errors = gradient_errors(full_gradients(spread.module), grads0)
     return {"loss": relative_error(total, loss0), "dx": relative_error(dx, dx0), "dw": max(errors.values())}
+
+
+# Clips of one packed sequence: of one token, of sizes that no degree divides, longer and shorter than a rank's part.
+CLIP_SHAPES = [(3, 6, 10, 4), (1, 2, 2, 4), (2, 6, 4, 4), (5, 2, 6, 4), (1, 4, 2, 4)]
+
+
+def packed_parity(
+    config: DiTConfig, parallel: ParallelConfig, counts: tuple[int, ...], dtype: torch.dtype
+) -> dict[str, float]:
+    """Largest errors of one packed step against every clip alone on one device; counts[d] clips are on dp rank d."""
+    mesh = build_mesh(sp_degree=parallel.sp_degree, ulysses_degree=parallel.ulysses_degree)
+    model = randomised_dit(config, dtype)
+    torch.manual_seed(1)
+    shapes = CLIP_SHAPES[: sum(counts)]
+    latents, noise = ([torch.randn(shape, dtype=dtype) for shape in shapes] for _ in range(2))
+    rest = {
+        "timestep": torch.rand(len(shapes), dtype=dtype),
+        "text": torch.randn(len(shapes), TEXT_TOKENS, 16, dtype=dtype),
+    }
+    clips = range(len(shapes))
+    alone = [
+        one_device(
+            model,
+            {"latents": latents[i][None], "noise": noise[i][None]} | {k: v[i : i + 1] for k, v in rest.items()},
+        )
+        for i in clips
+    ]
+    loss0 = torch.stack([loss for loss, _, _ in alone]).mean()
+    grads0 = {name: sum(grads[name] for _, _, grads in alone) / len(shapes) for name in alone[0][2]}
+
+    first = sum(counts[: mesh.dp_rank])
+    own = slice(first, first + counts[mesh.dp_rank])
+    leaves = tuple(clip.clone().requires_grad_() for clip in latents[own])
+    spread = ParallelDiT(model, mesh, parallel, store=HostStore(min_bytes=1))
+    batch = PackedBatch(
+        latents=leaves,
+        noise=tuple(noise[own]),
+        global_samples=len(shapes),
+        **{name: value[own] for name, value in rest.items()},
+    )
+    loss = spread.loss(batch)
+    loss.backward()
+
+    world = dist.get_world_size()
+    total = loss.detach() / world
+    dist.all_reduce(total)
+    dx_error = 0.0
+    for i in clips:
+        dx = leaves[i - first].grad / world if own.start <= i < own.stop else torch.zeros_like(latents[i])
+        dist.all_reduce(dx)
+        dx_error = max(dx_error, relative_error(dx, alone[i][1][0] / len(shapes)))
+    errors = gradient_errors(full_gradients(spread.module), grads0)
+    return {"loss": relative_error(total, loss0), "dx": dx_error, "dw": max(errors.values())}
 
 
 def world_of(parallel: ParallelConfig, dp: int) -> int:
@@ -170,6 +223,31 @@ def test_tiled_mlp_gradients_equal_one_device(run_distributed, conditioning, pol
     # Tiles of 5 rows: neither the rows of a rank nor those of both samples divide.
     parallel = replace(fp64("fastseq", 2, policy=policy), mlp_tile=5)
     check(run_distributed, tiny_config(conditioning), parallel, (2, 1), torch.float64)
+
+
+@pytest.mark.parametrize(("degree", "counts"), [(2, (5,)), (4, (3, 2)), (8, (5,))], ids=["P2-dp1", "P4-dp2", "P8-dp1"])
+@pytest.mark.parametrize("conditioning", ["adaln", "cross", "in_context", "text_only"])
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_packed_clips_have_the_gradients_of_each_alone(run_distributed, strategy, conditioning, degree, counts):
+    arguments = tiny_config(conditioning), fp64(strategy, degree), counts, torch.float64
+    for errors in run_distributed(packed_parity, degree * len(counts), *arguments):
+        assert max(errors.values()) <= PARALLEL_TOLERANCE[torch.float64], errors
+
+
+@pytest.mark.parametrize("policy", ["none", "full", "keep_attention", "offload"])
+@pytest.mark.parametrize(("strategy", "degree"), [("local", 1), *((name, 2) for name in STRATEGIES)])
+def test_packed_clips_under_every_policy(run_distributed, strategy, degree, policy):
+    parallel = replace(fp64(strategy, degree, policy=policy), fastseq_overlap="attention", mlp_tile=7)
+    for errors in run_distributed(
+        packed_parity, 2 * degree, tiny_config("in_context"), parallel, (2, 3), torch.float64
+    ):
+        assert max(errors.values()) <= PARALLEL_TOLERANCE[torch.float64], errors
+
+
+def test_packed_clips_and_the_published_layout_exclude_each_other(run_distributed):
+    arguments = tiny_config("published"), fp64("ulysses", 2), (5,), torch.float64
+    with pytest.raises(RuntimeError, match="cross_layout 'published' takes no packed batch; use cross_layout"):
+        run_distributed(packed_parity, 2, *arguments)
 
 
 def attention_runs(strategy: str, degree: int, policy: str) -> tuple[int, int]:
@@ -305,22 +383,6 @@ def test_velocity_is_whole_and_equal_on_every_rank(run_distributed, strategy, co
     assert reference.shape == (2, *LATENT_SHAPE)
     for velocity in run_distributed(whole_velocity, 4, config, strategy, 4):
         assert relative_error(velocity, reference) <= PARALLEL_TOLERANCE[torch.float64]
-
-
-@pytest.mark.parametrize("num_text", [0, 5, 20])
-@pytest.mark.parametrize("num_video", [1, 13, 64])
-@pytest.mark.parametrize("degree", [1, 2, 4, 8])
-def test_rows_cover_the_sequence_once_and_in_equal_parts(num_text, num_video, degree):
-    parts = [split_rows(num_text=num_text, num_video=num_video, degree=degree, rank=r) for r in range(degree)]
-    text = torch.arange(num_text).reshape(1, -1, 1)
-    video = torch.arange(num_video).reshape(1, -1, 1) + 100
-    assert torch.equal(torch.cat([take_rows(text, *p.text) for p in parts], dim=1), text)
-    padded = torch.cat([take_rows(video, *p.video) for p in parts], dim=1)
-    assert torch.equal(padded[:, :num_video], video)
-    assert not padded[:, num_video:].any()
-    sizes = {p.text[1] - p.text[0] + p.video[1] - p.video[0] for p in parts}
-    assert sizes == {parts[0].lengths.padded // degree}
-    assert sum(p.num_video for p in parts) == num_video
 
 
 def mismatched_mesh() -> None:

@@ -270,15 +270,15 @@ def check_ops() -> None:
     qkv, cross = tensor(2, 3, 3, 4, 8), (tensor(2, 3, 1, 4, 8), tensor(32), tensor(2, 2, 2, 4, 8), tensor(64))
     for heads_group, ring_group, lean in ((group, "", False), (group, "", True), ("", group, True)):
         spread = (0.3, "torch", heads_group, ring_group, lean)
-        opcheck(exchange_attention_op, (qkv, tensor(96), None, None, 5, 5, *spread))
-        opcheck(exchange_attention_op, (qkv, None, None, None, 5, 5, *spread))
-        opcheck(exchange_attention_op, (*cross, 5, 3, *spread))
+        opcheck(exchange_attention_op, (qkv, tensor(96), None, None, [0, 5], [0, 5], *spread))
+        opcheck(exchange_attention_op, (qkv, None, None, None, [0, 5], [0, 5], *spread))
+        opcheck(exchange_attention_op, (*cross, [0, 5], [0, 3], *spread))
     x, text = tensor(2, 3, 32), tensor(2, 2, 32)
     for lean in (False, True):
         none = (None, None, None)
-        opcheck(fastseq_attention_op, (x, tensor(96, 32), tensor(96), *none, 4, 5, 5, *common, lean, lean))
+        opcheck(fastseq_attention_op, (x, tensor(96, 32), tensor(96), *none, 4, [0, 5], [0, 5], *common, lean, lean))
     cross = (tensor(32, 32), tensor(32), text, tensor(64, 32), tensor(64))
-    opcheck(fastseq_attention_op, (x, *cross, 4, 5, 3, *common, False, False))
+    opcheck(fastseq_attention_op, (x, *cross, 4, [0, 5], [0, 3], *common, False, False))
 
 
 def test_ops_pass_opcheck(run_distributed):

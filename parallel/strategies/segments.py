@@ -1,0 +1,50 @@
+"""Segments of a sequence, the clips packed into it: their offsets on the host, and those of a range of its tokens.
+
+Offsets are cu_seqlens, [0, end of the first segment, ..., end of the sequence]; a sequence that is not packed is one
+segment, [0, S], and its batch may be larger than 1. They live on the host, where FLOPs are counted and where empty
+pairs of ranges are left out without waiting for a device; kernels get them as a tensor, made once per set of offsets.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+# Offset tensors of so many ranges are kept: P^2 pairs of ranges of one batch, and those of the batch before.
+_KEPT = 256
+
+
+def window(offsets: Sequence[int], start: int, stop: int) -> tuple[int, ...]:
+    """Offsets of the same segments among tokens start .. stop - 1, counted from start; segments outside are empty."""
+    return tuple(min(max(offset, start), stop) - start for offset in offsets)
+
+
+def part_offsets(offsets: Sequence[int], rows: int, owner: int) -> tuple[int, ...]:
+    """Offsets within the owner's part, parts being of `rows` tokens; the last offset counts those that exist."""
+    return window(offsets, owner * rows, (owner + 1) * rows)
+
+
+def kernel_offsets(offsets: Sequence[int], device: torch.device) -> Tensor | None:
+    """Offsets as attention takes them: int64 [N + 1] on device, or None for a single segment."""
+    if len(offsets) == 2:
+        return None
+    if device.type == "cpu":
+        # Not kept: a tensor made while tensors are fake would be fake for ever.
+        return torch.tensor(offsets)
+    return _device_offsets(tuple(offsets), device)
+
+
+@lru_cache(_KEPT)
+def _device_offsets(offsets: tuple[int, ...], device: torch.device) -> Tensor:
+    return torch.tensor(offsets, device=device)
+
+
+def score_pairs(offsets_q: Sequence[int], offsets_k: Sequence[int]) -> int:
+    """(query, key) pairs that meet in attention: sum over segments of queries times keys."""
+    return sum(
+        (q1 - q0) * (k1 - k0) for (q0, q1), (k0, k1) in zip(pairwise(offsets_q), pairwise(offsets_k), strict=True)
+    )
