@@ -12,6 +12,8 @@ import triton.language as tl
 
 from longreel.kernels.triton_attention_tiles import load_tile, program_tile, tile_bounds, widen
 
+LOG2_E = tl.constexpr(1.4426950408889634)
+
 
 @triton.jit
 def attention_delta_kernel(
@@ -46,7 +48,8 @@ def attention_delta_kernel(
     """rows [2, B, H, num_tiles * PAD]: lse and delta, every segment's from a multiple of PAD on.
 
     So every tile of PAD query rows reads its values aligned and unmasked. Rows that are not there get an lse of +inf,
-    which makes their P zero, and a delta of 0. dlse's strides are in elements.
+    which makes their P zero, and a delta of 0; so do rows without weight, whose lse is -inf. dlse's strides are in
+    elements.
     """
     i_tile, i_b, i_h = program_tile(num_tiles, num_heads)
     row, q_end, _, _, _ = tile_bounds(i_tile, cu_q, cu_q, q_len, q_len, num_segments, search_steps, PAD, VARLEN)
@@ -69,6 +72,10 @@ def attention_delta_kernel(
         p_l = dlse + i_b * widen(s_lb, 1) + i_h * widen(s_lh, 1) + o_m * widen(s_ls, 1)
         b_delta -= tl.load(p_l, mask=m_m, other=0.0)
     b_lse = tl.load(lse + (i_b * num_heads + i_h) * q_len + o_m, mask=m_m, other=float("inf"))
+    # Scores that are all -inf less an lse of -inf would be NaN.
+    b_lse = tl.where(b_lse == float("-inf"), float("inf"), b_lse)
+    if out.dtype.element_ty != tl.float32:
+        b_lse = b_lse * LOG2_E
     # Programs are numbered (batch, head, tile), and so are the rows they own.
     p_rows = rows + widen(tl.program_id(0), PAD) + tl.arange(0, PAD)
     tl.store(p_rows, b_lse)

@@ -92,7 +92,7 @@ def test_validation_runs_every_file_with_gpu_tests():
     *quick, large = campaign._validation()
     assert all("not 31" in part for part in quick)
     names = [part[0] for part in quick]
-    assert "tests/kernels/test_triton_attention.py" in names
+    assert "tests/kernels/test_triton_attention_gpu.py" in names
     assert set(names) < set(large)
 
 

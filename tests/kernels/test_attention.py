@@ -14,7 +14,7 @@ from longreel.kernels import attention, attention_packed, reference, resolve_att
 from longreel.kernels.attention import attention_op, attention_packed_op
 from longreel.kernels.numerics import KERNEL_ERROR_FACTOR, relative_error
 
-# Those that run on a CPU as they are; test_triton_attention.py holds the third.
+# Those that run on a CPU as they are; test_triton_attention.py holds the Triton ones.
 PROVIDERS = ("torch", "sdpa-flash")
 SHAPES = [(1, 1, 1, 1, 8), (2, 7, 5, 3, 72), (1, 33, 65, 2, 40), (3, 5, 64, 1, 128)]
 SHAPE_IDS = [f"B{b}-S{s}-T{t}-H{h}-D{d}" for b, s, t, h, d in SHAPES]
@@ -239,9 +239,7 @@ def test_without_triton_nothing_takes_its_place(monkeypatch):
     monkeypatch.setattr(triton_common, "_found", lambda: False)
     for dtype in (None, torch.bfloat16, torch.float16, torch.float32):
         assert resolve_attention_provider("auto", cpu, dtype) == "torch"
-        with pytest.raises(
-            ValueError, match=r"the package triton is not installed; .* name provider torch .* sdpa-flash"
-        ):
+        with pytest.raises(ValueError, match=r"triton is not installed; .* name provider torch .* sdpa-flash"):
             resolve_attention_provider("auto", cuda, dtype)
     assert resolve_attention_provider("auto", cuda, torch.float64) == "torch"
     for provider in ("triton", "triton-atomic", "triton-hopper"):

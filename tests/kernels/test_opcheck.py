@@ -112,3 +112,8 @@ def test_by_sdpa_flash(name):
 @pytest.mark.parametrize("name", kernel_ops())
 def test_by_triton(run_interpreted, name):
     run_interpreted(check, name, "triton")
+
+
+@pytest.mark.parametrize("name", [n for n in kernel_ops() if n.startswith("attention")])
+def test_by_triton_atomic(run_interpreted, name):
+    run_interpreted(check, name, "triton-atomic")
