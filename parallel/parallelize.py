@@ -21,7 +21,8 @@ from longreel.models.dit import DiT
 from longreel.models.flow import TIMESTEP_SCALE, interpolate, velocity_target
 from longreel.models.patches import grid_coords, patchify, unpatchify
 from longreel.models.sequence import SequenceParallel
-from longreel.parallel.config import ParallelConfig, check_heads
+from longreel.parallel.agreement import check_agreement
+from longreel.parallel.config import ParallelConfig, check_heads, check_ranks
 from longreel.parallel.engine import Engine, apply_policy, build_engine
 from longreel.parallel.mesh import ParallelMesh
 from longreel.parallel.offload import HostStore
@@ -126,12 +127,13 @@ class ParallelDiT:
             gradients that the engine averages.
 
         Raises:
-            ValueError: the configuration does not take this batch, or ranks of an SP group pack different lengths.
+            ValueError: the configuration does not take this batch, the sequence has fewer tokens than ranks, or (on
+                every rank of the SP group) its ranks pack different clips.
         """
         grids = [self.model_config.grid(*size) for size in _sizes(batch)]
         rows = self._rows(batch.text, [math.prod(grid) for grid in grids])
         if isinstance(batch, PackedBatch):
-            self._check_packed(rows)
+            self._check_packed(rows, grids, batch)
         # One sample of a packed batch after the other, or all samples of the other kind at once.
         noised, targets = [], []
         for i, clip in enumerate(rows.clips):
@@ -189,16 +191,24 @@ class ParallelDiT:
 
     def _rows(self, text: Tensor | None, num_video: list[int]) -> Rows:
         in_sequence = text is not None and self.model_config.conditioning == "in_context"
-        return split_rows(
+        rows = split_rows(
             num_text=text.shape[1] if in_sequence and text is not None else 0,
             num_video=num_video,
             degree=self.mesh.sp_degree,
             rank=self.mesh.sp_rank,
         )
+        check_ranks(rows.lengths.valid, self.mesh.sp_degree)
+        return rows
 
-    def _check_packed(self, rows: Rows) -> None:
+    def _check_packed(self, rows: Rows, grids: list[tuple[int, int, int]], batch: PackedBatch) -> None:
         if self.model_config.cross_layout == "published":
             raise ValueError("cross_layout 'published' takes no packed batch; use cross_layout 'replicated'")
+        group, device = self.mesh.sp_group, batch.timestep.device
+        check_agreement("cu_seqlens of the packed clips", rows.lengths.offsets, group, device)
+        # Equal lengths may still be clips of other shapes: their positions would differ.
+        check_agreement(
+            "patches (t, h, w) of the packed clips", [size for grid in grids for size in grid], group, device
+        )
 
     def _forward(
         self, tokens: Tensor, rows: Rows, grids: list[tuple[int, int, int]], batch: Batch | PackedBatch

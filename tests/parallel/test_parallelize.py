@@ -250,6 +250,60 @@ def test_packed_clips_and_the_published_layout_exclude_each_other(run_distribute
         run_distributed(packed_parity, 2, *arguments)
 
 
+def packed_differently(shape: tuple[int, ...]) -> str:
+    """What a rank says when rank 1 holds a clip of another shape than the rest."""
+    mesh = build_mesh(sp_degree=dist.get_world_size())
+    spread = ParallelDiT(randomised_dit(tiny_config("adaln"), torch.float64), mesh, fp64("ring", mesh.sp_degree))
+    clips = tuple(torch.zeros(size) for size in ((2, 4, 4, 4), shape if mesh.sp_rank == 1 else (2, 6, 4, 4)))
+    batch = PackedBatch(
+        latents=clips, noise=clips, timestep=torch.zeros(2), text=torch.zeros(2, TEXT_TOKENS, 16), global_samples=2
+    )
+    with pytest.raises(ValueError, match="of the packed clips differ") as caught:
+        spread.loss(batch)
+    return str(caught.value)
+
+
+def test_ranks_that_pack_other_clips_all_say_so(run_distributed):
+    said = set(run_distributed(packed_differently, 4, (2, 8, 4, 4)))
+    assert said == {
+        "cu_seqlens of the packed clips differ between the 4 ranks of a group, which must hold the same: "
+        "ranks 0, 2, 3: [0, 8, 20]; rank 1: [0, 8, 24]"
+    }
+    # As many tokens, another shape.
+    (message,) = set(run_distributed(packed_differently, 4, (2, 4, 6, 4)))
+    assert "patches (t, h, w) of the packed clips differ" in message
+
+
+def more_ranks_than_tokens() -> None:
+    mesh = build_mesh(sp_degree=4)
+    spread = ParallelDiT(randomised_dit(tiny_config("adaln"), torch.float64), mesh, fp64("ring", 4))
+    clip = torch.zeros(1, 1, 2, 6, 4)
+    spread.loss(
+        Batch(latents=clip, noise=clip, timestep=torch.zeros(1), text=torch.zeros(1, TEXT_TOKENS, 16), global_samples=1)
+    )
+
+
+def test_more_ranks_than_tokens_is_an_error(run_distributed):
+    with pytest.raises(
+        RuntimeError, match=r"sp_degree 4 is more ranks than the sequence has tokens \(3\); use sp_degree 3"
+    ):
+        run_distributed(more_ranks_than_tokens, 4)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"latents": ()}, "N >= 1 clips"),
+        ({"noise": (torch.zeros(1, 2, 2, 4), torch.zeros(1, 2, 2, 4))}, r"sizes, got latents .* and noise"),
+        ({"timestep": torch.zeros(3)}, r"timestep must have one row for each of 2 clips, got \[3\]"),
+    ],
+)
+def test_packed_batches_are_checked(changes, message):
+    clips = (torch.zeros(1, 2, 2, 4), torch.zeros(2, 2, 2, 4))
+    with pytest.raises(ValueError, match=message):
+        PackedBatch(**({"latents": clips, "noise": clips, "timestep": torch.zeros(2), "global_samples": 2} | changes))
+
+
 def attention_runs(strategy: str, degree: int, policy: str) -> tuple[int, int]:
     """(attention forwards, backwards) of one training step, counted at the kernel's specification."""
     parallel = fp64(strategy, degree, policy=policy)
