@@ -27,7 +27,11 @@ class ParallelConfig:
     Args:
         strategy: `local` (no sequence parallelism), `ulysses`, `fastseq`, `ring`, or `usp` (Ulysses times ring).
         sp_degree: P, ranks that share one sample's sequence; 1 for `local`.
+        sp_across_nodes: let the ranks of one sequence lie on several nodes, whose network then carries the exchanges;
+            of `usp` the U ranks stay on one. Without it that is an error.
         ulysses_degree: of `usp`, U consecutive ranks that split the heads; sp_degree / U ranks form each ring.
+        head_chunks: of `ulysses` and `usp`, parts that a rank's heads are exchanged and attended in, so that exchanges
+            hide behind attention; divides the heads of a rank. None: chosen by length.
         fastseq_overlap: of `fastseq`, what the gather hides behind: the `projection`, `attention` as well, or `auto`.
         engine: `fsdp2-zero2` (parameters kept gathered between forward and backward), `fsdp2-zero3`, `ddp`,
             or `colossalai` (ZeRO-2 by LowLevelZeroPlugin; `make setup-colossalai`, CUDA only).
@@ -43,7 +47,9 @@ class ParallelConfig:
 
     strategy: Strategy = "local"
     sp_degree: int = 1
+    sp_across_nodes: bool = False
     ulysses_degree: int | None = None
+    head_chunks: int | None = None
     fastseq_overlap: FastSeqOverlap = "auto"
     engine: Engine = "fsdp2-zero2"
     policy: Policy = "none"
@@ -69,6 +75,11 @@ class ParallelConfig:
             raise ValueError(
                 f"host_memory_gib must be positive and goes with policy 'offload', got {self.host_memory_gib} with "
                 f"policy {self.policy!r}"
+            )
+        if self.head_chunks is not None and (self.strategy not in ("ulysses", "usp") or self.head_chunks < 1):
+            raise ValueError(
+                f"head_chunks must be at least 1 and goes with strategy 'ulysses' or 'usp', "
+                f"got {self.head_chunks} with strategy {self.strategy!r}"
             )
         if self.mlp_tile is not None and self.mlp_tile < 1:
             raise ValueError(f"mlp_tile must be at least 1 token, got {self.mlp_tile}")
@@ -115,6 +126,15 @@ def check_heads(num_heads: int, degree: int) -> None:
         raise ValueError(
             f"num_heads {num_heads} does not divide by sp_degree {degree}; degrees that work: "
             f"{', '.join(map(str, _divisors(num_heads)))}; strategy ring takes any"
+        )
+
+
+def check_head_chunks(chunks: int, heads: int) -> None:
+    """ValueError unless the `heads` of one rank split evenly into chunks; it names the numbers that would work."""
+    if heads % chunks:
+        raise ValueError(
+            f"head_chunks {chunks} does not divide the {heads} heads of a rank; "
+            f"what works: {', '.join(map(str, _divisors(heads)))}"
         )
 
 

@@ -11,6 +11,7 @@ from longreel.data.demo import DEMO_FRAMES
 from longreel.data.video import MAX_FPS, MIN_FPS
 from longreel.models.config import Conditioning, CrossLayout, DiTConfig, preset
 from longreel.parallel.config import ParallelConfig
+from longreel.parallel.launch import TIMEOUT_SECONDS
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -93,6 +94,10 @@ class TrainConfig:
         checkpoint_every: steps between checkpoints; the last step always gets one.
         keep: newest checkpoints kept.
         log_every: steps between lines of metrics.jsonl.
+        timeout_s: seconds that a collective may take and that ranks wait for each other; one that is gone is named
+            after 30 s, or after timeout_s if that is shorter.
+        profile: folder for a Chrome trace of each rank (rank-N.json); none if not given.
+        profile_steps: first and last step traced, counted from 1.
         model: which DiT.
         parallel: how it is spread over the ranks.
     """
@@ -117,6 +122,9 @@ class TrainConfig:
     checkpoint_every: int = 100
     keep: int = 2
     log_every: int = 1
+    timeout_s: float = TIMEOUT_SECONDS
+    profile: Path | None = None
+    profile_steps: tuple[int, int] = (3, 4)
     model: ModelChoice = field(default_factory=ModelChoice)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
 
@@ -148,6 +156,12 @@ class TrainConfig:
         if not 0 <= self.caption_dropout <= 1:
             raise ValueError(f"caption_dropout must be in [0, 1], got {self.caption_dropout}")
         _check_seed(self.seed)
+        _check_timeout(self.timeout_s)
+        first, last = self.profile_steps
+        if self.profile is not None and not 1 <= first <= last <= self.steps:
+            raise ValueError(
+                f"profile_steps must be a first and a last step within 1 to {self.steps} (steps), got {first} {last}"
+            )
         self.model.build().grid(self.num_frames, self.height, self.width)
         span = (self.num_frames - 1) * self.frame_stride + 1
         if self.demo and span > DEMO_FRAMES:
@@ -178,6 +192,7 @@ class SampleConfig:
         height: pixels, that of the training clips if not given.
         width: pixels, that of the training clips if not given.
         fps: frames per second of the file, 0.1 to 1000.
+        timeout_s: seconds that a collective may take and that ranks wait for each other.
         parallel: how the model is spread over the ranks.
     """
 
@@ -191,6 +206,7 @@ class SampleConfig:
     height: int | None = None
     width: int | None = None
     fps: float = 8
+    timeout_s: float = TIMEOUT_SECONDS
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
 
     def __post_init__(self) -> None:
@@ -203,6 +219,7 @@ class SampleConfig:
         if not MIN_FPS <= self.fps <= MAX_FPS:
             raise ValueError(f"fps must be between {MIN_FPS} and {MAX_FPS:.0f}, got {self.fps}")
         _check_seed(self.seed)
+        _check_timeout(self.timeout_s)
         if self.out.suffix != ".mp4":
             raise ValueError(f"out must be an .mp4 file, got {self.out}")
 
@@ -255,6 +272,12 @@ def _at_least(config: object, name: str, least: float) -> None:
     # PyTorch answers larger sizes with a TypeError and a stack of its own.
     if value >= 2**31:
         raise ValueError(f"{name} must be below 2**31, got {value}")
+
+
+def _check_timeout(seconds: float) -> None:
+    # A year: what PyTorch counts in milliseconds overflows far beyond.
+    if not 1 <= seconds <= 31_536_000:
+        raise ValueError(f"timeout_s must be between 1 and 31536000 seconds, got {seconds}")
 
 
 def _check_seed(seed: int) -> None:

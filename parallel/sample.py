@@ -19,7 +19,7 @@ from longreel.parallel.batches import NULL_CAPTION
 from longreel.parallel.checkpoint import find_checkpoint, load_checkpoint, read_run
 from longreel.parallel.config import check_heads
 from longreel.parallel.launch import run_script
-from longreel.parallel.mesh import build_mesh
+from longreel.parallel.mesh import build_mesh, nodes_of_ranks
 from longreel.parallel.parallelize import ParallelDiT
 from longreel.parallel.run_config import SampleConfig, clip_size_from_json, model_from_json
 from longreel.parallel.trainer import check_writable
@@ -52,7 +52,11 @@ class Sampler:
         self.encoder = ByteTextEncoder(model_config.text_dim, model_config.max_text_tokens)
         check_heads(model_config.num_heads, config.parallel.heads_degree)
         mesh = build_mesh(
-            sp_degree=config.parallel.sp_degree, ulysses_degree=config.parallel.ulysses_degree, device_type=device.type
+            sp_degree=config.parallel.sp_degree,
+            ulysses_degree=config.parallel.ulysses_degree,
+            device_type=device.type,
+            nodes=nodes_of_ranks(),
+            sp_across_nodes=config.parallel.sp_across_nodes,
         )
         self.model = ParallelDiT(DiT(model_config).to(device), mesh, config.parallel)
         load_checkpoint(checkpoint, self.model.engine)

@@ -23,6 +23,7 @@ from longreel.data.demo import make_demo_folder
 from longreel.kernels import resolve_attention_provider
 from longreel.models.dit import DiT
 from longreel.models.text import ByteTextEncoder
+from longreel.parallel.agreement import check_agreement
 from longreel.parallel.batches import build_batch, check_same_clips, split_samples
 from longreel.parallel.checkpoint import (
     checkpoints,
@@ -33,13 +34,28 @@ from longreel.parallel.checkpoint import (
     wait_for_all,
 )
 from longreel.parallel.comm import all_gather
-from longreel.parallel.config import check_heads
-from longreel.parallel.mesh import build_mesh
+from longreel.parallel.config import check_heads, check_ranks
+from longreel.parallel.mesh import build_mesh, nodes_of_ranks
 from longreel.parallel.parallelize import ParallelDiT
 from longreel.parallel.run_config import TrainConfig, to_json
+from longreel.parallel.shared_folder import check_shared
+from longreel.parallel.step_trace import StepTrace
 
 # What may differ between a run and its continuation: where things are, how long it goes on, how it is spread.
-_FREE_ON_RESUME = {"videos", "captions", "out", "resume", "steps", "checkpoint_every", "keep", "log_every", "parallel"}
+_FREE_ON_RESUME = {
+    "videos",
+    "captions",
+    "out",
+    "resume",
+    "steps",
+    "checkpoint_every",
+    "keep",
+    "log_every",
+    "timeout_s",
+    "profile",
+    "profile_steps",
+    "parallel",
+}
 
 
 class Trainer:
@@ -58,8 +74,14 @@ class Trainer:
         self.device = device
         model_config = config.model.build()
         check_heads(model_config.num_heads, config.parallel.heads_degree)
+        in_sequence = config.model.max_text_tokens if config.model.conditioning == "in_context" else 0
+        check_ranks(config.tokens_per_sample + in_sequence, config.parallel.sp_degree)
         self.mesh = build_mesh(
-            sp_degree=config.parallel.sp_degree, ulysses_degree=config.parallel.ulysses_degree, device_type=device.type
+            sp_degree=config.parallel.sp_degree,
+            ulysses_degree=config.parallel.ulysses_degree,
+            device_type=device.type,
+            nodes=nodes_of_ranks(),
+            sp_across_nodes=config.parallel.sp_across_nodes,
         )
         self._first = self.mesh.flat.get_rank() == 0
         self._console = console or Console(stderr=True, soft_wrap=True, highlight=False, markup=False)
@@ -85,6 +107,7 @@ class Trainer:
         self._first_bad_step = torch.tensor(math.inf, dtype=torch.float64, device=device)
 
         check_writable(config.out)
+        check_shared(config.out, self.mesh)
         if self.checkpoint_folder.exists():
             check_writable(self.checkpoint_folder)
         self.clips = clips or self._open_clips(*self._draw_demo())
@@ -119,8 +142,10 @@ class Trainer:
         with metrics as file, self._progress() as progress:
             task = progress.add_task("train", total=config.steps, completed=self.step, figures="")
             began, since = time.perf_counter(), self.step
+            trace = StepTrace(config.profile, config.profile_steps, rank=self.mesh.flat.get_rank(), device=self.device)
             while self.step < config.steps:
-                loss = self.train_step()
+                with trace.step(self.step + 1):
+                    loss = self.train_step()
                 if self.step % config.log_every == 0 or self.step == config.steps:
                     figures = self._figures(loss)
                     seconds = time.perf_counter() - began
@@ -211,6 +236,7 @@ class Trainer:
         """The checkpoint to go on from; ValueError when `out` holds another run or none to resume."""
         config = self.config
         found = checkpoints(self.checkpoint_folder)
+        self._check_same_runs(found)
         if not config.resume:
             if found:
                 raise ValueError(
@@ -232,6 +258,17 @@ class Trainer:
                     f"the command line {now[name]}"
                 )
         return found[-1]
+
+    def _check_same_runs(self, found: list[Path]) -> None:
+        """ValueError if ranks see different checkpoints in `out`."""
+        steps = [int(path.name.partition("-")[2]) for path in found]
+        try:
+            check_agreement("steps of checkpoints", steps, self.mesh.flat.get_group().group_name, self.device)
+        except ValueError as error:
+            raise ValueError(
+                f"out: {self.config.out} is not one folder for all ranks; put it on a file system that all nodes "
+                f"share: {error}"
+            ) from error
 
     def _check_resumed_clips(self, resumed: Path, clips: ClipDataset) -> None:
         if read_run(resumed)[1].get("clips") != clips.digest:

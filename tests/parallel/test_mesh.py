@@ -1,0 +1,76 @@
+"""longreel.parallel.mesh: which ranks share a sequence, and that they do so inside a node unless told otherwise."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch.distributed as dist
+
+from longreel.parallel.mesh import build_mesh, nodes_of_ranks
+from longreel.parallel.predict.fake_world import fake_world
+
+TWO_NODES = [0] * 4 + [1] * 4
+
+
+def ranks_of(name: str) -> list[int]:
+    return dist.get_process_group_ranks(dist.distributed_c10d._resolve_process_group(name))
+
+
+@pytest.mark.parametrize("rank", range(8))
+def test_usp_across_nodes_has_its_all_to_alls_inside_and_its_rings_across(rank):
+    with fake_world(8, rank=rank):
+        mesh = build_mesh(sp_degree=8, ulysses_degree=4, nodes=TWO_NODES, sp_across_nodes=True)
+        node, place = divmod(rank, 4)
+        assert ranks_of(mesh.ulysses_group) == [4 * node + i for i in range(4)]
+        assert ranks_of(mesh.ring_group) == [place, place + 4]
+        assert ranks_of(mesh.sp_group) == list(range(8))
+
+
+@pytest.mark.parametrize("rank", [0, 3, 6])
+def test_sp_groups_lie_inside_nodes(rank):
+    with fake_world(8, rank=rank):
+        mesh = build_mesh(sp_degree=4, nodes=TWO_NODES)
+        assert ranks_of(mesh.sp_group) == [4 * (rank // 4) + i for i in range(4)]
+        assert ranks_of(mesh.grid["dp"].get_group().group_name) == [rank % 4, rank % 4 + 4]
+
+
+@pytest.mark.parametrize(
+    ("nodes", "degree", "told"),
+    [
+        pytest.param(TWO_NODES, 8, r"2 nodes, 4 ranks each\); degrees that stay inside a node: 1, 2, 4;", id="whole"),
+        pytest.param([0] * 3 + [1] * 3 + [2] * 2, 2, r"3 nodes, 3, 3, 2 ranks each\); .* node: 1;", id="uneven"),
+        pytest.param([0] * 6 + [1] * 2, 4, r"2 nodes, 6, 2 ranks each\); .* inside a node: 1, 2;", id="some-inside"),
+    ],
+)
+def test_a_degree_that_crosses_nodes_needs_the_switch(nodes, degree, told):
+    with fake_world(8):
+        with pytest.raises(ValueError, match=f"sp_degree {degree} puts ranks of different nodes .*{told}"):
+            build_mesh(sp_degree=degree, nodes=nodes)
+        assert build_mesh(sp_degree=degree, nodes=nodes, sp_across_nodes=True).sp_degree == degree
+
+
+def test_a_hybrids_heads_stay_inside_a_node_whatever_is_allowed():
+    with (
+        fake_world(8),
+        pytest.raises(ValueError, match=r"ulysses_degree 8 puts .* into one all-to-all; .* inside a node: 1, 2, 4"),
+    ):
+        build_mesh(sp_degree=8, ulysses_degree=8, nodes=TWO_NODES, sp_across_nodes=True)
+
+
+def test_without_a_launcher_all_ranks_are_on_one_node():
+    with fake_world(8):
+        assert build_mesh(sp_degree=8).sp_degree == 8
+
+
+def nodes_as_launched() -> list[int]:
+    os.environ["GROUP_RANK"] = str(dist.get_rank() // 2)
+    try:
+        return nodes_of_ranks()
+    finally:
+        del os.environ["GROUP_RANK"]
+
+
+def test_nodes_are_the_launchers(run_distributed):
+    assert run_distributed(nodes_as_launched, 4) == [[0, 0, 1, 1]] * 4
+    assert run_distributed(nodes_of_ranks, 2) == [[0, 0]] * 2
