@@ -24,13 +24,8 @@ from longreel.kernels.triton_rows import (
     unit_columns,
     unit_offsets,
 )
+from longreel.kernels.triton_rows_tuning import row_tiles
 
-# Assumed: columns of a row that one warp holds. At C = 1152 that is 1 warp, 2 for backward and for the fused forward, 4
-# for the fused backward: loads of 27 KiB and more in flight per multiprocessor by registers, and no spills.
-FWD_COLUMNS_PER_WARP = 1280
-BWD_COLUMNS_PER_WARP = 640
-FUSED_FWD_COLUMNS_PER_WARP = 640
-FUSED_BWD_COLUMNS_PER_WARP = 320
 MAX_WARPS = 16
 
 
@@ -99,8 +94,9 @@ def _forward(
     if not x.numel():
         return z, out, mean, rstd
     rows = mean.numel()
-    chunk = rows_per_program(rows)
-    options = row_options(x.shape[-1], FWD_COLUMNS_PER_WARP if y is None else FUSED_FWD_COLUMNS_PER_WARP)
+    tiles = row_tiles("adaln_fwd" if y is None else "gated_adaln_fwd", rows)
+    chunk = rows_per_program(rows, tiles.max_chunk)
+    options = row_options(x.shape[-1], tiles.per_warp)
     with launch_on(x):
         adaln_fwd_kernel[(triton.cdiv(rows, chunk),)](
             x,
@@ -141,8 +137,9 @@ def _backward(
     dz, y, gate, dy = residual or (None, None, None, None)
     dx = z.new_empty(z.shape)
     rows = mean.numel()
-    chunk = rows_per_program(rows)
-    options = row_options(z.shape[-1], BWD_COLUMNS_PER_WARP if y is None else FUSED_BWD_COLUMNS_PER_WARP)
+    tiles = row_tiles("adaln_bwd" if y is None else "gated_adaln_bwd", rows)
+    chunk = rows_per_program(rows, tiles.max_chunk)
+    options = row_options(z.shape[-1], tiles.per_warp)
     num_segments = count_segments(z, cu_seqlens)
     slots = [new_slots(z, rows, chunk, num_segments) for _ in range(2 if y is None else 3)]
     if z.numel():

@@ -14,19 +14,16 @@ import triton.language as tl
 from torch import Tensor
 
 from longreel.kernels.triton_common import launch_on
+from longreel.kernels.triton_residual import TILE_COLUMNS, tile_options
 from longreel.kernels.triton_rows import (
     load_tile,
     load_vector,
     new_slots,
-    rows_per_program,
     store_tile,
     store_vector,
     sum_slots,
 )
-
-# Assumed: rows and columns of a tile, 16 bytes of bf16 for each thread of 4 warps, four times.
-TILE_ROWS = 32
-TILE_COLUMNS = 128
+from longreel.kernels.triton_rows_tuning import RowKernel
 
 
 @triton.jit
@@ -101,11 +98,9 @@ def bias_gelu_fwd(x: Tensor, bias: Tensor) -> Tensor:
     y = x.new_empty(x.shape)
     if not y.numel():
         return y
-    rows, columns, chunk, grid = _launch(x)
+    rows, grid, options = _launch(x, "gelu_fwd")
     with launch_on(x):
-        bias_gelu_fwd_kernel[grid](
-            x, bias, y, rows, CHUNK=chunk, ROWS=TILE_ROWS, C=columns, BLOCK_C=TILE_COLUMNS, num_warps=4
-        )
+        bias_gelu_fwd_kernel[grid](x, bias, y, rows, **options)
     return y
 
 
@@ -115,20 +110,19 @@ def bias_gelu_bwd(dy: Tensor, x: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
     dx = x.new_empty(x.shape)
     if not dx.numel():
         return dx, bias.new_zeros(bias.shape)
-    rows, columns, chunk, grid = _launch(x)
+    rows, grid, options = _launch(x, "gelu_bwd")
+    chunk, columns = options["CHUNK"], options["C"]
     slots = new_slots(x, rows, chunk, 1)
     with launch_on(x):
-        bias_gelu_bwd_kernel[grid](
-            dy, x, bias, dx, slots, rows, CHUNK=chunk, ROWS=TILE_ROWS, C=columns, BLOCK_C=TILE_COLUMNS, num_warps=4
-        )
+        bias_gelu_bwd_kernel[grid](dy, x, bias, dx, slots, rows, **options)
     # One segment: all rows.
     dbias = sum_slots(slots, bias.new_empty(1, columns), None, rows, chunk)
     return dx, dbias.view(columns)
 
 
-def _launch(x: Tensor) -> tuple[int, int, int, tuple[int]]:
-    """(rows, columns, CHUNK, grid); column blocks of a row chunk are neighbouring programs."""
+def _launch(x: Tensor, kernel: RowKernel) -> tuple[int, tuple[int], dict[str, int]]:
+    """(rows, grid, options); column blocks of a row chunk are neighbouring programs."""
     columns = x.shape[-1]
-    rows, num_c = x.numel() // columns, triton.cdiv(columns, TILE_COLUMNS)
-    chunk = rows_per_program(rows, num_c, TILE_ROWS)
-    return rows, columns, chunk, (num_c * triton.cdiv(rows, chunk),)
+    rows = x.numel() // columns
+    options = tile_options(kernel, rows, columns)
+    return rows, (triton.cdiv(columns, TILE_COLUMNS) * triton.cdiv(rows, options["CHUNK"]),), options

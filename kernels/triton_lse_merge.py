@@ -14,9 +14,7 @@ from torch import Tensor
 
 from longreel.kernels.triton_common import launch_on
 from longreel.kernels.triton_rows import load_tile, split_columns, store_tile
-
-# Assumed: elements of a tile of rows.
-TILE = 4096
+from longreel.kernels.triton_rows_tuning import RowKernel, row_tiles
 
 
 @triton.jit
@@ -134,7 +132,7 @@ def merge_attention_fwd(out1: Tensor, lse1: Tensor, out2: Tensor, lse2: Tensor) 
     out1, lse1, out2, lse2 = (t.contiguous() for t in (out1, lse1, out2, lse2))
     out, lse = torch.empty_like(out1), torch.empty_like(lse1)
     if out.numel():
-        options = row_options(out1.shape[-1])
+        options = row_options("merge_fwd", out1.shape[0] * out1.shape[1], out1.shape[-1])
         with launch_on(out1):
             merge_attention_fwd_kernel[(triton.cdiv(lse.numel(), options["ROWS"]),)](
                 out1, lse1, out2, lse2, out, lse, lse.numel(), out1.shape[1], out1.shape[2], **options
@@ -149,7 +147,7 @@ def merge_attention_bwd(
     dout, out1, lse1, out2, lse2 = (t.contiguous() for t in (dout, out1, lse1, out2, lse2))
     grads = tuple(torch.empty_like(t) for t in (out1, lse1, out2, lse2))
     if out1.numel():
-        options = row_options(out1.shape[-1])
+        options = row_options("merge_bwd", out1.shape[0] * out1.shape[1], out1.shape[-1])
         with launch_on(out1):
             merge_attention_bwd_kernel[(triton.cdiv(lse1.numel(), options["ROWS"]),)](
                 dout,
@@ -168,7 +166,10 @@ def merge_attention_bwd(
     return dout1, dlse1, dout2, dlse2
 
 
-def row_options(head_dim: int) -> dict[str, int]:
+def row_options(kernel: RowKernel, tokens: int, head_dim: int) -> dict[str, int]:
     """Launch options of a program whose blocks are rows of this many columns."""
+    tiles = row_tiles(kernel, tokens)
     main, tail = split_columns(head_dim)
-    return {"ROWS": max(1, TILE // main), "D": head_dim, "MAIN": main, "TAIL": tail, "num_warps": 4}
+    assert tiles.num_warps is not None
+    rows = max(1, tiles.elements // main)
+    return {"ROWS": rows, "D": head_dim, "MAIN": main, "TAIL": tail, "num_warps": tiles.num_warps}

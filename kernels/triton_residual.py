@@ -27,9 +27,9 @@ from longreel.kernels.triton_rows import (
     unit_columns,
     unit_offsets,
 )
+from longreel.kernels.triton_rows_tuning import RowKernel, row_tiles
 
-# Assumed: rows and columns of a tile, 16 bytes of bf16 for each thread of 4 warps, four times.
-TILE_ROWS = 32
+# Columns of a tile: 256 bytes of bf16 in a row.
 TILE_COLUMNS = 128
 
 
@@ -114,7 +114,7 @@ def gated_residual_fwd(x: Tensor, y: Tensor, gate: Tensor, cu_seqlens: Tensor | 
     z = x.new_empty(x.shape)
     if not z.numel():
         return z
-    rows, columns, chunk, grid = _launch(x)
+    rows, grid, options = _launch(x, "gated_fwd")
     with launch_on(x):
         gated_residual_fwd_kernel[grid](
             x,
@@ -126,11 +126,7 @@ def gated_residual_fwd(x: Tensor, y: Tensor, gate: Tensor, cu_seqlens: Tensor | 
             x.shape[1],
             count_segments(x, cu_seqlens),
             gate.stride(0),
-            CHUNK=chunk,
-            ROWS=TILE_ROWS,
-            C=columns,
-            BLOCK_C=TILE_COLUMNS,
-            num_warps=4,
+            **options,
         )
     return z
 
@@ -139,7 +135,8 @@ def gated_residual_bwd(dz: Tensor, y: Tensor, gate: Tensor, cu_seqlens: Tensor |
     """As reference.gated_residual_bwd."""
     dz, y, gate = dz.contiguous(), y.contiguous(), unit_columns(gate)
     dy = y.new_empty(y.shape)
-    rows, columns, chunk, grid = _launch(y)
+    rows, grid, options = _launch(y, "gated_bwd")
+    chunk = options["CHUNK"]
     num_segments = count_segments(y, cu_seqlens)
     slots = new_slots(y, rows, chunk, num_segments)
     if dy.numel():
@@ -155,18 +152,28 @@ def gated_residual_bwd(dz: Tensor, y: Tensor, gate: Tensor, cu_seqlens: Tensor |
                 y.shape[1],
                 num_segments,
                 gate.stride(0),
-                CHUNK=chunk,
-                ROWS=TILE_ROWS,
-                C=columns,
-                BLOCK_C=TILE_COLUMNS,
-                num_warps=4,
+                **options,
             )
     return dy, sum_slots(slots, gate.new_empty(gate.shape), cu_seqlens, y.shape[1], chunk)
 
 
-def _launch(x: Tensor) -> tuple[int, int, int, tuple[int]]:
-    """(rows, columns, CHUNK, grid); column blocks of a row chunk are neighbouring programs."""
+def _launch(x: Tensor, kernel: RowKernel) -> tuple[int, tuple[int], dict[str, int]]:
+    """(rows, grid, options); column blocks of a row chunk are neighbouring programs."""
     rows, columns = x.shape[0] * x.shape[1], x.shape[2]
-    num_c = triton.cdiv(columns, TILE_COLUMNS)
-    chunk = rows_per_program(rows, num_c, TILE_ROWS)
-    return rows, columns, chunk, (num_c * triton.cdiv(rows, chunk),)
+    options = tile_options(kernel, rows, columns)
+    return rows, (triton.cdiv(columns, TILE_COLUMNS) * triton.cdiv(rows, options["CHUNK"]),), options
+
+
+def tile_options(kernel: RowKernel, rows: int, columns: int) -> dict[str, int]:
+    """Launch options over rows of this many columns; bias-GELU's kernels take the same."""
+    tiles = row_tiles(kernel, rows)
+    tile_rows = max(1, tiles.elements // TILE_COLUMNS)
+    chunk = rows_per_program(rows, tiles.max_chunk, triton.cdiv(columns, TILE_COLUMNS), tile_rows)
+    assert tiles.num_warps is not None
+    return {
+        "CHUNK": chunk,
+        "ROWS": tile_rows,
+        "C": columns,
+        "BLOCK_C": TILE_COLUMNS,
+        "num_warps": tiles.num_warps,
+    }

@@ -21,9 +21,8 @@ from torch import Tensor
 
 from longreel.kernels.triton_common import launch_on
 
-# Assumed: fewest programs to keep a GPU of 132 multiprocessors busy, and most rows of one program.
+# Assumed: fewest programs to keep a GPU of 132 multiprocessors busy.
 MIN_PROGRAMS = 1056
-MAX_CHUNK = 256
 
 # Assumed: slots and columns of a tile in the second stage.
 _SUM_SLOTS = 128
@@ -118,10 +117,10 @@ def split_columns(columns: int) -> tuple[int, int]:
     return main, triton.next_power_of_2(max(columns - main, 1))
 
 
-def rows_per_program(rows: int, programs_per_row: int = 1, tile_rows: int = 1) -> int:
-    """CHUNK: a power of two, at least one tile, so that MIN_PROGRAMS run if there are rows enough for them."""
+def rows_per_program(rows: int, max_chunk: int, programs_per_row: int = 1, tile_rows: int = 1) -> int:
+    """CHUNK: a power of two, one tile to max_chunk rows, so that MIN_PROGRAMS run if there are rows enough for them."""
     wanted = rows * programs_per_row // MIN_PROGRAMS
-    return max(tile_rows, min(MAX_CHUNK, 1 << max(wanted.bit_length() - 1, 0)))
+    return max(tile_rows, min(max_chunk, 1 << max(wanted.bit_length() - 1, 0)))
 
 
 def count_segments(x: Tensor, cu_seqlens: Tensor | None) -> int:

@@ -18,13 +18,11 @@ from torch import Tensor
 
 from longreel.kernels.triton_common import launch_on
 from longreel.kernels.triton_rows import load_tile, new_slots, rows_per_program, sum_slots
+from longreel.kernels.triton_rows_tuning import RowKernel, row_tiles
 
-# Assumed: elements of a flat block, 16 bytes of bf16 for each thread of 4 warps, four times.
-BLOCK = 4096
 # Most elements that stay together, which the compiler is told: it does not follow the divisibility of a remainder.
 VECTOR = 16
-# Assumed: elements of a tile of the pass that also sums, and the widths it may have.
-TILE = 4096
+# Widths that a tile of the pass that also sums may have.
 TILE_COLUMNS = (128, 64, 32)
 
 
@@ -146,7 +144,8 @@ def sp_pack_heads_fwd(x: Tensor, bias: Tensor | None, num_ranks: int) -> Tensor:
     packed = x.new_empty(num_ranks, batch, s, parts, heads // num_ranks, head_dim)
     if packed.numel():
         rows, width = batch * s * parts, heads // num_ranks * head_dim
-        num_blocks = triton.cdiv(rows * width, BLOCK)
+        block = block_options("pack_fwd", batch * s)
+        num_blocks = triton.cdiv(rows * width, block["BLOCK"])
         with launch_on(x):
             pack_heads_kernel[(num_ranks * num_blocks,)](
                 x,
@@ -158,8 +157,7 @@ def sp_pack_heads_fwd(x: Tensor, bias: Tensor | None, num_ranks: int) -> Tensor:
                 G=parts,
                 W=width,
                 VEC=math.gcd(width, VECTOR),
-                BLOCK=BLOCK,
-                num_warps=4,
+                **block,
             )
     return packed
 
@@ -171,16 +169,16 @@ def sp_unpack_heads_fwd(packed: Tensor) -> Tensor:
     x = packed.new_empty(batch, s, parts, ranks * heads, head_dim)
     if x.numel():
         width = heads * head_dim
+        block = block_options("unpack", batch * s)
         with launch_on(x):
-            unpack_heads_kernel[(triton.cdiv(x.numel(), BLOCK),)](
+            unpack_heads_kernel[(triton.cdiv(x.numel(), block["BLOCK"]),)](
                 packed,
                 x,
                 batch * s * parts,
                 P=ranks,
                 W=width,
                 VEC=math.gcd(width, VECTOR),
-                BLOCK=BLOCK,
-                num_warps=4,
+                **block,
             )
     return x
 
@@ -194,13 +192,14 @@ def sp_pack_heads_bwd(dpacked: Tensor) -> tuple[Tensor, Tensor]:
     if not dx.numel():
         return dx, dpacked.new_zeros(columns)
     tokens, width = batch * s, heads * head_dim
-    tile = tile_options(parts * width)
+    tiles = row_tiles("pack_bwd", tokens)
+    tile = tile_options(parts * width, tokens)
     num_c = ranks * triton.cdiv(parts * width, tile["BLOCK_C"])
-    chunk = rows_per_program(tokens, num_c, tile["ROWS"])
+    chunk = rows_per_program(tokens, tiles.max_chunk, num_c, tile["ROWS"])
     slots = new_slots(dx.view(-1, columns), tokens, chunk, 1)
     with launch_on(dx):
         pack_heads_bwd_kernel[(num_c * triton.cdiv(tokens, chunk),)](
-            dpacked, dx, slots, tokens, CHUNK=chunk, **tile, P=ranks, G=parts, W=width, num_warps=4
+            dpacked, dx, slots, tokens, CHUNK=chunk, **tile, P=ranks, G=parts, W=width
         )
     # One segment: all tokens.
     dbias = sum_slots(slots, dpacked.new_empty(1, columns), None, tokens, chunk)
@@ -223,10 +222,19 @@ def sp_unpack_tokens_fwd(packed: Tensor, tokens: int) -> Tensor:
     return x
 
 
-def tile_options(columns: int) -> dict[str, int]:
-    """ROWS and BLOCK_C of the summing pass over this many columns of one rank: the width that wastes least."""
+def tile_options(columns: int, tokens: int) -> dict[str, int]:
+    """Launch options of the summing pass over this many columns of one rank: the width that wastes least."""
+    tiles = row_tiles("pack_bwd", tokens)
     block = min(TILE_COLUMNS, key=lambda width: triton.cdiv(columns, width) * width)
-    return {"ROWS": TILE // block, "BLOCK_C": block}
+    assert tiles.num_warps is not None
+    return {"ROWS": max(1, tiles.elements // block), "BLOCK_C": block, "num_warps": tiles.num_warps}
+
+
+def block_options(kernel: RowKernel, tokens: int) -> dict[str, int]:
+    """Launch options of a pass over a flat range."""
+    tiles = row_tiles(kernel, tokens)
+    assert tiles.num_warps is not None
+    return {"BLOCK": tiles.elements, "num_warps": tiles.num_warps}
 
 
 def _move_tokens(whole: Tensor, packed: Tensor, *, pack: bool) -> None:
@@ -236,8 +244,10 @@ def _move_tokens(whole: Tensor, packed: Tensor, *, pack: bool) -> None:
     # A whole of no tokens is still packed: to zeros.
     if not packed.numel() or not (pack or whole.numel()):
         return
-    num_blocks = triton.cdiv(rows * width, BLOCK)
+    # A plain copy of runs, as unpacking heads is.
+    block = block_options("unpack", batch * whole.shape[1])
+    num_blocks = triton.cdiv(rows * width, block["BLOCK"])
     with launch_on(packed):
         move_tokens_kernel[(ranks * batch * num_blocks,)](
-            whole, packed, batch, whole.shape[1], rows, num_blocks, Z=width, PACK=pack, BLOCK=BLOCK, num_warps=4
+            whole, packed, batch, whole.shape[1], rows, num_blocks, Z=width, PACK=pack, **block
         )

@@ -208,7 +208,7 @@ def test_kernels_compile_for_hopper_without_spills(compile_kernel, backward):
     from longreel.kernels import triton_lse_merge as kernels
 
     half, full = torch.bfloat16, torch.float32
-    options = kernels.row_options(72)
+    options = kernels.row_options("merge_bwd" if backward else "merge_fwd", 819_200, 72)
     num_warps = options.pop("num_warps")
     pairs = {"out1": half, "lse1": full, "out2": half, "lse2": full}
     sizes = {"num_rows": 819200 * 16, "seq_len": 819200, "heads": 16}

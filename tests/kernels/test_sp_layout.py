@@ -183,10 +183,11 @@ def production_kernels(tokens: int) -> dict[str, tuple[Any, dict[str, Any]]]:
     from longreel.kernels import triton_sp_layout as kernels
 
     half = torch.bfloat16
-    heads = {"num_rows": 3 * tokens, "P": 8, "W": 144, "VEC": 16, "BLOCK": kernels.BLOCK}
-    blocks = {"num_blocks": -(-3 * tokens * 144 // kernels.BLOCK)}
+    block = kernels.block_options("unpack", tokens)
+    heads = {"num_rows": 3 * tokens, "P": 8, "W": 144, "VEC": 16, **block}
+    blocks = {"num_blocks": -(-3 * tokens * 144 // block["BLOCK"])}
     move = {"whole": half, "packed": half, "batch": 2, "tokens": 8 * tokens - 3, "rows": tokens, "Z": 3 * 144}
-    move |= {"BLOCK": kernels.BLOCK, "num_blocks": -(-3 * tokens * 144 // kernels.BLOCK)}
+    move |= block | blocks
     summed = {"dpacked": half, "dx": half, "slots": torch.float32, "num_tokens": tokens, "CHUNK": 256}
     return {
         "pack_heads": (kernels.pack_heads_kernel, heads | blocks | {"x": half, "bias": None, "packed": half, "G": 3}),
@@ -197,7 +198,7 @@ def production_kernels(tokens: int) -> dict[str, tuple[Any, dict[str, Any]]]:
         "unpack_heads": (kernels.unpack_heads_kernel, heads | {"x": half, "packed": half}),
         "pack_heads_bwd": (
             kernels.pack_heads_bwd_kernel,
-            summed | kernels.tile_options(432) | {"P": 8, "G": 3, "W": 144},
+            summed | kernels.tile_options(432, tokens) | {"P": 8, "G": 3, "W": 144},
         ),
         "pack_tokens": (kernels.move_tokens_kernel, move | {"PACK": True}),
         "unpack_tokens": (kernels.move_tokens_kernel, move | {"PACK": False}),
@@ -210,7 +211,8 @@ def production_kernels(tokens: int) -> dict[str, tuple[Any, dict[str, Any]]]:
 )
 def test_compiles_for_hopper_with_16_byte_loads(compile_kernel, name, tokens):
     kernel, arguments = production_kernels(tokens)[name]
-    compiled = compile_kernel(kernel, arguments)
+    num_warps = arguments.pop("num_warps")
+    compiled = compile_kernel(kernel, arguments, num_warps=num_warps)
     assert compiled.spills == compiled.local_bytes == 0
     widths = set(re.findall(r"(?:ld|st)\.global\S*?(\.v\d)?\.b(\d+)", compiled.ptx))
     # Nothing narrower than 16 bytes, but for the fp32 sums over tokens.
@@ -223,7 +225,8 @@ def test_compiles_for_hopper_with_16_byte_loads(compile_kernel, name, tokens):
 @pytest.mark.parametrize("head_dim", [8, 40, 72])
 def test_every_head_dim_moves_16_bytes(compile_kernel, head_dim):
     kernel, arguments = production_kernels(102_401)["pack_heads_bias"]
-    compiled = compile_kernel(kernel, arguments | {"W": head_dim, "VEC": 8})
+    num_warps = arguments.pop("num_warps")
+    compiled = compile_kernel(kernel, arguments | {"W": head_dim, "VEC": 8}, num_warps=num_warps)
     assert set(re.findall(r"(?:ld|st)\.global\S*?(\.v\d)?\.b(\d+)", compiled.ptx)) == {(".v4", "32")}
 
 

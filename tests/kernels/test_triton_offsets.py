@@ -12,6 +12,7 @@ import ast
 import builtins
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -48,7 +49,7 @@ def last_programs() -> Iterator[None]:
     """Launches run their last programs only; what others would have written is zero where it is summed."""
     from triton.runtime import interpreter
 
-    from longreel.kernels import triton_rows
+    from longreel.kernels import triton_rows_tuning
 
     def last(*bounds: int) -> range:
         if len(bounds) == 1 and bounds[0] > LAST_PROGRAMS:
@@ -60,7 +61,8 @@ def last_programs() -> Iterator[None]:
         patch.setattr(interpreter, "range", last, raising=False)
         patch.setattr(torch, "empty", torch.zeros)
         # Chunks of few rows: a program interprets them all.
-        patch.setattr(triton_rows, "MAX_CHUNK", 32)
+        for name, tiles in triton_rows_tuning.ROW_TILES.items():
+            patch.setitem(triton_rows_tuning.ROW_TILES, name, replace(tiles, max_chunk=32))
         yield
 
 

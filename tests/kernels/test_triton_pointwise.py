@@ -273,16 +273,17 @@ def test_training_step_equals_the_eager_one(run_interpreted, conditioning):
 def production_kernels(packed: bool) -> dict[str, tuple[Any, dict[str, Any]]]:
     """Kernel and arguments at DiT-XL/2's widths, 819,200 rows of bf16."""
     from longreel.kernels import triton_adaln, triton_gelu, triton_residual, triton_rows
+    from longreel.kernels.triton_rows_tuning import RowKernel, row_tiles
 
     half, full, rows = torch.bfloat16, torch.float32, 819_200
     offsets = {"cu_seqlens": torch.int64 if packed else None, "seq_len": rows, "CHUNK": 256}
     segments = offsets | {"num_rows": rows, "num_segments": 8 if packed else 2}
-    tile = {"ROWS": triton_residual.TILE_ROWS, "BLOCK_C": triton_residual.TILE_COLUMNS, "C": 1152}
-    mlp = {"num_rows": rows, "CHUNK": 256, **tile, "C": 4608}
+    tile = triton_residual.tile_options("gated_fwd", rows, 1152)
+    mlp = {"num_rows": rows} | triton_residual.tile_options("gelu_fwd", rows, 4608)
     stride = 6 * 1152
 
-    def rows_like(columns_per_warp: int) -> dict[str, int]:
-        return triton_adaln.row_options(1152, columns_per_warp)
+    def rows_like(kernel: RowKernel) -> dict[str, int]:
+        return triton_adaln.row_options(1152, row_tiles(kernel, rows).per_warp)
 
     forward = {"x": half, "shift": half, "scale": half, "out": half, "mean": full, "rstd": full, "eps": 1e-6}
     forward |= {"stride_gate": stride, "stride_shift": stride, "stride_scale": stride, **segments}
@@ -292,24 +293,19 @@ def production_kernels(packed: bool) -> dict[str, tuple[Any, dict[str, Any]]]:
     return {
         "adaln_fwd": (
             triton_adaln.adaln_fwd_kernel,
-            forward | {"y": None, "gate": None, "z": None} | rows_like(triton_adaln.FWD_COLUMNS_PER_WARP),
+            forward | {"y": None, "gate": None, "z": None} | rows_like("adaln_fwd"),
         ),
         "adaln_bwd": (
             triton_adaln.adaln_bwd_kernel,
-            backward
-            | dict.fromkeys(("y", "gate", "dz", "dy", "slots_gate"))
-            | rows_like(triton_adaln.BWD_COLUMNS_PER_WARP),
+            backward | dict.fromkeys(("y", "gate", "dz", "dy", "slots_gate")) | rows_like("adaln_bwd"),
         ),
         "fused_fwd": (
             triton_adaln.adaln_fwd_kernel,
-            forward | residual | {"z": half} | rows_like(triton_adaln.FUSED_FWD_COLUMNS_PER_WARP),
+            forward | residual | {"z": half} | rows_like("gated_adaln_fwd"),
         ),
         "fused_bwd": (
             triton_adaln.adaln_bwd_kernel,
-            backward
-            | residual
-            | {"dz": half, "dy": half, "slots_gate": full}
-            | rows_like(triton_adaln.FUSED_BWD_COLUMNS_PER_WARP),
+            backward | residual | {"dz": half, "dy": half, "slots_gate": full} | rows_like("gated_adaln_bwd"),
         ),
         "gated_fwd": (
             triton_residual.gated_residual_fwd_kernel,

@@ -112,6 +112,7 @@ def test_programs_hold_whole_tiles_and_are_many(monkeypatch):
     from longreel.kernels import triton_rows
 
     monkeypatch.setattr(triton_rows, "MIN_PROGRAMS", 1000)
-    assert [triton_rows.rows_per_program(rows) for rows in (1, 1000, 4096, 10**9)] == [1, 1, 4, triton_rows.MAX_CHUNK]
-    assert triton_rows.rows_per_program(4096, 9, 32) == 32
-    assert triton_rows.rows_per_program(100_000, 9, 32) == 256
+    assert [triton_rows.rows_per_program(rows, 256) for rows in (1, 1000, 4096, 10**9)] == [1, 1, 4, 256]
+    assert triton_rows.rows_per_program(4096, 256, 9, 32) == 32
+    assert triton_rows.rows_per_program(100_000, 256, 9, 32) == 256
+    assert triton_rows.rows_per_program(100_000, 64, 9, 32) == 64
