@@ -31,22 +31,22 @@ def attention_dkdv_kernel(
     cu_k,
     scale,
     s_qb,
-    s_qs,
+    s_qs: tl.constexpr,
     s_qh,
     s_kb,
-    s_ks,
+    s_ks: tl.constexpr,
     s_kh,
     s_vb,
-    s_vs,
+    s_vs: tl.constexpr,
     s_vh,
     s_gb,
-    s_gs,
+    s_gs: tl.constexpr,
     s_gh,
     s_dkb,
-    s_dks,
+    s_dks: tl.constexpr,
     s_dkh,
     s_dvb,
-    s_dvs,
+    s_dvs: tl.constexpr,
     s_dvh,
     num_heads,
     q_len,
@@ -79,17 +79,21 @@ def attention_dkdv_kernel(
         return
     MASK_D0: tl.constexpr = D0 > HEAD_DIM
     MASK_D1: tl.constexpr = D0 + D1 > HEAD_DIM
-    # As in the forward kernel: fp32 takes the difference of score and lse before it changes the base.
+    # As in the forward kernel: fp32 takes the difference of score and lse before it changes the base. Half precision
+    # finds the lse in base 2 already.
     FULL: tl.constexpr = q.dtype.element_ty == tl.float32
     scale_log2 = scale * LOG2_E
     s_qs, s_gs = widen(s_qs, ALIGN), widen(s_gs, ALIGN)
-    o_n = row + tl.arange(0, BLOCK_N)
-    m_n = o_n < k_end
+    left = tl.minimum(k_end - row, BLOCK_N).to(tl.int32)
+    o_row = tl.arange(0, BLOCK_N)
+    o_n = o_row.to(tl.int64)
+    m_n = o_row < left
     o_m = tl.arange(0, BLOCK_M).to(tl.int64)
     o_d0 = tl.arange(0, D0)
     m_d0 = o_d0 < HEAD_DIM
-    p_k = k + i_b * widen(s_kb, ALIGN) + i_h * widen(s_kh, ALIGN) + o_n[:, None] * widen(s_ks, ALIGN)
-    p_v = v + i_b * widen(s_vb, ALIGN) + i_h * widen(s_vh, ALIGN) + o_n[:, None] * widen(s_vs, ALIGN)
+    s_ks, s_vs = widen(s_ks, ALIGN), widen(s_vs, ALIGN)
+    p_k = k + i_b * widen(s_kb, ALIGN) + i_h * widen(s_kh, ALIGN) + row * s_ks + o_n[:, None] * s_ks
+    p_v = v + i_b * widen(s_vb, ALIGN) + i_h * widen(s_vh, ALIGN) + row * s_vs + o_n[:, None] * s_vs
     p_q = q + i_b * widen(s_qb, ALIGN) + i_h * widen(s_qh, ALIGN) + q_start * s_qs
     p_g = dout + i_b * widen(s_gb, ALIGN) + i_h * widen(s_gh, ALIGN) + q_start * s_gs
     p_lse = rows + widen((i_b * num_heads + i_h) * num_row_tiles + q_start // PAD + segment, PAD)
@@ -110,6 +114,8 @@ def attention_dkdv_kernel(
         b_dk1 = tl.zeros([BLOCK_N, D1], tl.float32)
         b_dv1 = tl.zeros([BLOCK_N, D1], tl.float32)
 
+    # Its last tile holds more than registers do unless it is copied as the others are.
+    LAST_STAGES: tl.constexpr = STAGES if ATOMIC else 1
     if ATOMIC:
         p_dq = dq + widen((i_b * num_heads + i_h) * q_len + q_start, HEAD_DIM)
         o_dq = o_m[:, None] * HEAD_DIM
@@ -117,7 +123,9 @@ def attention_dkdv_kernel(
     num_full = (q_rows // BLOCK_M).to(tl.int32)
     num_part = ((q_rows + BLOCK_M - 1) // BLOCK_M).to(tl.int32) - num_full
     for MASKED in tl.static_range(2):
-        for i_m in tl.range(num_full * MASKED, num_full + num_part * MASKED, num_stages=STAGES - (STAGES - 1) * MASKED):
+        for i_m in tl.range(
+            num_full * MASKED, num_full + num_part * MASKED, num_stages=STAGES + (LAST_STAGES - STAGES) * MASKED
+        ):
             first = widen(i_m, BLOCK_M)
             m_m = o_m < q_rows - first
             b_q0 = load_tile(p_q + first * s_qs + o_q0, m_m, m_d0, MASKED, MASK_D0)
@@ -130,7 +138,11 @@ def attention_dkdv_kernel(
             if FULL:
                 b_p = tl.exp2((b_s * scale - b_lse[None, :]) * LOG2_E)
             else:
-                b_p = tl.exp2(b_s * scale_log2 - (b_lse * LOG2_E)[None, :])
+                b_p = tl.exp2(b_s * scale_log2 - b_lse[None, :])
+            if ATOMIC:
+                # Keys that are not there have P = exp(-lse), inf where lse is very negative; times their zeros NaN.
+                if left < BLOCK_N:
+                    b_p = tl.where(m_n[:, None], b_p, 0.0)
             b_g0 = load_tile(p_g + first * s_gs + o_g0, m_m, m_d0, MASKED, MASK_D0)
             b_dp = tl.dot(b_v0, tl.trans(b_g0), input_precision="ieee")
             b_p16 = b_p.to(q.dtype.element_ty)
@@ -145,8 +157,6 @@ def attention_dkdv_kernel(
             if D1 > 0:
                 b_dk1 = tl.dot(b_ds, b_q1, b_dk1, input_precision="ieee")
             if ATOMIC:
-                # Keys that are not there have P = exp(-lse), inf where lse is very negative; times their zeros NaN.
-                b_ds = tl.where(m_n[:, None], b_ds, 0.0)
                 p_dq_rows = p_dq + first * HEAD_DIM + o_dq
                 b_dq0 = tl.dot(tl.trans(b_ds), b_k0, input_precision="ieee")
                 add_tile(p_dq_rows + o_d0[None, :], b_dq0, m_m, m_d0, MASKED, MASK_D0)
@@ -154,8 +164,9 @@ def attention_dkdv_kernel(
                     b_dq1 = tl.dot(tl.trans(b_ds), b_k1, input_precision="ieee")
                     add_tile(p_dq_rows + o_d1[None, :], b_dq1, m_m, m_d1, MASKED, MASK_D1)
 
-    p_dk = dk + i_b * widen(s_dkb, ALIGN) + i_h * widen(s_dkh, ALIGN) + o_n[:, None] * widen(s_dks, ALIGN)
-    p_dv = dv + i_b * widen(s_dvb, ALIGN) + i_h * widen(s_dvh, ALIGN) + o_n[:, None] * widen(s_dvs, ALIGN)
+    s_dks, s_dvs = widen(s_dks, ALIGN), widen(s_dvs, ALIGN)
+    p_dk = dk + i_b * widen(s_dkb, ALIGN) + i_h * widen(s_dkh, ALIGN) + row * s_dks + o_n[:, None] * s_dks
+    p_dv = dv + i_b * widen(s_dvb, ALIGN) + i_h * widen(s_dvh, ALIGN) + row * s_dvs + o_n[:, None] * s_dvs
     m_0 = m_n[:, None] & m_d0[None, :]
     tl.store(p_dk + o_d0[None, :], (b_dk0 * scale).to(dk.dtype.element_ty), mask=m_0)
     tl.store(p_dv + o_d0[None, :], b_dv0.to(dv.dtype.element_ty), mask=m_0)
@@ -177,19 +188,19 @@ def attention_dq_kernel(
     cu_k,
     scale,
     s_qb,
-    s_qs,
+    s_qs: tl.constexpr,
     s_qh,
     s_kb,
-    s_ks,
+    s_ks: tl.constexpr,
     s_kh,
     s_vb,
-    s_vs,
+    s_vs: tl.constexpr,
     s_vh,
     s_gb,
-    s_gs,
+    s_gs: tl.constexpr,
     s_gh,
     s_dqb,
-    s_dqs,
+    s_dqs: tl.constexpr,
     s_dqh,
     num_heads,
     q_len,
@@ -218,7 +229,8 @@ def attention_dq_kernel(
         return
     MASK_D0: tl.constexpr = D0 > HEAD_DIM
     MASK_D1: tl.constexpr = D0 + D1 > HEAD_DIM
-    # As in the forward kernel: fp32 takes the difference of score and lse before it changes the base.
+    # As in the forward kernel: fp32 takes the difference of score and lse before it changes the base. Half precision
+    # finds the lse in base 2 already.
     FULL: tl.constexpr = q.dtype.element_ty == tl.float32
     scale_log2 = scale * LOG2_E
     s_ks, s_vs = widen(s_ks, ALIGN), widen(s_vs, ALIGN)
@@ -271,7 +283,7 @@ def attention_dq_kernel(
             if FULL:
                 b_p = tl.exp2((b_s * scale - b_lse[:, None]) * LOG2_E)
             else:
-                b_p = tl.exp2(b_s * scale_log2 - (b_lse * LOG2_E)[:, None])
+                b_p = tl.exp2(b_s * scale_log2 - b_lse[:, None])
             if MASKED:
                 # exp2 of minus a very negative lse is inf, and inf times a key of zeros is NaN.
                 b_p = tl.where(m_n[None, :], b_p, 0.0)

@@ -19,6 +19,28 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
+def round_probabilities(b_p, DTYPE: tl.constexpr):
+    """A tile of fp32 values in DTYPE, and these values in fp32 again.
+
+    For bf16 as PTX: the compiler would convert one by one, in twice the instructions and on the units that
+    exponentials need. The interpreter has no PTX, and no bf16 either.
+    """
+    if DTYPE == tl.bfloat16:
+        b_p, b_rounded = tl.inline_asm_elementwise(
+            "cvt.rn.bf16x2.f32 $0, $4, $3; shl.b32 $1, $0, 16; and.b32 $2, $0, 0xffff0000;",
+            "=&r,=&r,=&r,f,f",
+            [b_p],
+            dtype=(tl.bfloat16, tl.float32),
+            is_pure=True,
+            pack=2,
+        )
+    else:
+        b_p = b_p.to(DTYPE)
+        b_rounded = b_p.to(tl.float32)
+    return b_p, b_rounded
+
+
+@triton.jit
 def attention_fwd_kernel(
     q,
     k,
@@ -29,16 +51,16 @@ def attention_fwd_kernel(
     cu_k,
     scale,
     s_qb,
-    s_qs,
+    s_qs: tl.constexpr,
     s_qh,
     s_kb,
-    s_ks,
+    s_ks: tl.constexpr,
     s_kh,
     s_vb,
-    s_vs,
+    s_vs: tl.constexpr,
     s_vh,
     s_ob,
-    s_os,
+    s_os: tl.constexpr,
     s_oh,
     num_heads,
     q_len,
@@ -120,8 +142,8 @@ def attention_fwd_kernel(
                 # -inf times a scale of zero is no -inf.
                 b_p = tl.where(m_n[None, :], b_p, 0.0)
             b_decay = tl.where(b_max == float("-inf"), 0.0, tl.exp2((b_max - b_shift) * scale_log2))
-            b_p = b_p.to(q.dtype.element_ty)
-            b_sum = b_sum * b_decay + tl.sum(b_p.to(tl.float32), 1)
+            b_p, b_rounded = round_probabilities(b_p, q.dtype.element_ty)
+            b_sum = b_sum * b_decay + tl.sum(b_rounded, 1)
             b_v0 = load_tile(p_v + first * s_vs + o_v0, m_n, m_d0, MASKED, MASK_D0)
             b_acc0 = tl.dot(b_p, b_v0, b_acc0 * b_decay[:, None], input_precision="ieee")
             if D1 > 0:

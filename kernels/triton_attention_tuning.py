@@ -72,9 +72,10 @@ TILES: dict[tuple[Direction, int], AttentionTiles] = {
     ("dq", 80): AttentionTiles(block_m=64, block_n=64, num_warps=4, num_stages=2, planned_programs=2),
     ("dq", 128): AttentionTiles(block_m=128, block_n=64, num_warps=8, num_stages=2, planned_programs=1),
     ("fused", 64): AttentionTiles(block_m=64, block_n=128, num_warps=8, num_stages=2, planned_programs=1),
-    # At 80 six to eight registers of a thread lie in local memory while the loop runs, and none is touched inside it.
     # Of 32 rows no product for dq would be a wgmma.
     ("fused", 80): AttentionTiles(block_m=64, block_n=128, num_warps=8, num_stages=3, planned_programs=1),
+    # 24 to 32 bytes of a thread lie in local memory while the loop runs, and none is touched inside it.
+    ("fused", 96): AttentionTiles(block_m=64, block_n=128, num_warps=8, num_stages=3, planned_programs=1),
     ("fused", 128): AttentionTiles(block_m=32, block_n=128, num_warps=8, num_stages=2, planned_programs=1),
 }
 # By the widest head_dim it serves.
