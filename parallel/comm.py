@@ -37,10 +37,7 @@ def is_fake(group: str) -> bool:
 
 def all_to_all(x: Tensor, group: str) -> Tensor:
     """Row i of x [P, ...] goes to rank i; row j of the result [P, ...] came from rank j."""
-    assert x.is_contiguous() and x.shape[0] == group_size(group), (x.shape, x.stride())
-    out = x.new_empty(x.shape)
-    dist.all_to_all_single(out, x, group=_named(group))
-    return out
+    return start_all_to_all(x, torch.empty_like(x), group).wait()
 
 
 def all_gather(x: Tensor, group: str) -> Tensor:
@@ -79,7 +76,7 @@ def over_ranks(value: float, group: str, device: torch.device | str = "cpu") -> 
 
 @dataclass(frozen=True, slots=True)
 class Exchange:
-    """A pairwise exchange in flight; wait() returns what was received."""
+    """An exchange in flight; wait() returns what was received."""
 
     received: Tensor
     works: tuple[dist.Work, ...]
@@ -87,10 +84,23 @@ class Exchange:
     sent: Tensor
 
     def wait(self) -> Tensor:
-        """Block until both directions are done (on CUDA: until the current stream may use the result)."""
+        """Block until all of it is done (on CUDA: until the current stream may use the result)."""
         for work in self.works:
             work.wait()
         return self.received
+
+
+def start_all_to_all(send: Tensor, received: Tensor, group: str) -> Exchange:
+    """Start all_to_all() of send into received, in the background; several run in the order of their starts.
+
+    Args:
+        send, received: contiguous [P, ...] of one shape on every rank.
+    """
+    assert send.is_contiguous() and send.shape[0] == group_size(group), (send.shape, send.stride())
+    assert received.is_contiguous() and received.shape == send.shape, (received.shape, received.stride())
+    work = dist.all_to_all_single(received, send, group=_named(group), async_op=True)
+    assert work is not None
+    return Exchange(received, (work,), send)
 
 
 def start_exchange(send: Tensor, received: Tensor, *, step: int, group: str) -> Exchange:

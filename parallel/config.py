@@ -76,10 +76,11 @@ class ParallelConfig:
                 f"host_memory_gib must be positive and goes with policy 'offload', got {self.host_memory_gib} with "
                 f"policy {self.policy!r}"
             )
-        if self.head_chunks is not None and (self.strategy not in ("ulysses", "usp") or self.head_chunks < 1):
+        exchanges_heads = self.strategy == "ulysses" or (self.strategy == "usp" and self.ulysses_degree != 1)
+        if self.head_chunks is not None and not (exchanges_heads and self.head_chunks >= 1):
             raise ValueError(
-                f"head_chunks must be at least 1 and goes with strategy 'ulysses' or 'usp', "
-                f"got {self.head_chunks} with strategy {self.strategy!r}"
+                "head_chunks must be at least 1 and goes with strategy 'ulysses', or 'usp' with an ulysses_degree "
+                f"above 1, got {self.head_chunks} with strategy {self.strategy!r}, ulysses_degree {self.ulysses_degree}"
             )
         if self.mlp_tile is not None and self.mlp_tile < 1:
             raise ValueError(f"mlp_tile must be at least 1 token, got {self.mlp_tile}")

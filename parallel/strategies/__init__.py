@@ -42,4 +42,5 @@ def build_strategy(config: ParallelConfig, mesh: ParallelMesh) -> SequenceParall
         ulysses_degree=config.heads_degree,
         ring_group=ring_group,
         lean=lean,
+        head_chunks=config.head_chunks,
     )

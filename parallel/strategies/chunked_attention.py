@@ -4,6 +4,10 @@ In step s the chunk of rank r - s has arrived: it is projected, its queries atte
 queries attend to its keys, while the chunk of r - s - 1 is in flight. Partial outputs are merged by their lse in fp32,
 in the order of the steps: results do not depend on when a chunk arrives. What is left to wait for at the end is one
 P-th of the projection and (2 P - 1) / P^2 of the attention.
+
+Where chunks are whole and of one segment they lie in the order of arrival, the last one first: what is there is one
+range of tokens, so that a step launches two attentions and one merge. At the end tokens are put in their own order.
+Elsewhere they lie in their own order from the start, and what is there is two ranges where it wraps.
 """
 
 from __future__ import annotations
@@ -38,12 +42,15 @@ def gather_project_attend(
     scale: float,
     provider: str,
     group: str,
+    *,
+    keep_qkv: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Self-attention of this rank's heads over every rank's tokens, chunk by chunk on arrival.
 
     Args:
         x: [B, s, C], this rank's tokens. weight, bias: [3 h D, C] and [3 h D] or None, of this rank's heads.
         heads: h. offsets: cu_seqlens of the whole sequence, on the host; it has S tokens that exist.
+        keep_qkv: whether q_heads are wanted; without, they are what was there last, in any order.
 
     Returns:
         q_heads [B, P s, 3, h, D], out [B, S, h, D] and lse [B, h, S].
@@ -54,14 +61,23 @@ def gather_project_attend(
     chunks = qkv.view(batch, size, rows, -1)
     valid = offsets[-1]
     merged = _Merged(qkv, offsets)
+    # The owner in the first place of the buffer; its own chunk is the last one where places are by arrival.
+    first = (rank + 1) % size if len(offsets) == 2 and valid == size * rows else 0
+    last = (rank - first) % size
     for step, (owner, chunk) in enumerate(comm.ring_chunks(x, group)):
-        chunks[:, owner] = F.linear(chunk, weight, bias)
-        for new in token_ranges(owner, owner, size, rows, valid):
-            for keys in token_ranges(owner, rank, size, rows, valid):
+        place = (owner - first) % size
+        chunks[:, place] = F.linear(chunk, weight, bias)
+        for new in token_ranges(place, place, size, rows, valid):
+            for keys in token_ranges(place, last, size, rows, valid):
                 merged.attend(new, keys, scale, provider)
-            for earlier in token_ranges((owner + 1) % size, rank, size, rows, valid) if step else ():
+            for earlier in token_ranges((place + 1) % size, last, size, rows, valid) if step else ():
                 merged.attend(earlier, new, scale, provider)
-    return qkv, merged.out.to(x.dtype), merged.lse
+    out, lse = merged.out.to(x.dtype), merged.lse
+    if first:
+        shift = first * rows
+        out, lse = out.roll(shift, 1), lse.roll(shift, 2)
+        qkv = qkv.roll(shift, 1) if keep_qkv else qkv
+    return qkv, out, lse
 
 
 class _Merged:

@@ -18,8 +18,9 @@ from torch.utils.flop_counter import register_flop_formula
 
 from longreel.kernels.reference import compute_dtype
 from longreel.parallel import comm
+from longreel.parallel.strategies.head_exchange import ToHeads, ToTokens
 from longreel.parallel.strategies.heads import attend, attend_backward, attend_flops
-from longreel.parallel.strategies.layout import gather_heads, pad_tokens, scatter_heads, scatter_heads_backward
+from longreel.parallel.strategies.layout import pad_tokens
 from longreel.parallel.strategies.ring import ring_attend, ring_attend_backward
 from longreel.parallel.strategies.segments import part_offsets
 
@@ -31,16 +32,6 @@ def _size(group: str) -> int:
 def _ring_part(offsets: Sequence[int], rows: int, ring_group: str) -> Sequence[int]:
     """Offsets among the existing tokens of this rank's ring part of `rows`; all of them without a ring."""
     return part_offsets(offsets, rows, comm.group_rank(ring_group)) if ring_group else offsets
-
-
-def _to_heads(x: Tensor, bias: Tensor | None, heads_group: str) -> Tensor:
-    if heads_group:
-        return scatter_heads(x, heads_group, bias)
-    return x if bias is None else x + bias.view(x.shape[2:])
-
-
-def _to_tokens(x: Tensor, rows: int, heads_group: str) -> Tensor:
-    return gather_heads(x, heads_group, rows=rows) if heads_group else pad_tokens(x, rows)
 
 
 def _attend(
@@ -100,6 +91,7 @@ def exchange_attention_op(
     heads_group: str,
     ring_group: str,
     lean: bool,
+    chunks: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Exchange, attend, exchange back.
 
@@ -110,18 +102,35 @@ def exchange_attention_op(
         offsets_q, offsets_k: cu_seqlens of the whole sequences; [0, S] if they are not packed.
         heads_group, ring_group: names of the process groups, "" for none.
         lean: return out and lse alone; backward exchanges q, k, v and out again.
+        chunks: K, parts that this rank's h heads are exchanged and attended in (head_exchange.py); K divides h.
 
     Returns:
-        out [B, s, H, D] and lse [B, h, n] of the n existing queries of this rank's h heads; then, unless lean, what
-        backward reuses: q_heads [B, U s, G, h, D], kv_heads and out_heads [B, n, h, D].
+        out [B, s, H, D] and lse [K, B, h / K, n] of the n existing queries of this rank's heads; then, unless lean,
+        what backward reuses: q_heads [K, B, U s, G, h / K, D], kv_heads and out_heads [K, B, n, h / K, D].
     """
-    q_heads = _to_heads(q, q_bias, heads_group)
-    kv_heads = q.new_empty(0) if kv is None else _to_heads(kv, kv_bias, heads_group)
-    out_heads, lse = _attend(q_heads, kv_heads, offsets_q, offsets_k, scale, provider, ring_group)
-    out = _to_tokens(out_heads.unsqueeze(2), q.shape[1], heads_group).squeeze(2)
-    if lean:
-        return out, lse, q.new_empty(0), q.new_empty(0), q.new_empty(0)
-    return out, lse, q_heads, kv_heads, out_heads
+    q_in = ToHeads(q, q_bias, heads_group, chunks)
+    kv_in = None if kv is None else ToHeads(kv, kv_bias, heads_group, chunks)
+    back = ToTokens(q.shape[1], heads_group, chunks)
+    outs, lses = [], []
+    absent = q.new_empty(0)
+    for chunk in range(chunks):
+        kv_heads = kv_in.wait(chunk) if kv_in else absent
+        out_heads, lse = _attend(q_in.wait(chunk), kv_heads, offsets_q, offsets_k, scale, provider, ring_group)
+        back.send(out_heads.unsqueeze(2))
+        lses.append(lse)
+        if not lean:
+            outs.append(out_heads)
+    saved = (absent, q.new_empty(0), q.new_empty(0))
+    if not lean:
+        saved = q_in.stacked(), kv_in.stacked() if kv_in else absent, _stack(outs)
+    # What is not saved is let go before the result is laid out.
+    del q_in, kv_in, kv_heads, out_heads, outs
+    return back.tokens().squeeze(2), _stack(lses), *saved
+
+
+def _stack(chunks: list[Tensor]) -> Tensor:
+    """torch.stack, without a copy of a single one."""
+    return chunks[0].unsqueeze(0) if len(chunks) == 1 else torch.stack(chunks)
 
 
 @torch.library.custom_op("longreel::exchange_attention_backward", mutates_args=())
@@ -140,37 +149,52 @@ def exchange_attention_backward_op(
     heads_group: str,
     ring_group: str,
     lean: bool,
+    chunks: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """dq [B, s, G, H, D], dq_bias [G H D], dkv [B, l, 2, H, D] and dkv_bias (both empty for self-attention).
 
     Args:
         out, q, kv: lean: those of the forward op; else its out_heads, q_heads and kv_heads (empty for None).
     """
-    s = dout.shape[1]
+    rows, absent = dout.shape[1], q.new_empty(0)
+    gradient_in = dout.unsqueeze(2)
+    q_in = kv_in = None
     if lean:
-        q_heads = _to_heads(q, q_bias, heads_group)
-        kv_heads = q.new_empty(0) if kv is None else _to_heads(kv, kv_bias, heads_group)
-        both = _to_heads(torch.stack((dout, out), dim=2), None, heads_group)
-        dout_heads, out_heads = both[:, :, 0], both[:, : lse.shape[2], 1]
-    else:
-        assert kv is not None
-        q_heads, kv_heads, out_heads = q, kv, out
-        dout_heads = _to_heads(dout.unsqueeze(2), None, heads_group).squeeze(2)
-    dq_heads, dkv_heads = _attend_backward(
-        dout_heads, q_heads, kv_heads, out_heads, lse, offsets_q, offsets_k, scale, provider, ring_group
-    )
-    dq, dq_bias = _from_heads(dq_heads, s, heads_group)
-    if not kv_heads.numel():
-        return dq, dq_bias, kv_heads.new_empty(0), kv_heads.new_empty(0)
-    return dq, dq_bias, *_from_heads(dkv_heads, kv_heads.shape[1] // _size(heads_group), heads_group)
-
-
-def _from_heads(dx: Tensor, rows: int, heads_group: str) -> tuple[Tensor, Tensor]:
-    """Gradients of _to_heads: [B, rows, G, H, D], and [G H D] of a bias."""
-    if heads_group:
-        return scatter_heads_backward(dx, heads_group, rows)
-    dbias = dx.sum((0, 1), dtype=compute_dtype(dx.dtype)).to(dx.dtype).flatten()
-    return pad_tokens(dx, rows), dbias
+        # Backward needs what left: out goes with its gradient, q, k and v go again.
+        gradient_in = torch.stack((dout, out), dim=2)
+        q_in = ToHeads(q, q_bias, heads_group, chunks)
+        kv_in = None if kv is None else ToHeads(kv, kv_bias, heads_group, chunks)
+    dout_in = ToHeads(gradient_in, None, heads_group, chunks)
+    dq_back = ToTokens(rows, heads_group, chunks)
+    dkv_back: ToTokens | None = None
+    for chunk in range(chunks):
+        received, chunk_lse = dout_in.wait(chunk), lse[chunk]
+        if q_in is not None:
+            q_heads, kv_heads = q_in.wait(chunk), kv_in.wait(chunk) if kv_in else absent
+            out_heads = received[:, : chunk_lse.shape[2], 1]
+        else:
+            assert kv is not None
+            q_heads, kv_heads, out_heads = q[chunk], kv[chunk] if kv.numel() else absent, out[chunk]
+        dq, dkv = _attend_backward(
+            received[:, :, 0],
+            q_heads,
+            kv_heads,
+            out_heads,
+            chunk_lse,
+            offsets_q,
+            offsets_k,
+            scale,
+            provider,
+            ring_group,
+        )
+        dq_back.send(dq)
+        if kv_heads.numel():
+            dkv_back = dkv_back or ToTokens(kv_heads.shape[1] // _size(heads_group), heads_group, chunks)
+            dkv_back.send(dkv)
+    del q_in, kv_in, dout_in, gradient_in, received, q_heads, kv_heads, out_heads, dq, dkv
+    if dkv_back is None:
+        return *dq_back.tokens_and_bias(), absent, q.new_empty(0)
+    return *dq_back.tokens_and_bias(), *dkv_back.tokens_and_bias()
 
 
 @exchange_attention_op.register_fake
@@ -186,18 +210,19 @@ def _(
     heads_group: str,
     ring_group: str,
     lean: bool,
+    chunks: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     batch, s, parts, num_heads, head_dim = q.shape
     size = _size(heads_group)
-    heads = num_heads // size
+    heads = num_heads // size // chunks
     n = _ring_part(offsets_q, size * s, ring_group)[-1]
     out = q.new_empty(batch, s, num_heads, head_dim)
-    lse = q.new_empty(batch, heads, n, dtype=compute_dtype(q.dtype))
+    lse = q.new_empty(chunks, batch, heads, n, dtype=compute_dtype(q.dtype))
     if lean:
         return out, lse, q.new_empty(0), q.new_empty(0), q.new_empty(0)
-    q_heads = q.new_empty(batch, size * s, parts, heads, head_dim)
-    kv_heads = q.new_empty(0) if kv is None else q.new_empty(batch, size * kv.shape[1], 2, heads, head_dim)
-    return out, lse, q_heads, kv_heads, q.new_empty(batch, n, heads, head_dim)
+    q_heads = q.new_empty(chunks, batch, size * s, parts, heads, head_dim)
+    kv_heads = q.new_empty(0) if kv is None else q.new_empty(chunks, batch, size * kv.shape[1], 2, heads, head_dim)
+    return out, lse, q_heads, kv_heads, q.new_empty(chunks, batch, n, heads, head_dim)
 
 
 @exchange_attention_backward_op.register_fake
@@ -211,17 +236,27 @@ def _(
     *rest: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     batch, s, heads, head_dim = dout.shape
-    *_, heads_group, _, lean = rest
-    parts = q.shape[2]
+    *_, heads_group, _, lean, _ = rest
+    parts = q.shape[2 if lean else 3]
     dq, dq_bias = q.new_empty(batch, s, parts, heads, head_dim), q.new_empty(parts * heads * head_dim)
     if kv is None or not kv.numel():
         return dq, dq_bias, q.new_empty(0), q.new_empty(0)
-    rows = kv.shape[1] if lean else kv.shape[1] // _size(heads_group)
+    rows = kv.shape[1] if lean else kv.shape[2] // _size(heads_group)
     return dq, dq_bias, q.new_empty(batch, rows, 2, heads, head_dim), q.new_empty(2 * heads * head_dim)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    *tensors, ctx.offsets_q, ctx.offsets_k, ctx.scale, ctx.provider, ctx.heads_group, ctx.ring_group, ctx.lean = inputs
+    (
+        *tensors,
+        ctx.offsets_q,
+        ctx.offsets_k,
+        ctx.scale,
+        ctx.provider,
+        ctx.heads_group,
+        ctx.ring_group,
+        ctx.lean,
+        ctx.chunks,
+    ) = inputs
     ctx.given = [tensor is not None for tensor in tensors]
     out, lse, q_heads, kv_heads, out_heads = output
     q, q_bias, kv, kv_bias = tensors
@@ -235,7 +270,16 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
 
 
 def _grad(ctx: Any, dout: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-    rest = (ctx.offsets_q, ctx.offsets_k, ctx.scale, ctx.provider, ctx.heads_group, ctx.ring_group, ctx.lean)
+    rest = (
+        ctx.offsets_q,
+        ctx.offsets_k,
+        ctx.scale,
+        ctx.provider,
+        ctx.heads_group,
+        ctx.ring_group,
+        ctx.lean,
+        ctx.chunks,
+    )
     grads = exchange_attention_backward_op(dout, *ctx.saved_tensors, *rest)
     wanted = [grad if given else None for grad, given in zip(grads, ctx.given, strict=True)]
     return *wanted, *(None for _ in rest)
@@ -246,7 +290,7 @@ exchange_attention_op.register_autograd(_grad, setup_context=_save)
 
 @register_flop_formula(torch.ops.longreel.exchange_attention)
 def _flops(q: Any, q_bias: Any, kv: Any, kv_bias: Any, offsets_q: Any, offsets_k: Any, *rest: Any, **_: Any) -> int:
-    _, _, heads_group, ring_group, _ = rest
+    heads_group, ring_group = rest[2:4]
     size = _size(heads_group)
     own = _ring_part(offsets_q, size * q[1], ring_group)
     return attend_flops(q[0], q[3] // size, q[4], own, offsets_k, 2)
@@ -254,7 +298,7 @@ def _flops(q: Any, q_bias: Any, kv: Any, kv_bias: Any, offsets_q: Any, offsets_k
 
 @register_flop_formula(torch.ops.longreel.exchange_attention_backward)
 def _backward_flops(dout: Any, out: Any, lse: Any, *rest: Any, **_: Any) -> int:
-    offsets_q, offsets_k, _, _, heads_group, ring_group, _ = rest[4:]
+    offsets_q, offsets_k, _, _, heads_group, ring_group = rest[4:10]
     own = _ring_part(offsets_q, _size(heads_group) * dout[1], ring_group)
-    batch, heads, _ = lse
-    return attend_flops(batch, heads, dout[3], own, offsets_k, 5)
+    chunks, batch, heads, _ = lse
+    return attend_flops(batch, chunks * heads, dout[3], own, offsets_k, 5)

@@ -69,7 +69,7 @@ def fastseq_attention_op(
         heads = num_heads // comm.group_size(group)
         own_weight, own_bias = own_heads(weight, bias, 3, num_heads, group)
         q_heads, out_heads, lse = gather_project_attend(
-            x, own_weight, own_bias, heads, offsets_q, scale, provider, group
+            x, own_weight, own_bias, heads, offsets_q, scale, provider, group, keep_qkv=not lean
         )
         kv_heads = x.new_empty(0)
     else:

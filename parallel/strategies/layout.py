@@ -10,8 +10,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
-from longreel.kernels import pack_heads, pack_tokens, resolve_pointwise_provider, unpack_heads, unpack_tokens
-from longreel.kernels.sp_layout import sp_pack_heads_backward_op
+from longreel.kernels import pack_heads, pack_tokens, unpack_heads, unpack_tokens
 from longreel.parallel import comm
 
 
@@ -30,17 +29,8 @@ def gather_heads(x: Tensor, group: str, rows: int | None = None) -> Tensor:
     Args:
         rows: s. Rows of zeros stand for the tokens that x has fewer than P s. T / P, rounded up, when None.
     """
-    return unpack_heads(_exchange_tokens(x, group, rows))
-
-
-def scatter_heads_backward(dx: Tensor, group: str, rows: int) -> tuple[Tensor, Tensor]:
-    """Gradients of scatter_heads with a bias: [B, s, G, H, D] as by gather_heads(dx, group, rows), and [G H D]."""
-    received = _exchange_tokens(dx, group, rows)
-    return sp_pack_heads_backward_op(received, resolve_pointwise_provider("auto", received))
-
-
-def _exchange_tokens(x: Tensor, group: str, rows: int | None) -> Tensor:
-    return comm.all_to_all(pack_tokens(x, num_ranks=comm.group_size(group), rows=rows), group)
+    packed = pack_tokens(x, num_ranks=comm.group_size(group), rows=rows)
+    return unpack_heads(comm.all_to_all(packed, group))
 
 
 def pad_tokens(x: Tensor, padded: int) -> Tensor:

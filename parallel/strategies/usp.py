@@ -20,9 +20,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from longreel.models.sequence import AttentionShape, SequenceLengths, Traffic
-from longreel.parallel.config import check_heads
+from longreel.parallel.config import check_head_chunks, check_heads
 from longreel.parallel.strategies.base import SequenceGroup
 from longreel.parallel.strategies.exchange import exchange_attention_op
+
+# Assumed: with fewer tokens attention on part of the heads would leave much of a GPU idle; more chunks hide little.
+CHUNKS_FROM = 4096
+MAX_CHUNKS = 4
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -34,12 +38,16 @@ class USP(SequenceGroup):
         ulysses_group, ulysses_degree: U consecutive ranks that split the heads; "" and 1 for a plain ring.
         ring_group: the R = P / U ranks that hold the same heads; "" for plain Ulysses.
         lean: save only attention's out and lse for backward, which exchanges q, k, v and out again.
+        head_chunks: K, parts that a rank's heads are exchanged and attended in, so that exchanges hide behind attention
+            (head_exchange.py). None: the most that divides a rank's heads, up to MAX_CHUNKS, where a rank holds
+            CHUNKS_FROM tokens of one sample, else 1.
     """
 
     ulysses_group: str
     ulysses_degree: int
     ring_group: str
     lean: bool = False
+    head_chunks: int | None = None
 
     @property
     def ring_degree(self) -> int:
@@ -81,9 +89,29 @@ class USP(SequenceGroup):
         provider = self.resolved_provider(q)
         groups = self.ulysses_group, self.ring_group
         out, *_ = exchange_attention_op(
-            q, q_bias, kv, kv_bias, offsets_q, offsets_k, scale, provider, *groups, self._saves_inputs
+            q,
+            q_bias,
+            kv,
+            kv_bias,
+            offsets_q,
+            offsets_k,
+            scale,
+            provider,
+            *groups,
+            self._saves_inputs,
+            self._chunks(q),
         )
         return out.flatten(2)
+
+    def _chunks(self, q: Tensor) -> int:
+        heads = q.shape[3] // self.ulysses_degree
+        if self.head_chunks is not None:
+            check_head_chunks(self.head_chunks, heads)
+            return self.head_chunks
+        # More samples than one would be stacked in a pass of their own.
+        if self.ulysses_degree == 1 or q.shape[0] > 1 or q.shape[1] < CHUNKS_FROM:
+            return 1
+        return max(n for n in range(1, MAX_CHUNKS + 1) if heads % n == 0)
 
     @property
     def _saves_inputs(self) -> bool:

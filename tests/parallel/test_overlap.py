@@ -22,7 +22,7 @@ from longreel.parallel.mesh import build_mesh
 from longreel.parallel.predict.fake_world import fake_world
 from longreel.parallel.strategies import build_strategy, chunked_attention, gather_project, heads, ring
 
-HEADS, WIDTH, ROWS = 8, 64, 4
+HEADS, WIDTH, ROWS = 32, 256, 4
 
 
 class Clock:
@@ -32,37 +32,43 @@ class Clock:
         self.now = 0.0
         self.computed = 0.0
         self.transferred = 0.0
+        self._link_free = 0.0
 
     def compute(self, seconds: float) -> None:
         self.now += seconds
         self.computed += seconds
 
     def transfer(self, seconds: float) -> float:
-        """The moment a transfer that starts now ends."""
+        """The moment a transfer that is asked for now ends: after those asked for before it."""
         self.transferred += seconds
-        return self.now + seconds
+        self._link_free = max(self.now, self._link_free) + seconds
+        return self._link_free
 
 
 @contextmanager
 def timed(clock: Clock, per_pair: float, per_row: float, per_byte: float) -> Iterator[None]:
     """Attention takes per_pair of (query, key), a projection per_row, a transfer per_byte; nothing else takes time."""
 
-    def exchange(send: Tensor, received: Tensor, *, step: int, group: str) -> Any:
-        over = clock.transfer(per_byte * send.numel() * send.element_size())
+    class Flight(comm.Exchange):
+        """An exchange that takes the clock's time and brings zeros."""
 
-        def wait() -> Tensor:
-            clock.now = max(clock.now, over)
-            return received.zero_()
+        def __init__(self, received: Tensor, num_bytes: float) -> None:
+            super().__init__(received, (), received)
+            object.__setattr__(self, "over", clock.transfer(per_byte * num_bytes))
 
-        return mock.Mock(wait=wait)
+        def wait(self) -> Tensor:
+            clock.now = max(clock.now, self.over)
+            return self.received.zero_()
 
-    def all_to_all(x: Tensor, group: str) -> Tensor:
+    def exchange(send: Tensor, received: Tensor, *, step: int, group: str) -> comm.Exchange:
+        return Flight(received, send.numel() * send.element_size())
+
+    def all_to_all(send: Tensor, received: Tensor, group: str) -> comm.Exchange:
         size = comm.group_size(group)
-        clock.now = clock.transfer(per_byte * x.numel() * x.element_size() * (size - 1) / size)
-        return x.clone()
+        return Flight(received, send.numel() * send.element_size() * (size - 1) / size)
 
     def attention(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-        clock.compute(per_pair * q.shape[1] * k.shape[1])
+        clock.compute(per_pair * q.shape[1] * k.shape[1] * q.shape[2])
         return torch.zeros_like(q), torch.zeros(q.shape[0], q.shape[2], q.shape[1], dtype=q.dtype)
 
     def packed(qkv: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
@@ -74,7 +80,7 @@ def timed(clock: Clock, per_pair: float, per_row: float, per_byte: float) -> Ite
 
     with (
         mock.patch.object(comm, "start_exchange", exchange),
-        mock.patch.object(comm, "all_to_all", all_to_all),
+        mock.patch.object(comm, "start_all_to_all", all_to_all),
         mock.patch.object(chunked_attention, "attention_op", attention),
         mock.patch.object(ring, "attention_op", attention),
         mock.patch.object(heads, "attention_packed_op", packed),
@@ -141,7 +147,31 @@ def test_a_ring_takes_the_longer_of_attention_and_transfer(degree, ratio):
     assert clock.now == pytest.approx((degree - 1) * max(one, work) + work)
 
 
+def ulysses_seconds(chunks: int, ratio: float) -> float:
+    """Critical path: chunks come in one after the other, each returns after its attention and after all have come."""
+    way_in, work, way_back = 0.75 / chunks, ratio / chunks, 0.25 / chunks
+    done, returned = 0.0, chunks * way_in
+    for chunk in range(chunks):
+        done = max(done, (chunk + 1) * way_in) + work
+        returned = max(returned, done) + way_back
+    return returned
+
+
 @pytest.mark.parametrize("ratio", [0.25, 1.0, 4.0])
+@pytest.mark.parametrize("chunks", [1, 2, 4])
 @pytest.mark.parametrize("degree", [2, 4, 8], ids=lambda p: f"P{p}")
-def test_ulysses_takes_the_sum(degree, ratio):
-    assert forward("ulysses", degree, ratio, linear_share=0.0).now == pytest.approx(1 + ratio)
+def test_ulysses_takes_the_time_of_its_schedule(degree, chunks, ratio):
+    clock = forward("ulysses", degree, ratio, linear_share=0.0, head_chunks=chunks)
+    assert clock.transferred == pytest.approx(1)
+    assert clock.computed == pytest.approx(ratio)
+    assert clock.now == pytest.approx(ulysses_seconds(chunks, ratio))
+
+
+def test_ulysses_hides_what_chunks_can_hide():
+    whole, four, sixteen = (
+        forward("ulysses", 2, 4.0, linear_share=0.0, head_chunks=chunks).now for chunks in (1, 4, 16)
+    )
+    assert whole == pytest.approx(4 + 1)
+    # What stays is the first chunk's way in and the last one's way back.
+    assert four == pytest.approx(4 + 1 / 4)
+    assert sixteen <= 1.1 * 4

@@ -21,11 +21,13 @@ from longreel.parallel.config import ParallelConfig
 from longreel.parallel.mesh import build_mesh
 from longreel.parallel.strategies import build_strategy
 
-HEADS, WIDTH = 4, 32
+HEADS, WIDTH = 8, 64
 CASES = [
     pytest.param(name, options, id="-".join([name, *map(str, options.values())]))
     for name, options in (
         ("ulysses", {}),
+        ("ulysses", {"head_chunks": 2}),
+        ("ulysses", {"head_chunks": 2, "policy": "keep_attention"}),
         ("fastseq", {"fastseq_overlap": "projection"}),
         ("fastseq", {"fastseq_overlap": "attention"}),
         ("fastseq", {"policy": "keep_attention"}),
@@ -85,23 +87,20 @@ def differing_rounds(name: str, options: dict[str, Any], rounds: int, skipped_wa
     config = ParallelConfig(strategy=name, sp_degree=degree, attention_provider="torch", **options)
     sp = build_strategy(config, build_mesh(sp_degree=degree, ulysses_degree=config.ulysses_degree))
     rng = random.Random(dist.get_rank())
-    wait, counter, pending = comm.Exchange.wait, itertools.count(), []
+    wait, counter = comm.Exchange.wait, itertools.count()
 
     def wait_or_not(exchange: comm.Exchange) -> Tensor:
-        if next(counter) != skipped_wait:
-            return wait(exchange)
-        pending.append(exchange)
-        # What a computation reads that does not wait, if nothing has arrived yet.
-        return torch.full_like(exchange.received, float("nan"))
+        received = wait(exchange)
+        if next(counter) == skipped_wait:
+            # What a computation reads that does not wait, if nothing has arrived yet.
+            received.fill_(float("nan"))
+        return received
 
     differing = 0
     for seed in range(rounds):
         expected = step(sp, seed)
         with poisoned_buffers(), mock.patch.object(comm.Exchange, "wait", wait_or_not), delays(rng):
             found = step(sp, seed)
-        for exchange in pending:
-            wait(exchange)
-        pending.clear()
         counter = itertools.count()
         dist.barrier()
         differing += not all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
@@ -114,14 +113,16 @@ def test_delays_do_not_change_a_bit(run_distributed, name, options, rounds):
     assert run_distributed(differing_rounds, 4, name, options, rounds, None) == [0] * 4
 
 
-# Waits of one forward and backward on four ranks: three per pass round the ranks.
+# Waits of one forward and backward on four ranks: three per pass round the ranks, one per all-to-all.
 @pytest.mark.parametrize(
     ("name", "options", "waits"),
     [
-        pytest.param("fastseq", {"fastseq_overlap": "projection"}, 9, id="fastseq-projection"),
-        pytest.param("fastseq", {"fastseq_overlap": "attention"}, 9, id="fastseq-attention"),
+        pytest.param("ulysses", {}, 4, id="ulysses"),
+        pytest.param("ulysses", {"head_chunks": 2}, 8, id="ulysses-chunks"),
+        pytest.param("fastseq", {"fastseq_overlap": "projection"}, 11, id="fastseq-projection"),
+        pytest.param("fastseq", {"fastseq_overlap": "attention"}, 11, id="fastseq-attention"),
         pytest.param("ring", {}, 9, id="ring"),
-        pytest.param("usp", {"ulysses_degree": 2}, 3, id="usp"),
+        pytest.param("usp", {"ulysses_degree": 2}, 7, id="usp"),
     ],
 )
 def test_every_wait_is_needed(run_distributed, name, options, waits):

@@ -28,14 +28,17 @@ WIDTH = HEADS * HEAD_DIM
 TOLERANCE = PARALLEL_TOLERANCE[torch.float64]
 
 
-STRATEGIES = ["ulysses", "fastseq-projection", "fastseq-attention", "ring", "usp"]
+STRATEGIES = ["ulysses", "ulysses-chunks", "fastseq-projection", "fastseq-attention", "ring", "usp", "usp-chunks"]
 
 
 def build(name: str, degree: int, *, lean: bool = False):
     """The strategy on all ranks; the ranks of USP are as near to half Ulysses as they can be."""
-    name, _, overlap = name.partition("-")
+    name, _, form = name.partition("-")
     ulysses_degree = max(degree // 2, 1) if name == "usp" else None
-    more = {"fastseq_overlap": overlap} if overlap else {}
+    more = {"fastseq_overlap": form} if form and name == "fastseq" else {}
+    if form == "chunks" and ulysses_degree != 1:
+        # One head at a time.
+        more = {"head_chunks": HEADS // (ulysses_degree or degree)}
     config = ParallelConfig(strategy=name, sp_degree=degree, ulysses_degree=ulysses_degree, **more)
     sp = build_strategy(config, build_mesh(sp_degree=degree, ulysses_degree=ulysses_degree))
     return replace(sp, lean=True) if lean else sp
@@ -136,7 +139,7 @@ def test_output_and_gradients_equal_one_device(run_distributed, name, degree, nu
 
 
 @pytest.mark.parametrize("cross", [False, True], ids=["self", "cross_published"])
-@pytest.mark.parametrize("name", ["ulysses", "fastseq-projection", "fastseq-attention", "usp"])
+@pytest.mark.parametrize("name", ["ulysses-chunks", "fastseq-projection", "fastseq-attention", "usp"])
 def test_lean_output_and_gradients_equal_one_device(run_distributed, name, cross):
     for errors in run_distributed(layer_errors, 4, name, 4, 13, cross, True):
         assert max(errors.values()) <= TOLERANCE, errors
@@ -268,8 +271,9 @@ def check_ops() -> None:
 
     common = (0.3, "torch", group)
     qkv, cross = tensor(2, 3, 3, 4, 8), (tensor(2, 3, 1, 4, 8), tensor(32), tensor(2, 2, 2, 4, 8), tensor(64))
-    for heads_group, ring_group, lean in ((group, "", False), (group, "", True), ("", group, True)):
-        spread = (0.3, "torch", heads_group, ring_group, lean)
+    spreads = ((group, "", False, 1), (group, "", False, 2), (group, "", True, 2), ("", group, True, 1))
+    for heads_group, ring_group, lean, chunks in spreads:
+        spread = (0.3, "torch", heads_group, ring_group, lean, chunks)
         opcheck(exchange_attention_op, (qkv, tensor(96), None, None, [0, 5], [0, 5], *spread))
         opcheck(exchange_attention_op, (qkv, None, None, None, [0, 5], [0, 5], *spread))
         opcheck(exchange_attention_op, (*cross, [0, 5], [0, 3], *spread))
