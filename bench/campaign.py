@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
-import re
 import sys
 import time
 from collections.abc import Sequence
@@ -15,16 +13,12 @@ import torch
 from longreel.bench import op_provenance
 from longreel.bench.campaign_plans import hopper, rehearsal
 from longreel.bench.campaign_steps import BUDGETS, RECORDS, STEPS, Campaign, interpreting
+from longreel.bench.campaign_validate import gpu_parts, rehearsed_parts
 from longreel.bench.console import prepare_folder
 from longreel.bench.micro_options import names
 from longreel.bench.micro_sweep import load, run_label
 from longreel.parallel.command_line import parse_arguments
 from longreel.parallel.workers import WorkerPool
-
-_TESTS = Path(__file__).resolve().parents[1] / "tests" / "kernels"
-# Tests past 2^31 elements take tens of GB each: one after the other. They have 31 in their names.
-_LARGE = "31"
-_WORKERS = 8
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -36,9 +30,10 @@ class CampaignConfig:
     Args:
         out: folder of records.jsonl, ops.csv, report.html, tuning.json, campaign.json and the tests' logs.
         minutes: for all steps together.
-        step: some of validate,ceilings,micro,tune,micro2,report; all if not given.
+        step: some of validate,ceilings,micro,tune,micro2,more,report; all if not given.
         rehearse: the same path on a CPU in under a minute, tiny sizes, Triton interpreted.
         device: torch device.
+        retry_errors: try what failed before once more; otherwise its row stands.
         commit: the commit of this tree, for a copy that is no git checkout.
     """
 
@@ -47,6 +42,7 @@ class CampaignConfig:
     step: str | None = None
     rehearse: bool = False
     device: str = "cuda"
+    retry_errors: bool = False
     commit: str | None = None
 
     def steps(self) -> tuple[str, ...]:
@@ -78,7 +74,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
-    plan = rehearsal(_validation(rehearse=True)) if config.rehearse else hopper(_validation(), device=config.device)
+    plan = rehearsal(rehearsed_parts()) if config.rehearse else hopper(gpu_parts(), device=config.device)
     with interpreting(plan.interpret), WorkerPool(1) as pool:
         campaign = Campaign(
             folder=folder,
@@ -86,6 +82,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             provenance=op_provenance.gather(command, torch.device(plan.device), commit=config.commit),
             pool=pool,
             run=run_label(),
+            retry_errors=config.retry_errors,
             say=lambda text: print(text, flush=True),
         )
         try:
@@ -121,21 +118,6 @@ def _run(campaign: Campaign, steps: Sequence[str], start: float, minutes: float)
         print(f"unfinished: {', '.join(unfinished)}; run the same command again to go on")
     print(f"{time.monotonic() - start:.0f} s. Records: {campaign.records}, report: {campaign.folder / 'report.html'}")
     return 1 if any(status == "failed" for _, status, _, _ in results) else 0
-
-
-def _validation(*, rehearse: bool = False) -> tuple[tuple[str, ...], ...]:
-    """pytest's arguments, one run each: the GPU tests of the kernels, the large ones apart."""
-    if rehearse:
-        # There is no GPU to run them on: that they are found and can be imported.
-        return (("tests/kernels", "-m", "gpu", "--collect-only"),)
-    files = [path for path in sorted(_TESTS.glob("test_*.py")) if re.search(r"mark\.gpu\b", path.read_text())]
-    # Last the one most likely to take the device down with it.
-    files.sort(key=lambda path: path.stem.endswith("_hopper"))
-    names_of = [f"tests/kernels/{path.name}" for path in files]
-    several = ("-n", str(_WORKERS)) if importlib.util.find_spec("xdist") is not None else ()
-    quick = tuple((name, "-m", "gpu and not slow", "-k", f"not {_LARGE}", *several) for name in names_of)
-    large = (*names_of, "-m", "gpu", "-k", f"{_LARGE} or slow")
-    return (*quick, large)
 
 
 if __name__ == "__main__":

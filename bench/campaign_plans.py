@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
+from longreel.bench.campaign_validate import Part
 from longreel.bench.micro_options import HOPPER, MEASURED_OPS
 from longreel.bench.micro_sweep import MicroPlan, sweep_cases
 from longreel.bench.ops import OpCase
 from longreel.bench.providers import kernel_providers, known_providers
 from longreel.bench.timing import TimingRule
-from longreel.bench.tune import TunePlan, default_plan
+from longreel.bench.tune_plans import TunePlan, attention_targets, hopper_plans, row_targets
 
 _POINTWISE = tuple(op for op in MEASURED_OPS if not op.startswith("attention"))
 BEFORE, AFTER = "before", "after"
 # What a provider may take for compilation and the gate: the campaign has seconds to spend on one that hangs.
 _SETUP_S = 20.0
+# Seconds of a case at hundreds of thousands of tokens, where one forward and backward takes several.
+LONG_CASE_S = 80.0
 _TIMED = TimingRule(min_samples=5, max_samples=30, budget_s=0.1, wall_cap_s=20.0, warm_up_s=0.02)
 
 
@@ -23,36 +27,38 @@ class CampaignPlan:
     """Everything that a campaign's steps do, as data.
 
     Args:
-        device: torch device. validate: arguments of one pytest run each.
+        device: torch device. validate: tests, part after part.
         rooflines: cases of the ceilings. sustained_s: window of the sustained ones.
         micro: plans in order; what is not reached within the budget is left for the next run of the command.
-        tune: attention's constants. micro_after: plans measured again with the constants chosen.
+        tune: the constants that matter most. micro_after: plans measured again with the constants chosen.
+        tune_more, micro_more: what follows in the time that is left over, or in the next run of the command.
         interpret: Triton kernels are interpreted.
     """
 
     device: str
-    validate: tuple[tuple[str, ...], ...]
+    validate: tuple[Part, ...]
     rooflines: tuple[OpCase, ...]
     sustained_s: float
     micro: tuple[MicroPlan, ...]
     tune: TunePlan
     micro_after: tuple[MicroPlan, ...]
+    tune_more: TunePlan
+    micro_more: tuple[MicroPlan, ...]
     interpret: bool = False
 
 
-def hopper(validate: tuple[tuple[str, ...], ...], *, device: str = "cuda") -> CampaignPlan:
+def hopper(validate: tuple[Part, ...], *, device: str = "cuda") -> CampaignPlan:
     """The campaign on one Hopper GPU."""
     ours = kernel_providers("attention")
     # Flex compiles for every shape, for longer than everything else runs: at two lengths.
     quick = tuple(name for name in known_providers() if name not in ("flex", "eager", "compiled", "torch"))
     pointwise = (*kernel_providers("adaln_modulate"), "compiled", "liger")
 
-    def attention(lengths: tuple[int, ...], head_dims: tuple[int, ...], **changes: object) -> MicroPlan:
+    def attention(lengths: tuple[int, ...], head_dims: tuple[int, ...], **changes: Any) -> MicroPlan:
         cases = sweep_cases(
             ["attention"], seq_lens=lengths, head_dims=head_dims, num_heads=2, model_heads=16, dtypes=["bf16"]
         )
-        plan = _plan(cases, quick, device)
-        return replace(plan, **changes)  # type: ignore[arg-type]
+        return replace(_plan(cases, quick, device), **changes)
 
     def fused(lengths: tuple[int, ...]) -> MicroPlan:
         cases = sweep_cases(_POINTWISE, seq_lens=lengths, head_dims=[72], num_heads=2, model_heads=16, dtypes=["bf16"])
@@ -61,9 +67,11 @@ def hopper(validate: tuple[tuple[str, ...], ...], *, device: str = "cuda") -> Ca
     rivals = (*ours, "sdpa-cudnn", "sdpa-flash")
     apart = ("forward", "backward")
     one = TimingRule(min_samples=2, max_samples=3, budget_s=0.0, wall_cap_s=25.0, warm_up_s=0.0)
+    long = {"directions": apart, "rule": one, "case_s": LONG_CASE_S}
     packed = sweep_cases(
         ["attention_packed"], seq_lens=[65_536], head_dims=[72], num_heads=2, model_heads=16, dtypes=["bf16"]
     )
+    tune, tune_more = hopper_plans(device)
     return CampaignPlan(
         device=device,
         validate=validate,
@@ -71,28 +79,31 @@ def hopper(validate: tuple[tuple[str, ...], ...], *, device: str = "cuda") -> Ca
         sustained_s=4.0,
         micro=(
             attention((32_768, 131_072), (72,)),
-            attention((819_200,), (72,), providers=(*ours, "sdpa-cudnn"), directions=apart, rule=one),
+            attention((819_200,), (72,), **long),
             fused((131_072,)),
             attention((65_536,), (72,)),
-            attention((32_768,), (128, 64)),
-            _plan(packed, rivals, device),
-            attention((4096, 8192, 16_384), (72,)),
-            attention((32_768, 131_072), (72,), providers=("flex",)),
-            attention((262_144, 524_288), (72,), providers=(*ours, "sdpa-cudnn"), directions=apart, rule=one),
-            fused((32_768, 819_200)),
-            attention((131_072,), (128, 64)),
         ),
-        tune=default_plan(device),
+        tune=tune,
         micro_after=(
             attention((32_768, 131_072), (72,), providers=rivals),
-            attention((819_200,), (72,), providers=ours, directions=apart, rule=one),
-            attention((32_768,), (128, 64), providers=rivals),
-            attention((65_536, 262_144), (72,), providers=rivals, directions=apart, rule=one),
+            attention((819_200,), (72,), providers=("triton", "triton-hopper"), **long),
+            replace(fused((131_072,)), providers=ours[:1]),
+        ),
+        tune_more=tune_more,
+        micro_more=(
+            attention((32_768,), (128, 64)),
+            attention((4096, 8192, 16_384), (72,)),
+            _plan(packed, rivals, device),
+            fused((32_768, 819_200)),
+            attention((262_144, 524_288), (72,), providers=(*ours, "sdpa-cudnn"), **long),
+            attention((32_768, 131_072), (72,), providers=("flex",)),
+            attention((131_072,), (128, 64)),
+            attention((819_200,), (72,), providers=(*ours, "sdpa-flash"), **long),
         ),
     )
 
 
-def rehearsal(validate: tuple[tuple[str, ...], ...]) -> CampaignPlan:
+def rehearsal(validate: tuple[Part, ...]) -> CampaignPlan:
     """The same path in under a minute on a CPU: tiny sizes, Triton interpreted."""
     rule = TimingRule(min_samples=2, max_samples=2, budget_s=0.0, wall_cap_s=10.0, warm_up_s=0.0)
     providers = ("triton", "eager", "sdpa-flash")
@@ -108,6 +119,8 @@ def rehearsal(validate: tuple[tuple[str, ...], ...]) -> CampaignPlan:
     )
     fused = replace(attention, cases=sweep_cases(_POINTWISE, seq_lens=[6], **tiny), directions=("both",))  # type: ignore[arg-type]
     case = OpCase(op="attention", dtype="fp16", seq_len=48, num_heads=1, head_dim=72)
+    rows = OpCase(op="bias_gelu", dtype="fp16", seq_len=6, num_heads=2, head_dim=72)
+    tuned: dict[str, Any] = {"device": "cpu", "rule": rule, "final_rule": rule, "most": 1}
     return CampaignPlan(
         device="cpu",
         validate=validate,
@@ -116,8 +129,12 @@ def rehearsal(validate: tuple[tuple[str, ...], ...]) -> CampaignPlan:
         ),
         sustained_s=0.2,
         micro=(attention, fused),
-        tune=TunePlan(cases=(case,), device="cpu", rule=rule, final_rule=rule, kernels=("forward", "dkdv"), most=1),
+        tune=TunePlan(
+            targets=(*attention_targets(case, ("forward", "dkdv")), *row_targets(rows, ("gelu_fwd",))), **tuned
+        ),
         micro_after=(replace(attention, cases=attention.cases[:1]),),
+        tune_more=TunePlan(targets=row_targets(rows, ("merge_bwd",)), **tuned),
+        micro_more=(replace(fused, cases=fused.cases[-1:]),),
         interpret=True,
     )
 

@@ -1,17 +1,13 @@
 """The steps of a campaign: each resumable, within its budget of seconds, leaving records and a line of result.
 
-validate -> ceilings -> micro -> tune -> micro2 -> report
+validate -> ceilings -> micro -> tune -> micro2 -> more -> report
 """
 
 from __future__ import annotations
 
 import json
 import os
-import signal
-import subprocess
-import sys
 import time
-import xml.etree.ElementTree as ElementTree
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -20,20 +16,28 @@ from typing import Any
 
 from longreel.bench import ceilings
 from longreel.bench.campaign_plans import AFTER, CampaignPlan
+from longreel.bench.campaign_validate import run_part, words
 from longreel.bench.micro_sweep import MicroPlan, NotAgain, line, load, run_plan
 from longreel.bench.op_run import CaseRequest
 from longreel.bench.run import one_line
 from longreel.bench.tune import read_result, tune
+from longreel.bench.tune_plans import TunePlan
 from longreel.parallel.workers import WorkerError, WorkerPool
 from longreel.reports import store
 from longreel.reports.op_report import write_op_report
 from longreel.reports.op_summary import summary_lines
 
 # Seconds of each step in a campaign of nine minutes; a step that needs less leaves the rest to those after it.
-BUDGETS = {"validate": 120.0, "ceilings": 30.0, "micro": 180.0, "tune": 110.0, "micro2": 80.0, "report": 10.0}
+BUDGETS = {
+    "validate": 135.0,
+    "ceilings": 25.0,
+    "micro": 165.0,
+    "tune": 115.0,
+    "micro2": 50.0,
+    "more": 40.0,
+    "report": 10.0,
+}
 RECORDS, STATE, TUNING = "records.jsonl", "campaign.json", "tuning.json"
-# pytest's exit status where no test was selected.
-_NO_TESTS = 5
 # What a step may still start when this many seconds are left of its budget.
 _LEAST_S = 3.0
 
@@ -52,7 +56,7 @@ class Campaign:
     """One campaign's folder, what it does, and the worker that does it.
 
     Args:
-        run: label of all records of this invocation. say: gets a line per finding.
+        run: label of all records of this invocation. retry_errors: see run_plan. say: gets a line per finding.
     """
 
     folder: Path
@@ -60,6 +64,7 @@ class Campaign:
     provenance: dict[str, Any]
     pool: WorkerPool
     run: str
+    retry_errors: bool = False
     say: Callable[[str], None] = print
 
     @property
@@ -90,10 +95,10 @@ def validate(campaign: Campaign, deadline: float) -> Outcome:
     """pytest in processes of its own; every part that passed is not run again."""
     began = time.monotonic()
     before = campaign.state().get("validate", {}).get("parts", {})
-    earlier = {name: part for name, part in before.items() if part.get("status") == "passed"}
+    earlier = {name: found for name, found in before.items() if found.get("status") == "passed"}
     parts: dict[str, dict[str, Any]] = {}
-    for i, arguments in enumerate(campaign.plan.validate):
-        name = " ".join(arguments)
+    for i, part in enumerate(campaign.plan.validate):
+        name = part.name
         if name in earlier:
             parts[name] = earlier[name]
             continue
@@ -101,69 +106,18 @@ def validate(campaign: Campaign, deadline: float) -> Outcome:
         if left < _LEAST_S:
             parts[name] = {"status": "not run"}
             continue
-        parts[name] = _pytest(arguments, campaign.folder / f"validate-{i}", left)
-        campaign.say(f"validate {name}: {_words(parts[name])}")
+        parts[name] = run_part(part, campaign.folder / f"validate-{i}", left)
+        campaign.say(f"validate {name}: {words(parts[name])}")
         # At once: what passed is not run again after an interruption either.
         so_far = Outcome(status="partial", summary="interrupted", details={"parts": earlier | parts})
         campaign.remember("validate", so_far, time.monotonic() - began)
-    statuses = [part["status"] for part in parts.values()]
+    statuses = [found["status"] for found in parts.values()]
     status = "failed" if "failed" in statuses else "done" if set(statuses) == {"passed"} else "partial"
-    passed = sum(part.get("passed", 0) for part in parts.values())
-    failed = sum(part.get("failed", 0) for part in parts.values())
+    passed = sum(found.get("passed", 0) for found in parts.values())
+    failed = sum(found.get("failed", 0) for found in parts.values())
     unfinished = len(statuses) - statuses.count("passed") - statuses.count("failed")
     summary = f"{passed} tests passed, {failed} failed" + (f", {unfinished} parts unfinished" if unfinished else "")
     return Outcome(status=status, summary=summary, details={"parts": parts})
-
-
-def _words(part: dict[str, Any]) -> str:
-    counts = ", ".join(f"{part[name]} {name}" for name in ("passed", "failed", "skipped") if name in part)
-    return f"{part['status']}: {counts}" if counts else part["status"]
-
-
-def _pytest(arguments: tuple[str, ...], log: Path, seconds: float) -> dict[str, Any]:
-    """Outcome of one pytest run; its output is in log.log, its cases in log.xml."""
-    report = log.with_suffix(".xml")
-    # -P: python -m would put the repository's root on sys.path.
-    command = [sys.executable, "-P", "-m", "pytest", *arguments, "-q", "-p", "no:cacheprovider", f"--junitxml={report}"]
-    root = Path(__file__).resolve().parents[1]
-    # A run that is killed writes none, and an earlier one's is not its own.
-    report.unlink(missing_ok=True)
-    with open(log.with_suffix(".log"), "w", encoding="utf-8") as output:
-        # A session of its own, to be ended with all its workers, which hold the GPU.
-        run = subprocess.Popen(command, cwd=root, stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
-        try:
-            code = run.wait(seconds)
-        except subprocess.TimeoutExpired:
-            return {"status": f"unfinished after {seconds:.0f} s"}
-        finally:
-            if run.poll() is None:
-                os.killpg(run.pid, signal.SIGKILL)
-                run.wait()
-    if code == _NO_TESTS:
-        return {"status": "passed", "passed": 0, "failed": 0, "skipped": 0, "failures": []}
-    if not report.exists():
-        return {
-            "status": "failed",
-            "reason": f"pytest ended with {code}; see {log.with_suffix('.log').name}",
-        }
-    suites = ElementTree.parse(report).getroot().iter("testsuite")
-    totals = dict.fromkeys(("tests", "failures", "errors", "skipped"), 0)
-    for suite in suites:
-        for name in totals:
-            totals[name] += int(suite.get(name, 0))
-    bad = totals["failures"] + totals["errors"]
-    names = [
-        f"{case.get('classname')}::{case.get('name')}"
-        for case in ElementTree.parse(report).getroot().iter("testcase")
-        if case.find("failure") is not None or case.find("error") is not None
-    ]
-    return {
-        "status": "passed" if code == 0 else "failed",
-        "passed": totals["tests"] - bad - totals["skipped"],
-        "failed": bad,
-        "skipped": totals["skipped"],
-        "failures": names,
-    }
 
 
 def measure_ceilings(campaign: Campaign, deadline: float) -> Outcome:
@@ -208,11 +162,15 @@ def micro(campaign: Campaign, deadline: float) -> Outcome:
 
 
 def run_tune(campaign: Campaign, deadline: float) -> Outcome:
-    """Attention's constants; tuning.json holds what was chosen, and from which records."""
+    """The constants that matter most; tuning.json holds what was chosen, and from which records."""
+    return _tune(campaign, campaign.plan.tune, deadline)
+
+
+def _tune(campaign: Campaign, plan: TunePlan, deadline: float) -> Outcome:
     file = campaign.folder / TUNING
     result = read_result(file, campaign.provenance["source"])
     result = tune(
-        campaign.plan.tune,
+        plan,
         campaign.records,
         campaign.provenance,
         pool=campaign.pool,
@@ -235,6 +193,17 @@ def micro2(campaign: Campaign, deadline: float) -> Outcome:
     return _micro(campaign, plans, deadline)
 
 
+def more(campaign: Campaign, deadline: float) -> Outcome:
+    """What nine minutes are not promised for: the constants of other shapes, then further points with them."""
+    if not campaign.plan.tune_more.targets and not campaign.plan.micro_more:
+        return Outcome(status="done", summary="nothing further planned")
+    tuned = _tune(campaign, campaign.plan.tune_more, deadline)
+    if tuned.status != "done":
+        return tuned
+    tiles = read_result(campaign.folder / TUNING, campaign.provenance["source"]).tiles()
+    return _micro(campaign, [replace(plan, label=AFTER, tiles=tiles) for plan in campaign.plan.micro_more], deadline)
+
+
 def report(campaign: Campaign, deadline: float) -> Outcome:
     """report.html and ops.csv from all records of the folder."""
     records = load(campaign.records) if campaign.records.exists() else []
@@ -252,6 +221,7 @@ STEPS: dict[str, Callable[[Campaign, float], Outcome]] = {
     "micro": micro,
     "tune": run_tune,
     "micro2": micro2,
+    "more": more,
     "report": report,
 }
 
@@ -273,6 +243,7 @@ def _run_plans(campaign: Campaign, plans: list[MicroPlan], deadline: float) -> t
             campaign.provenance,
             pool=campaign.pool,
             run=campaign.run,
+            retry_errors=campaign.retry_errors,
             deadline=deadline,
             not_again=not_again,
             say=campaign.say,

@@ -118,6 +118,7 @@ def run_plan(
             _request(plan, case, run, provenance, not_again, pool.scratch),
             left_out=fitted.left_out,
             samples=fitted.samples,
+            long=tuple(name for name in names if rates.is_long(case, name)),
         )
         # A direction that was done before the deadline cut the case is not done again.
         directions = _missing_directions(whole, earlier)

@@ -16,8 +16,10 @@ from longreel.bench.timing import TimingRule
 from longreel.reports.op_records import OpRecord
 
 LEAST_SAMPLES = 2
-# Gate: one run to see the memory and one that is compared; a third where runs are short enough to not matter.
+# Gate: one run to see the memory and one that is compared. A forward and backward of LONG_S is run once for both, and
+# never to warm up.
 _GATE_RUNS = 2
+LONG_S = 3.0
 # Assumed, seconds: compilation of a provider at a new shape, of a kernel at a new head_dim, and what is always spent.
 _COMPILES = {"flex": 20.0, "compiled": 5.0}
 _COMPILES_ONCE = 2.5
@@ -103,6 +105,10 @@ class Rates:
         """Whether an earlier record says that the provider is not installed."""
         return (case.op, provider) in self._missing
 
+    def is_long(self, case: OpCase, provider: str) -> bool:
+        """Whether a forward and backward is known to take LONG_S."""
+        return sum(self.seconds(case, provider, d) or 0.0 for d in _directions(case)) >= LONG_S
+
     def gate_seconds(self, case: OpCase, provider: str) -> float:
         """Compilation, the runs of the gate, and the oracle."""
         if self.is_missing(case, provider):
@@ -113,7 +119,7 @@ class Rates:
         oracle = 0.0
         if self._assume and not OPS[case.op].compute_bound:
             oracle = _ORACLE_TRAFFIC * sum(OPS[case.op].work(case)) / _ORACLE_RATE
-        return compiles + (_ALWAYS if self._assume else 0.0) + _GATE_RUNS * runs + oracle
+        return compiles + (_ALWAYS if self._assume else 0.0) + (1 if runs >= LONG_S else _GATE_RUNS) * runs + oracle
 
     def timing_seconds(self, case: OpCase, provider: str, direction: str, rule: TimingRule, samples: int) -> float:
         """Warm-up and samples of one direction; a sample of a backward runs the forward before it."""
@@ -124,7 +130,8 @@ class Rates:
             return 0.0
         sample = call if direction != "backward" else call + (self.seconds(case, provider, "forward") or 0.0)
         most = min(rule.max_samples, max(samples, round(rule.budget_s / call)))
-        return max(rule.warm_up_s, sample) + most * sample
+        warm_up = 0.0 if self.is_long(case, provider) else max(rule.warm_up_s, sample)
+        return warm_up + most * sample
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -49,26 +49,34 @@ class Verdict:
 
 
 def check(
-    case: OpCase, function: Callable[..., Outputs], inputs: Mapping[str, Tensor], *, is_ours: bool, seed: int = 0
+    case: OpCase,
+    function: Callable[..., Outputs],
+    inputs: Mapping[str, Tensor],
+    *,
+    is_ours: bool,
+    seed: int = 0,
+    ran: Callable[[], None] = lambda: None,
 ) -> Verdict:
     """Run a provider once, forward and backward, and compare.
 
     Args:
         case: the case. function: from providers.build. inputs: from make_inputs.
         is_ours: hold it to the project's bar; a peer is allowed PEER_SLACK times as much.
-        seed: of the incoming gradients.
+        seed: of the incoming gradients. ran: called when forward and backward are through, before the oracle.
     """
     op = OPS[case.op]
     leaves = list(inputs.values())
     outs = function(*leaves)
     names = [f"out{i}" if i else "out" for i in range(len(outs))]
     if not op.row_dims:
-        verdict = _check_attention(case, outs[0], inputs, seed)
+        verdict = _check_attention(case, outs[0], inputs, seed, ran)
     elif not op.differentiable:
+        ran()
         verdict = _check_rows(case, inputs, [out.detach() for out in outs], [], [], names)
     else:
         douts = incoming(outs, seed=seed)
         grads = torch.autograd.grad(outs, leaves, douts)
+        ran()
         verdict = _check_rows(case, inputs, [out.detach() for out in outs], grads, douts, names)
     if is_ours:
         return verdict
@@ -81,12 +89,15 @@ def incoming(outs: Sequence[Tensor], *, seed: int = 0) -> list[Tensor]:
     return [torch.randn(o.shape, generator=generator, device=o.device, dtype=o.dtype) for o in outs]
 
 
-def _check_attention(case: OpCase, out: Tensor, inputs: Mapping[str, Tensor], seed: int) -> Verdict:
+def _check_attention(
+    case: OpCase, out: Tensor, inputs: Mapping[str, Tensor], seed: int, ran: Callable[[], None]
+) -> Verdict:
     rows = _chosen_rows(case.seq_len, out.device)
     dout = torch.zeros_like(out)
     dout[:, rows] = incoming([out], seed=seed)[0][:, rows]
     leaves = list(inputs.values())
     found = torch.autograd.grad(out, leaves, dout)
+    ran()
     qkv = [t.detach() for t in (leaves if len(leaves) == 3 else leaves[0].unbind(2))]
     grads = list(found if len(found) == 3 else found[0].unbind(2))
     dtype = DTYPES[case.dtype]

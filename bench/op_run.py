@@ -49,6 +49,7 @@ class CaseRequest:
         tiles: attention tile constants that replace the built-in ones.
         not_again: provider -> why it is not tried again. left_out: provider -> why there is no time for it.
         samples: of each direction where the case takes long, rule.min_samples or fewer; None: as the rule says.
+        long: providers of which a call takes seconds: they are not run more often than has to be.
         deadline: time.monotonic() after which nothing is started any more; what was measured by then is returned.
         provenance: of every record, without its time.
         limit_s: seconds for the gate of one provider, compilation included, and for timing one direction; past them
@@ -68,6 +69,7 @@ class CaseRequest:
     not_again: Mapping[str, str] = field(default_factory=dict)
     left_out: Mapping[str, str] = field(default_factory=dict)
     samples: int | None = None
+    long: tuple[str, ...] = ()
     deadline: float | None = None
     provenance: Mapping[str, Any] = field(default_factory=dict)
     limit_s: float | None = None
@@ -196,10 +198,16 @@ def _gate(request: CaseRequest, name: str, inputs: Mapping[str, Tensor]) -> _Pas
         if on_cuda:
             torch.cuda.reset_peak_memory_stats()
             memory["inputs"] = sum(t.numel() * t.element_size() for t in inputs.values())
-            memory |= _peak(request.case, function, inputs)
-        verdict = op_gate.check(
-            request.case, function, inputs, is_ours=name in providers.kernel_providers(request.case.op)
-        )
+            if name not in request.long:
+                memory |= _peak(request.case, function, inputs)
+        before = torch.cuda.memory_allocated() if on_cuda else 0
+
+        def ran() -> None:
+            if on_cuda and name in request.long:
+                memory.update(_peak_since(before))
+
+        is_ours = name in providers.kernel_providers(request.case.op)
+        verdict = op_gate.check(request.case, function, inputs, is_ours=is_ours, ran=ran)
     except torch.OutOfMemoryError as error:
         return request.records(name, "oom", _first_line(error), memory=memory)
     except torch.AcceleratorError:
@@ -230,6 +238,12 @@ def _peak(case: OpCase, function: Callable[..., Outputs], inputs: Mapping[str, T
     if time.monotonic() - start < _LONG_S:
         torch.cuda.reset_peak_memory_stats()
         work.run(None)
+    return _peak_since(before)
+
+
+def _peak_since(before: int) -> dict[str, int]:
+    """Peak since the statistics were reset, when `before` bytes were allocated."""
+    torch.cuda.synchronize()
     peak = torch.cuda.max_memory_allocated() - before
     free, total = torch.cuda.mem_get_info()
     return {"allocated": peak, "reserved": torch.cuda.max_memory_reserved(), "device": total - free}
@@ -282,7 +296,10 @@ def _time_direction(
     timings: dict[str, Timing] = {}
     clock = clock_for(device)
     while remaining and not timings:
-        works = {name: works_of(request.case, p.function, inputs)[direction] for name, p in remaining.items()}
+        works = {
+            name: replace(works_of(request.case, p.function, inputs)[direction], warm_up=name not in request.long)
+            for name, p in remaining.items()
+        }
         try:
             timings = measure(works, clock=clock, rule=_rule(request), monitor=monitor)
         except torch.OutOfMemoryError as error:

@@ -1,4 +1,4 @@
-"""Attention tile constants that replace the built-in ones for a while: for tuning, and to measure what it chose."""
+"""Tile constants that replace the kernels' own for a while: for tuning, and to measure what it chose."""
 
 from __future__ import annotations
 
@@ -7,17 +7,27 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, TypeGuard, cast
 
 from longreel.kernels import triton_attention_tuning as tuning
+from longreel.kernels import triton_rows_tuning as rows_tuning
 from longreel.kernels.triton_attention_tuning import AttentionTiles, HopperTiles, LengthClass
+from longreel.kernels.triton_rows_tuning import RowKernel, RowTiles
 
-# A kernel with constants of its own: the directions of the portable kernels, and the warp-specialised forward.
-Kernel = Literal["forward", "dkdv", "dq", "fused", "hopper"]
-AnyTiles = AttentionTiles | HopperTiles
+# A kernel with constants of its own: attention's portable ones and its warp-specialised forward, and those over rows.
+AttentionKernel = Literal["forward", "dkdv", "dq", "fused", "hopper"]
+Kernel = AttentionKernel | RowKernel
+AnyTiles = AttentionTiles | HopperTiles | RowTiles
 # (kernel, width, length class, constants as JSON): sent to workers, and hashed into a record's key.
 TilesRow = tuple[Kernel, int, LengthClass, str]
+# Width of the kernels over rows: their constants serve every one.
+ANY_WIDTH = 0
 Tiles = tuple[TilesRow, ...]
+
+
+def is_row_kernel(kernel: Kernel) -> TypeGuard[RowKernel]:
+    """Whether it is one of the memory-bound kernels."""
+    return kernel in rows_tuning.ROW_TILES
 
 
 def tiles_row(kernel: Kernel, width: int, length: LengthClass, tiles: AnyTiles) -> TilesRow:
@@ -40,6 +50,8 @@ def read_tiles(path: Path) -> Tiles:
 
 def listed_width(kernel: Kernel, head_dim: int) -> int:
     """The width under which a kernel's constants for a head_dim are listed."""
+    if is_row_kernel(kernel):
+        return ANY_WIDTH
     if kernel == "hopper":
         return min(widest for widest in tuning.HOPPER_TILES if widest >= head_dim)
     # Imports Triton, which is optional.
@@ -51,9 +63,11 @@ def listed_width(kernel: Kernel, head_dim: int) -> int:
 
 def candidates(kernel: Kernel, width: int, length: LengthClass) -> list[AnyTiles]:
     """What is worth timing, the constants in use first."""
+    if is_row_kernel(kernel):
+        return list(rows_tuning.row_candidates(kernel, length))
     if kernel == "hopper":
         return list(tuning.hopper_candidates(width, length))
-    own, *others = tuning.candidates(kernel, width, length)
+    own, *others = tuning.candidates(cast(tuning.Direction, kernel), width, length)
     # Plans do not change a launch: what differs in nothing else is the constants in use again.
     plan = own.planned_programs
     return [own, *(tiles for tiles in others if replace(tiles, planned_programs=plan, evidence=own.evidence) != own)]
@@ -61,17 +75,19 @@ def candidates(kernel: Kernel, width: int, length: LengthClass) -> list[AnyTiles
 
 @contextmanager
 def use_tiles(rows: Tiles) -> Iterator[None]:
-    """Within this context the Triton attention kernels launch with these constants."""
-    before, before_hopper = dict(tuning.MEASURED), dict(tuning.MEASURED_HOPPER)
+    """Within this context the Triton kernels launch with these constants."""
+    tables: tuple[dict[Any, Any], ...] = (tuning.MEASURED, tuning.MEASURED_HOPPER, rows_tuning.MEASURED_ROWS)
+    before = [dict(table) for table in tables]
     for kernel, width, length, text in rows:
-        if kernel == "hopper":
+        if is_row_kernel(kernel):
+            rows_tuning.MEASURED_ROWS[kernel, length] = RowTiles(**json.loads(text))
+        elif kernel == "hopper":
             tuning.MEASURED_HOPPER[width, length] = HopperTiles(**json.loads(text))
         else:
-            tuning.MEASURED[kernel, width, length] = AttentionTiles(**json.loads(text))
+            tuning.MEASURED[cast(tuning.Direction, kernel), width, length] = AttentionTiles(**json.loads(text))
     try:
         yield
     finally:
-        tuning.MEASURED.clear()
-        tuning.MEASURED.update(before)
-        tuning.MEASURED_HOPPER.clear()
-        tuning.MEASURED_HOPPER.update(before_hopper)
+        for table, content in zip(tables, before, strict=True):
+            table.clear()
+            table.update(content)

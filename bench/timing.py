@@ -55,10 +55,14 @@ class TimingRule:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Work:
-    """What is timed: run(prepare()). prepare runs before the clock starts; what run returns is dropped after it."""
+    """What is timed: run(prepare()). prepare runs before the clock starts; what run returns is dropped after it.
+
+    warm_up: run it untimed first.
+    """
 
     run: Callable[[Any], Any]
     prepare: Callable[[], Any] = lambda: None
+    warm_up: bool = True
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -156,7 +160,9 @@ def measure(
         raise ValueError("works is empty; give at least one call to time")
     deadline = time.monotonic() + rule.wall_cap_s
     host: dict[str, list[float]] = {name: [] for name in works}
-    warm_up = {name: _warm_up(work, clock, rule, deadline, host[name]) for name, work in works.items()}
+    warm_up = {
+        name: _warm_up(work, clock, rule, deadline, host[name]) if work.warm_up else 0 for name, work in works.items()
+    }
     samples: dict[str, list[float]] = {name: [] for name in works}
     readings: dict[str, list[Reading | None]] = {name: [] for name in works}
     order, stopped_by = list(works), "max_samples"
@@ -168,7 +174,7 @@ def measure(
         for name in order:
             if num_rounds and time.monotonic() > deadline:
                 break
-            seconds, launched_s = clock.sample(works[name], host[name][-1])
+            seconds, launched_s = clock.sample(works[name], host[name][-1] if host[name] else 0.0)
             samples[name].append(seconds)
             host[name].append(launched_s)
             readings[name].append(None if monitor is None else monitor.latest)

@@ -1,4 +1,4 @@
-"""Attention's tile constants chosen by measurement: candidates against the constants in use, in alternation.
+"""The kernels' tile constants chosen by measurement: candidates against the constants in use, in alternation.
 
 A candidate passes the correctness gate, then is timed as part of the whole op (forward, or backward), and takes the
 place of the constants in use only where the interval of the ratio says that it is faster.
@@ -23,25 +23,12 @@ from longreel.bench.ops import OpCase, make_inputs
 from longreel.bench.run import one_line
 from longreel.bench.tiles import AnyTiles, Kernel, Tiles, candidates, listed_width, tiles_row, use_tiles
 from longreel.bench.timing import TimingRule, Work, clock_for, measure
+from longreel.bench.tune_plans import TunePlan
 from longreel.bench.verdict import compare
 from longreel.kernels.triton_attention_tuning import LengthClass, length_class
 from longreel.parallel.workers import WorkerError, WorkerPool, WorkerTimeout
 from longreel.reports import store
 from longreel.reports.op_records import OpRecord
-
-# Last the one most likely to take the device down with it.
-KERNELS: tuple[Kernel, ...] = ("forward", "dkdv", "dq", "fused", "hopper")
-_PORTABLE, _HOPPER = "triton", "triton-hopper"
-
-
-def provider_of(kernel: Kernel) -> str | None:
-    """The provider that launches a kernel, as kernels/ lists them; None where no provider does."""
-    known = providers.kernel_providers("attention")
-    if kernel == "fused":
-        others = [name for name in known if name not in (_PORTABLE, _HOPPER)]
-        return others[0] if len(others) == 1 else None
-    name = _HOPPER if kernel == "hopper" else _PORTABLE
-    return name if name in known else None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -108,28 +95,9 @@ def _with_tiles(work: Work, tiles: Tiles) -> Work:
     return replace(work, run=run)
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class TunePlan:
-    """What is tuned.
-
-    Args:
-        cases: attention at the shapes that stand for its head_dim. kernels: some of KERNELS.
-        setup_s: what a candidate may take beside its timing, for compilation and the gate.
-        most: candidates per kernel. rule: of the search. final_rule: of the decision between the best and the current.
-    """
-
-    cases: tuple[OpCase, ...]
-    device: str
-    rule: TimingRule
-    final_rule: TimingRule
-    kernels: tuple[Kernel, ...] = KERNELS
-    most: int = 100
-    setup_s: float = 20.0
-
-
 @dataclass(kw_only=True, slots=True)
 class TuneResult:
-    """What was chosen so far. done: every kernel of every case was decided."""
+    """What was chosen so far. done: every target of the last plan was decided."""
 
     entries: list[dict[str, Any]] = field(default_factory=list)
     done: bool = False
@@ -141,7 +109,7 @@ class TuneResult:
         )
 
     def write(self, file: Path, provenance: Mapping[str, Any]) -> None:
-        """As JSON from which the constants in kernels/triton_attention_tuning.py are updated."""
+        """As JSON, from which the constants in kernels/triton_*_tuning.py are updated."""
         chosen = [
             {"kernel": e["kernel"], "width": e["width"], "length": e["length"], "tiles": e["chosen"]}
             for e in self.entries
@@ -170,36 +138,36 @@ def tune(
         result: of an earlier run with the same plan; its entries are kept. say: gets a line per candidate.
     """
     decided = {(e["kernel"], e["width"], e["length"]) for e in result.entries}
-    for case in plan.cases:
-        for kernel in plan.kernels:
-            provider = provider_of(kernel)
-            what = kernel, listed_width(kernel, case.head_dim), length_class(case.seq_len)
-            if provider is None or what in decided:
-                continue
-            search = _Search(
-                plan=plan,
+    result.done = False
+    for target in plan.targets:
+        case, provider = target.case, target.provider
+        what = target.kernel, listed_width(target.kernel, case.head_dim), length_class(case.batch * case.seq_len)
+        if provider is None or what in decided:
+            continue
+        search = _Search(
+            plan=plan,
+            case=case,
+            what=what,
+            before=result.tiles(),
+            pool=pool,
+            file=file,
+            deadline=deadline,
+            base=CaseRequest(
                 case=case,
-                what=what,
-                before=result.tiles(),
-                pool=pool,
-                file=file,
-                deadline=deadline,
-                base=CaseRequest(
-                    case=case,
-                    providers=(provider,),
-                    directions=("forward" if kernel in ("forward", "hopper") else "backward",),
-                    rule=plan.rule,
-                    device=plan.device,
-                    run=run,
-                    provenance=provenance,
-                ),
-                say=say,
-            )
-            entry = search.decide()
-            if entry is None:
-                return result
-            result.entries.append(entry)
-            decided.add(what)
+                providers=(provider,),
+                directions=(target.direction,),
+                rule=plan.rule,
+                device=plan.device,
+                run=run,
+                provenance=provenance,
+            ),
+            say=say,
+        )
+        entry = search.decide()
+        if entry is None:
+            return result
+        result.entries.append(entry)
+        decided.add(what)
     result.done = True
     return result
 
@@ -303,14 +271,3 @@ def read_result(file: Path, source: str | None) -> TuneResult:
         return TuneResult()
     found = json.loads(file.read_text())
     return TuneResult(entries=found["entries"] if found["provenance"].get("source") == source else [])
-
-
-def default_plan(device: str) -> TunePlan:
-    """Shapes that fill a Hopper GPU many times over; head_dim 72 first, long sequences before short ones."""
-    shapes = ((32_768, 72), (32_768, 128), (8192, 72))
-    return TunePlan(
-        cases=tuple(OpCase(op="attention", dtype="bf16", seq_len=s, num_heads=8, head_dim=d) for s, d in shapes),
-        device=device,
-        rule=TimingRule(min_samples=6, max_samples=10, budget_s=0.05, wall_cap_s=20.0, warm_up_s=0.02),
-        final_rule=TimingRule(min_samples=20, max_samples=40, budget_s=0.3, wall_cap_s=30.0, warm_up_s=0.1),
-    )

@@ -9,13 +9,18 @@ from pathlib import Path
 
 import pytest
 
-from longreel.bench import campaign, campaign_steps
+from longreel.bench import campaign, campaign_times
 from longreel.bench.campaign import main
 from longreel.bench.campaign_plans import AFTER, BEFORE, hopper
 from longreel.bench.campaign_steps import BUDGETS, STEPS
+from longreel.bench.campaign_validate import gpu_parts
 from longreel.bench.micro_sweep import load
+from longreel.bench.op_estimate import Rates, fit
 from longreel.bench.tiles import candidates, listed_width, read_tiles, tiles_row, use_tiles
 from longreel.kernels import triton_attention_tuning as tuning
+from longreel.kernels import triton_rows_tuning as rows_tuning
+
+ROOT = Path(campaign.__file__).resolve().parents[1]
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +52,8 @@ def test_records_are_those_of_a_campaign(rehearsed):
     assert all(r.kind == "measured" and "Triton interpreted" in r.device for r in records)
     labels = {r.config["label"] for r in records}
     assert {BEFORE, AFTER, "burst", "sustained"} <= labels
-    assert any(label.startswith("tune forward") for label in labels)
+    for kernel in ("forward", "dkdv", "gelu_fwd", "merge_bwd"):
+        assert any(label.startswith(f"tune {kernel}") for label in labels)
     ours = {r.op for r in records if r.provider == "triton" and r.config["label"] == BEFORE}
     assert ours == {r.op for r in records} - {"clone", "matmul"}
     after = [r for r in records if r.config["label"] == AFTER]
@@ -59,7 +65,7 @@ def test_records_are_those_of_a_campaign(rehearsed):
 def test_tuning_result_can_be_read_back(rehearsed):
     *_, out = rehearsed
     rows = read_tiles(out / "tuning.json")
-    assert [row[0] for row in rows] == ["forward", "dkdv"]
+    assert [row[0] for row in rows] == ["forward", "dkdv", "gelu_fwd", "merge_bwd"]
     keys = {r.key for r in load(out / "records.jsonl")}
     for row in rows:
         chosen = json.loads(row[3])
@@ -68,12 +74,51 @@ def test_tuning_result_can_be_read_back(rehearsed):
     with use_tiles(rows):
         used = tuning.attention_tiles("forward", rows[0][1], campaign.torch.bfloat16, 100)
         assert used.evidence == "measured"
+        assert rows_tuning.row_tiles("gelu_fwd", 6).evidence == "measured"
     assert not tuning.MEASURED
+    assert not rows_tuning.MEASURED_ROWS
 
 
 def test_steps_fit_into_nine_minutes():
     assert list(BUDGETS) == list(STEPS)
     assert sum(BUDGETS.values()) <= 9 * 60
+    planned = campaign_times.planned_seconds(hopper(gpu_parts()))
+    assert sum(seconds for name, seconds in planned.items() if name != "more") < 540
+    for name, seconds in planned.items():
+        assert seconds <= BUDGETS[name] or name == "more", name
+
+
+def test_time_plan_counts_the_tests_there_are():
+    parts = gpu_parts()
+    command = [sys.executable, "-P", "-m", "pytest", "--collect-only", "-q", "-p", "no:cacheprovider"]
+    found = []
+    for part in parts:
+        done = subprocess.run([*command, *part.arguments], cwd=ROOT, capture_output=True, text=True)
+        found.append(sum("::" in line for line in done.stdout.splitlines()))
+    assert 0 < found[0] + found[1] <= campaign_times.NUM_TESTS
+    assert 0 < found[2] <= campaign_times.NUM_LARGE_TESTS
+
+
+def test_time_plan_in_the_docs_is_what_the_command_prints(capsys):
+    campaign_times.main()
+    docs = ROOT / "docs" / "benchmarks.md"
+    assert capsys.readouterr().out.strip() in docs.read_text()
+
+
+def test_long_cases_keep_within_their_share_of_the_campaign():
+    plan = hopper(())
+    cases = [(p, case) for p in (*plan.micro, *plan.micro_after, *plan.micro_more) for case in p.cases]
+    rates = Rates([], "", assume=True)
+    long = [(p, case) for p, case in cases if case.op == "attention" and case.seq_len > 500_000]
+    assert long
+    for p, case in long:
+        names = [name for name in p.providers_for(case.op) if not name.startswith("flash-attn")]
+        found = fit(case, names, p.directions, p.rule, rates, case_s=p.case_s)
+        assert found.seconds <= p.case_s
+        # Ours stays, and a peer with it.
+        kept = set(names) - set(found.left_out)
+        assert "triton" in kept
+        assert kept & {"sdpa-cudnn", "sdpa-flash"} or not set(names) & {"sdpa-cudnn", "sdpa-flash"}
 
 
 def test_hopper_plan_measures_what_matters_first():
@@ -81,32 +126,17 @@ def test_hopper_plan_measures_what_matters_first():
     first = plan.micro[0]
     assert {case.head_dim for case in first.cases} == {72}
     assert {"triton", "sdpa-cudnn", "sdpa-flash", "sdpa-efficient"} <= set(first.providers_for("attention"))
-    attention = {c.seq_len for p in plan.micro for c in p.cases if c.op == "attention" and c.head_dim == 72}
+    everything = (*plan.micro, *plan.micro_more)
+    attention = {c.seq_len for p in everything for c in p.cases if c.op == "attention" and c.head_dim == 72}
     assert {4096, 819_200} <= attention
-    ops = {case.op for p in plan.micro for case in p.cases}
+    ops = {case.op for p in everything for case in p.cases}
     assert {"adaln_modulate", "bias_gelu", "sp_pack_heads", "attention_packed"} <= ops
-    assert any("flex" in p.providers for p in plan.micro)
-
-
-def test_validation_runs_every_file_with_gpu_tests():
-    *quick, large = campaign._validation()
-    assert all("not 31" in part for part in quick)
-    names = [part[0] for part in quick]
-    assert "tests/kernels/test_triton_attention_gpu.py" in names
-    assert set(names) < set(large)
-
-
-def test_a_failing_test_fails_the_step(tmp_path):
-    test = tmp_path / "test_red.py"
-    test.write_text("def test_red():\n    assert False\n\ndef test_green():\n    pass\n")
-    part = campaign_steps._pytest((str(test), "-c", "/dev/null", "--rootdir", str(tmp_path)), tmp_path / "log", 60.0)
-    assert part["status"] == "failed"
-    assert (part["passed"], part["failed"]) == (1, 1)
-    assert part["failures"][0].endswith("::test_red")
+    assert any("flex" in p.providers for p in everything)
+    assert {case.op for p in plan.micro for case in p.cases} >= {"adaln_modulate", "bias_gelu", "sp_pack_heads"}
 
 
 def test_constants_in_use_are_not_their_own_rival():
-    for kernel in ("forward", "dkdv", "dq", "hopper"):
+    for kernel in ("forward", "dkdv", "dq", "hopper", "adaln_fwd", "pack_bwd"):
         width = listed_width(kernel, 72)
         own, *others = candidates(kernel, width, "long")
         assert others

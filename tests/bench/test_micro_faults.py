@@ -14,7 +14,8 @@ from longreel.bench.micro_sweep import MicroPlan, load, run_plan
 from longreel.bench.op_run import CaseRequest, run_case
 from longreel.bench.ops import OpCase
 from longreel.bench.timing import TimingRule
-from longreel.bench.tune import TunePlan, TuneResult
+from longreel.bench.tune import TuneResult
+from longreel.bench.tune_plans import TunePlan, attention_targets
 from longreel.parallel.workers import WorkerPool
 
 ORIGIN = {"commit": "c0ffee", "source": "abc", "environment": {"device": "a CPU"}, "versions": {}, "command": "x"}
@@ -173,13 +174,20 @@ def test_hopper_runs_after_the_others():
             names = plan.providers_for(case.op)
             assert "triton-hopper" not in names[:-1]
     assert "triton-hopper" in hopper((), device="cuda").micro[0].providers_for("attention")
-    assert tune.KERNELS[-1] == "hopper"
+    kernels = [target.kernel for target in hopper((), device="cuda").tune.targets]
+    assert kernels[-1] == "hopper"
+    assert {"forward", "dkdv", "dq", "fused", "adaln_fwd", "gelu_bwd", "merge_bwd"} <= set(kernels)
 
 
 def test_a_candidate_that_hangs_is_an_error_and_the_next_one_runs(tmp_path, pool, monkeypatch):
     monkeypatch.setattr(tune, "run_candidate", run_candidate_that_hangs)
     plan = TunePlan(
-        cases=(case_of(16),), device="cpu", rule=RULE, final_rule=RULE, kernels=("forward",), most=2, setup_s=0.5
+        targets=attention_targets(case_of(16), ("forward",)),
+        device="cpu",
+        rule=RULE,
+        final_rule=RULE,
+        most=2,
+        setup_s=0.5,
     )
     plan = replace(plan, rule=replace(RULE, wall_cap_s=0.5))
     file = tmp_path / "r.jsonl"
