@@ -3,7 +3,7 @@
 For sm_90 alone, half precision, and head_dim 16, 32, 64 or 128, or 8 more than one of the first three: 72 is computed
 as 80 columns of scores and of output, the ninth eight of which also give the row sums. What it cannot take is an error,
 not another kernel. It reads q, k and v as they are: strides must be multiples of 8 elements, storage 16-byte aligned.
-A packed sequence reads on behind its last key, with a probability of zero: infinite or NaN values of v there spread.
+A packed sequence reads on behind its last key: scores there are masked, and rows of v cleared in shared memory.
 """
 
 from __future__ import annotations

@@ -8,7 +8,12 @@ from __future__ import annotations
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup_mma, warpgroup_mma_wait
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
 
 from longreel.kernels.triton_attention_exp import exp2_mixed
 from longreel.kernels.triton_attention_hopper_tiles import core_matrices, tile_bounds
@@ -36,6 +41,30 @@ def start_scores(q0, qt, k0, kt, BLOCK_N: gl.constexpr, DT: gl.constexpr, LAYOUT
 def tail_of_v(vt, BLOCK_N: gl.constexpr):
     """[BLOCK_N, 16]: the last columns of v, then a column of ones and zeros."""
     return vt._reinterpret(vt.dtype, [BLOCK_N, 16], core_matrices(BLOCK_N))
+
+
+@gluon.jit
+def clear_rows(tile, valid, ROWS: gl.constexpr, COLUMNS: gl.constexpr):
+    """Zero the rows of a tile of v from `valid` on: a probability of 0 times what is infinite or NaN would be NaN.
+
+    Every consumer does so to the tile that they share; they write the same values.
+    """
+    LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [256 // COLUMNS, COLUMNS // 8], [4, 1], [1, 0])
+    o_n = gl.arange(0, ROWS, gl.SliceLayout(1, LAYOUT))
+    there = gl.expand_dims(o_n < valid, 1)
+    tile.store(gl.where(there, tile.load(LAYOUT), gl.zeros([ROWS, COLUMNS], tile.dtype, LAYOUT)))
+
+
+@gluon.jit
+def clear_behind(v0, vt, full, phase, valid, BLOCK_N: gl.constexpr, D0: gl.constexpr, DT: gl.constexpr):
+    """Clear the tile of v behind a sequence's last key: there lies the next one. TMA reads zeros at the end."""
+    if valid < BLOCK_N:
+        mbarrier.wait(full, phase)
+        clear_rows(v0, valid, BLOCK_N, D0)
+        if DT > 0:
+            clear_rows(vt.slice(0, BLOCK_N, dim=0), valid, BLOCK_N, DT)
+        # Before wgmma reads what threads have written.
+        fence_async_shared()
 
 
 @gluon.jit
@@ -71,11 +100,31 @@ def soften(
 
 
 @gluon.jit
+def round_pairs(b_p, DTYPE: gl.constexpr):
+    """As round_probabilities in triton_attention_forward."""
+    if gl.bfloat16 == DTYPE:
+        b_r, b_rounded = gl.inline_asm_elementwise(
+            "cvt.rn.bf16x2.f32 $0, $4, $3; shl.b32 $1, $0, 16; and.b32 $2, $0, 0xffff0000;",
+            "=&r,=&r,=&r,f,f",
+            [b_p],
+            dtype=(gl.bfloat16, gl.float32),
+            is_pure=True,
+            pack=2,
+        )
+    else:
+        b_r = b_p.to(DTYPE)
+        b_rounded = b_r.to(gl.float32)
+    return b_r, b_rounded
+
+
+@gluon.jit
 def round_off(b_p, b_sum, b_decay, SUM: gl.constexpr, DTYPE: gl.constexpr):
     """Probabilities in DTYPE, and the sum of the rounded ones where no column of ones gives it."""
-    b_r = b_p.to(DTYPE)
     if SUM:
-        b_sum = b_sum * b_decay + gl.sum(b_r.to(gl.float32), 1)
+        b_r, b_rounded = round_pairs(b_p, DTYPE)
+        b_sum = b_sum * b_decay + gl.sum(b_rounded, 1)
+    else:
+        b_r = b_p.to(DTYPE)
     return b_r, b_sum
 
 
@@ -139,6 +188,10 @@ def consume(
                 valid = k_end - k_start - (count - 1) * BLOCK_N
                 b_p, b_max, b_decay = soften(b_s, b_max, valid, scale_log2, True, NEGATE, 0, S_LAYOUT)
                 b_r, b_sum = round_off(b_p, b_sum, b_decay, DT == 0, DTYPE)
+                if VARLEN:
+                    clear_behind(
+                        v0_smem.index(stage), vt_smem.index(stage), v_full.index(stage), phase, valid, BLOCK_N, D0, DT
+                    )
                 v_stage = stage
                 v_phase = phase
                 num_loads += 1

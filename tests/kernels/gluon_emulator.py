@@ -73,6 +73,9 @@ class Shared:
     def permute(self, order: tuple[int, ...]) -> Shared:
         return Shared(self.data.permute(order))
 
+    def load(self, _layout: Any) -> torch.Tensor:
+        return self.data.clone()
+
     def store(self, value: torch.Tensor) -> None:
         self.data.copy_(value)
 
@@ -206,7 +209,7 @@ class Emulator:
             return None
 
         return types.SimpleNamespace(
-            float32=torch.float32, int32=torch.int32, int64=torch.int64, constexpr=Int,
+            float32=torch.float32, bfloat16=torch.bfloat16, int32=torch.int32, int64=torch.int64, constexpr=Int,
             program_id=lambda _: self.program, num_programs=lambda _: self.programs,
             to_tensor=Int, static_range=range, where=where, load=load, store=store,
             allocate_shared_memory=allocate, warp_specialize=self.specialize,

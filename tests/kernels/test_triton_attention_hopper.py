@@ -26,8 +26,8 @@ def inputs(lengths: tuple[int, int], batch: int, heads: int, head_dim: int, dtyp
     return [torch.randn(batch, n, heads, head_dim).to(dtype) for n in (lengths[0], lengths[1], lengths[1])]
 
 
-def offsets(bounds: list[int] | None) -> Tensor | None:
-    return None if bounds is None else torch.tensor(bounds, dtype=torch.int32)
+def offsets(bounds: list[int] | Tensor | None) -> Tensor | None:
+    return torch.tensor(bounds, dtype=torch.int32) if isinstance(bounds, list) else bounds
 
 
 def hold_to_the_bar(got: tuple[Tensor, Tensor], eager: tuple[Tensor, Tensor], exact: tuple[Tensor, Tensor]) -> None:
@@ -41,8 +41,8 @@ def hold_to_the_bar(got: tuple[Tensor, Tensor], eager: tuple[Tensor, Tensor], ex
 def emulated(
     qkv: list[Tensor],
     scale: float = 0.3,
-    cu_q: list[int] | None = None,
-    cu_k: list[int] | None = None,
+    cu_q: list[int] | Tensor | None = None,
+    cu_k: list[int] | Tensor | None = None,
     num_programs: int = 2,
     **tiles: int,
 ) -> tuple[Tensor, Tensor]:
@@ -92,6 +92,29 @@ def test_emulated_packed_sequences():
     cu_q = [0, 0, 17, 200, 200, 200, 336, 341, 341]
     cu_k = [0, 3, 36, 36, 240, 240, 241, 457, 457]
     check(inputs((341, 457), 1, 2, 72, torch.float16), 0.3, cu_q, cu_k)
+
+
+@pytest.mark.parametrize("head_dim", [16, 40, 64, 72, 128])
+@pytest.mark.parametrize("value", [math.nan, math.inf], ids=str)
+def test_emulated_packed_sequences_do_not_touch_each_other(value, head_dim):
+    bounds = [0, 150, 310, 400]
+    clean = inputs((400, 400), 1, 1, head_dim, torch.float16)
+    dirty = [t.clone() for t in clean]
+    for t in dirty:
+        t[:, 150:310] = value
+    others = torch.cat((torch.arange(150), torch.arange(310, 400)))
+    got, want = (emulated(qkv, 0.3, bounds, bounds) for qkv in (dirty, clean))
+    assert torch.equal(got[0][:, others], want[0][:, others]) and torch.equal(got[1][..., others], want[1][..., others])
+    assert not got[0][:, 150:310].isfinite().any()
+
+
+def test_emulated_offsets_may_be_strided():
+    qkv = inputs((400, 400), 1, 1, 72, torch.float16)
+    bounds = offsets([0, 150, 310, 400])
+    strided = torch.stack((bounds, torch.full_like(bounds, 200)), 1).flatten()[::2]
+    assert strided.stride() == (2,)
+    for a, b in zip(emulated(qkv, 0.3, strided, strided), emulated(qkv, 0.3, bounds, bounds), strict=True):
+        assert torch.equal(a, b)
 
 
 def test_emulated_with_three_consumers_and_short_stages():
@@ -216,6 +239,17 @@ def test_compiled_for_hopper(compile_kernel, head_dim, packed):
     assert "cp.async.bulk.tensor.4d" in kernel.ptx
     assert not re.search(r"cp\.async\.c[ag]|ldmatrix|ld\.global\S*b16", kernel.ptx)
     assert {0xF0, 0x18} <= {int(n, 0) for n in re.findall(r"USETMAXREG\S+ (?:UP0, )?(0x[0-9a-f]+)", kernel.sass)}
+
+
+@pytest.mark.parametrize("head_dim", [64, 72])
+def test_cleared_rows_of_v_are_seen_by_the_product(compile_kernel, head_dim):
+    first, product = "wgmma.mma_async", "wgmma.mma_async.sync.aligned.m64n64k16"
+    before = compiled(compile_kernel, launch(head_dim, packed=True)).ptx.split(product, 1)[0]
+    # A consumer's threads write, tell the asynchronous proxy, and wait for each other, in this order.
+    order = [before.rfind(step) for step in ("st.shared.v4", "fence.proxy.async", "bar.sync")]
+    assert before.find(first) < order[0] and order == sorted(order)
+    # Where TMA reads zeros behind the last key there is nothing to clear.
+    assert "st.shared.v4" not in compiled(compile_kernel, launch(head_dim)).ptx.split(first, 1)[1]
 
 
 def test_head_dim_72_is_80_columns_and_its_sums_come_from_the_product(compile_kernel):
