@@ -40,6 +40,7 @@ class OpCost:
         flops: of matrix products, by the op's registered formula; element-wise work does not count, as usual for MFU.
         bytes: arguments read plus results written; for a collective the bytes this rank sends.
         group: for a collective, the process group's name. head_dim: for attention.
+        chunks: for a collective, of how many chunks of heads its strategy op exchanges one at a time.
     """
 
     kind: Kind
@@ -50,6 +51,7 @@ class OpCost:
     bytes: int
     group: str = ""
     head_dim: int = 0
+    chunks: int = 1
 
 
 class OpLedger:
@@ -68,12 +70,15 @@ class OpLedger:
         self.phase = "forward"
         self._open_pointwise = open_pointwise
         self._open: list[Any] = []
+        self._chunks = 1
 
     def body(self, func: Any, args: tuple[Any, ...]) -> Callable[..., Any] | None:
         """See OpObserver."""
         if func.namespace != "longreel" or not self._opens(func, args):
             return None
         self._open.append(func)
+        if _name(func).startswith("exchange_attention"):
+            self._chunks = args[-1]
         return _body(func)
 
     def ran(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> int:
@@ -102,7 +107,8 @@ class OpLedger:
             sent, group = _sent(func, args)
             if not sent:
                 return
-            self.costs[OpCost("collective", _name(func), self.phase, scope, 0, sent, group)] += 1
+            chunks = self._chunks if scope.startswith("exchange_attention") else 1
+            self.costs[OpCost("collective", _name(func), self.phase, scope, 0, sent, group, chunks=chunks)] += 1
             return
         formula = flop_registry.get(func.overloadpacket)
         if formula is not None and not _is_memory_bound(func):

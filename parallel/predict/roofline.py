@@ -2,7 +2,9 @@
 
 Time of a call = max(FLOPs / rate, bytes / bandwidth, launch floor); collectives: latency + bytes / link bandwidth. One
 after the other, except where the schedule overlaps:
-- a strategy's all-to-all is waited for: all of it counts (Ulysses; FastSeq's exchange of the output);
+- a strategy's all-to-all is waited for: all of it counts (FastSeq's exchange of the output); where heads go in K
+  chunks (Ulysses), the first chunk's way in and the last one's way back, a K-th, count and the rest hides behind
+  attention on the other chunks: exposed = exchange / K + max(0, exchange - attention) (K - 1) / K;
 - a strategy's point-to-point exchange hides behind what is computed on the P - 1 chunks before the last one arrives,
   no further: exposed = max(0, exchange - work * (P - 1) / P). The work is FastSeq's projection, with attention where
   that runs chunk by chunk and its partial outputs are merged; in a ring, attention;
@@ -124,6 +126,7 @@ def _parts(
     work: dict[tuple[str, str], float] = defaultdict(float)
     merging: set[str] = set()
     exchange: dict[tuple[str, int], float] = defaultdict(float)
+    all_to_all: dict[tuple[str, int], float] = defaultdict(float)
     sharding: dict[str, float] = defaultdict(float)
     largest: dict[str, float] = defaultdict(float)
     for cost, calls in costs.items():
@@ -143,7 +146,10 @@ def _parts(
         elif cost.name == "send":
             exchange[cost.scope, group_sizes[cost.group]] += calls * one
         else:
-            parts["sequence"] += calls * one
+            all_to_all[cost.scope, cost.chunks] += calls * one
+    for (scope, chunks), seconds in all_to_all.items():
+        cover = work[scope, "attention"] if overlap else 0.0
+        parts["sequence"] += seconds / chunks + max(0.0, seconds - cover) * (chunks - 1) / chunks
     for (scope, size), seconds in exchange.items():
         cover = work[scope, "matmul"]
         if scope in merging or scope.startswith(_RING):

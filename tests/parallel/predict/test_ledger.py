@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -28,9 +29,9 @@ def degree(request: pytest.FixtureRequest) -> Iterator[int]:
         yield request.param
 
 
-@pytest.mark.parametrize("strategy", ["ulysses", "fastseq"])
-def test_bytes_sent_and_flops_inside_equal_the_formulas(strategy: str, degree: int) -> None:
-    config = ParallelConfig(strategy=strategy, sp_degree=degree, attention_provider="sdpa-flash")  # type: ignore[arg-type]
+@pytest.mark.parametrize(("strategy", "chunks"), [("ulysses", None), ("ulysses", 2), ("fastseq", None)])
+def test_bytes_sent_and_flops_inside_equal_the_formulas(strategy: Any, chunks: int | None, degree: int) -> None:
+    config = ParallelConfig(strategy=strategy, sp_degree=degree, head_chunks=chunks, attention_provider="sdpa-flash")
     sp = build_strategy(config, build_mesh(sp_degree=degree))
     width, rows = HEADS * HEAD_DIM, -(-VALID // degree)
     ledger = OpLedger()
@@ -49,6 +50,7 @@ def test_bytes_sent_and_flops_inside_equal_the_formulas(strategy: str, degree: i
     for phase, sent in (("forward", traffic.forward_bytes), ("backward", traffic.backward_bytes)):
         assert sent == sum(c.bytes * n for c, n in ledger.costs.items() if c.kind == "collective" and c.phase == phase)
     assert sum(cost.flops * calls for cost, calls in ledger.costs.items()) == counter.get_total_flops()
+    assert {cost.chunks for cost in ledger.costs if cost.kind == "collective"} == {chunks or 1}
 
 
 def test_attention_is_one_op_whose_buffers_show() -> None:

@@ -45,6 +45,16 @@ def test_ulysses_waits_for_its_exchange() -> None:
     assert time.hidden["sequence"] == 0
 
 
+def test_chunks_of_heads_hide_all_but_one_way_in_and_back() -> None:
+    exchange = _op("collective", "alltoall_base_", scope="exchange_attention", bytes=10**9, group="sp", chunks=4)
+    wire = 8 * (COLLECTIVE_LATENCY.value + 1e9 / H800.link.value)
+    for share in (0.5, 2.0):
+        flops = int(share * wire * H800.attention(72, backward=False).value)
+        attention = _op("attention", "attention_packed", scope="exchange_attention", flops=flops, head_dim=72)
+        exposed = wire / 4 + max(0.0, 1 - share) * wire * 3 / 4
+        assert _time({exchange: 8, attention: 1}).breakdown["sequence"] == pytest.approx(exposed, rel=1e-6)
+
+
 def test_fastseq_hides_its_exchange_behind_the_projections_in_flight() -> None:
     sends = {_op("collective", "send", scope="fastseq_attention", bytes=10**9, group="sp"): 3}
     exchange = 3 * (COLLECTIVE_LATENCY.value + 1e9 / H800.link.value)
