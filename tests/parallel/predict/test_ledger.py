@@ -20,7 +20,7 @@ from longreel.parallel.predict.ledger import OpLedger
 from longreel.parallel.predict.lifetimes import StorageTracker
 from longreel.parallel.strategies import build_strategy
 
-HEADS, HEAD_DIM, VALID = 8, 16, 1021
+HEADS, HEAD_DIM, VALID = 16, 8, 1021
 
 
 @pytest.fixture(params=[2, 4, 8])
