@@ -87,7 +87,8 @@ class _Merged:
         batch, _, _, heads, head_dim = qkv.shape
         valid = offsets[-1]
         dtype = compute_dtype(qkv.dtype)
-        self._qkv, self._offsets = qkv, offsets
+        self._q, self._k, self._v = qkv.unbind(2)
+        self._offsets = offsets
         self._merge = resolve_pointwise_provider("auto", qkv)
         self._seen: set[int] = set()
         # What a range holds until keys of its segments come.
@@ -95,16 +96,22 @@ class _Merged:
         self.lse = torch.full((batch, heads, valid), float("-inf"), dtype=dtype, device=qkv.device)
 
     def attend(self, queries: slice, keys: slice, scale: float, provider: str) -> None:
-        offsets_q = window(self._offsets, queries.start, queries.stop)
-        offsets_k = window(self._offsets, keys.start, keys.stop)
-        if not score_pairs(offsets_q, offsets_k):
-            return
-        q, k, v = self._qkv[:, queries, 0], self._qkv[:, keys, 1], self._qkv[:, keys, 2]
-        segments = kernel_offsets(offsets_q, q.device), kernel_offsets(offsets_k, q.device)
+        segments: tuple[Tensor | None, Tensor | None] = None, None
+        # A single segment has all tokens of any range: this runs P times as often as there are layers.
+        if len(self._offsets) > 2:
+            offsets_q = window(self._offsets, queries.start, queries.stop)
+            offsets_k = window(self._offsets, keys.start, keys.stop)
+            if not score_pairs(offsets_q, offsets_k):
+                return
+            device = self._q.device
+            segments = kernel_offsets(offsets_q, device), kernel_offsets(offsets_k, device)
+        rows, columns = (queries.start, queries.stop - queries.start), (keys.start, keys.stop - keys.start)
+        q, k, v = self._q.narrow(1, *rows), self._k.narrow(1, *columns), self._v.narrow(1, *columns)
         out, lse = attention_op(q, k, v, scale, *segments, provider)
-        out = out.to(self.out.dtype)
+        out_before, lse_before = self.out.narrow(1, *rows), self.lse.narrow(2, *rows)
         if queries.start in self._seen:
-            before = self.out[:, queries].contiguous(), self.lse[:, :, queries].contiguous()
-            out, lse = merge_attention_op(*before, out, lse, self._merge)
+            before = out_before.contiguous(), lse_before.contiguous()
+            out, lse = merge_attention_op(*before, out.to(self.out.dtype), lse, self._merge)
         self._seen.add(queries.start)
-        self.out[:, queries], self.lse[:, :, queries] = out, lse
+        out_before.copy_(out)
+        lse_before.copy_(lse)
