@@ -34,10 +34,12 @@ def test_samples_of_our_clock_are_in_the_json(tmp_path):
     assert done.returncode == 0, done.stdout
     assert "4 passed, 3 skipped" in done.stdout
     assert "provider 'triton' needs a CUDA device" in done.stdout
-    found = {
-        b["extra_info"]["op"] + " " + b["extra_info"]["direction"]: b
-        for b in json.loads(file.read_text())["benchmarks"]
-    }
+    written = json.loads(file.read_text())
+    # What did not run is there as well.
+    assert {(s["op"], s["provider"]) for s in written["skipped"]} == {("gated_residual", "triton")}
+    assert {s["direction"] for s in written["skipped"]} == {"forward", "backward", "both"}
+    assert all("needs a CUDA device" in s["reason"] for s in written["skipped"])
+    found = {b["extra_info"]["op"] + " " + b["extra_info"]["direction"]: b for b in written["benchmarks"]}
     assert set(found) == {"clone forward", *(f"gated_residual {d}" for d in ("forward", "backward", "both"))}
     for benchmark in found.values():
         stats, info = benchmark["stats"], benchmark["extra_info"]
