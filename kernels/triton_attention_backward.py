@@ -141,7 +141,8 @@ def attention_dkdv_kernel(
                 b_p = tl.exp2(b_s * scale_log2 - b_lse[None, :])
             if ATOMIC:
                 # Keys that are not there have P = exp(-lse), inf where lse is very negative; times their zeros NaN.
-                if left < BLOCK_N:
+                ragged = left < BLOCK_N
+                if ragged:
                     b_p = tl.where(m_n[:, None], b_p, 0.0)
             b_g0 = load_tile(p_g + first * s_gs + o_g0, m_m, m_d0, MASKED, MASK_D0)
             b_dp = tl.dot(b_v0, tl.trans(b_g0), input_precision="ieee")

@@ -45,7 +45,8 @@ def attention_delta_kernel(
     HAS_DLSE: tl.constexpr,
     VARLEN: tl.constexpr,
 ):
-    """rows [2, B, H, num_tiles * PAD]: lse and delta, every segment's from a multiple of PAD on.
+    """rows [2, B, H, num_tiles * PAD]: lse (half precision: in base 2) and delta, every segment's from a multiple of
+    PAD on.
 
     So every tile of PAD query rows reads its values aligned and unmasked. Rows that are not there get an lse of +inf,
     which makes their P zero, and a delta of 0; so do rows without weight, whose lse is -inf. dlse's strides are in

@@ -19,13 +19,13 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
-def round_probabilities(b_p, DTYPE: tl.constexpr):
-    """A tile of fp32 values in DTYPE, and these values in fp32 again.
+def round_probabilities(b_p, dtype: tl.constexpr):
+    """A tile of fp32 values in dtype, and these values in fp32 again.
 
     For bf16 as PTX: the compiler would convert one by one, in twice the instructions and on the units that
     exponentials need. The interpreter has no PTX, and no bf16 either.
     """
-    if DTYPE == tl.bfloat16:
+    if dtype == tl.bfloat16:
         b_p, b_rounded = tl.inline_asm_elementwise(
             "cvt.rn.bf16x2.f32 $0, $4, $3; shl.b32 $1, $0, 16; and.b32 $2, $0, 0xffff0000;",
             "=&r,=&r,=&r,f,f",
@@ -35,7 +35,7 @@ def round_probabilities(b_p, DTYPE: tl.constexpr):
             pack=2,
         )
     else:
-        b_p = b_p.to(DTYPE)
+        b_p = b_p.to(dtype)
         b_rounded = b_p.to(tl.float32)
     return b_p, b_rounded
 

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import re
+import subprocess
+import sys
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -34,16 +38,17 @@ def launches(head_dim: int, dtype: torch.dtype, *, packed: bool = False, length:
     return {plan.kernel.__name__: plan for plan in plans}
 
 
-def fused_launch(head_dim: int) -> Any:
+def fused_launch(head_dim: int, dtype: torch.dtype = torch.bfloat16, *, packed: bool = False) -> Any:
     """The kernel of provider triton-atomic that computes dk, dv and dq."""
     from longreel.kernels.triton_attention_plan import plan_backward
 
-    qkv = torch.empty(1, 819_200, 3, 16, head_dim, dtype=torch.bfloat16, device="meta")
+    qkv = torch.empty(1, 819_200, 3, 16, head_dim, dtype=dtype, device="meta")
+    cu = torch.empty(9, dtype=torch.int32, device="meta") if packed else None
     out = qkv.new_empty(1, 819_200, 16, head_dim)
     lse = qkv.new_empty(1, 16, 819_200, dtype=torch.float32)
     dq_sum = qkv.new_empty(1, 16, 819_200, head_dim, dtype=torch.float32)
     views = qkv.unbind(2)
-    delta, fused = plan_backward(views, out, None, views, out, lse, 0.1, None, None, dq_sum)
+    delta, fused = plan_backward(views, out, None, views, out, lse, 0.1, cu, cu, dq_sum)
     assert delta.kernel.__name__ == "attention_delta_kernel"
     return fused
 
@@ -76,9 +81,9 @@ def check_no_32_bit_products(ttir: str) -> None:
 
 
 @pytest.mark.parametrize("name", KERNELS)
-@pytest.mark.parametrize("head_dim", [64, 72, 128])
-def test_compiled_for_hopper(compile_kernel, head_dim, name):
-    plan = launches(head_dim, torch.bfloat16)[name]
+@pytest.mark.parametrize(("head_dim", "packed"), [(64, False), (72, False), (72, True), (128, False)])
+def test_compiled_for_hopper(compile_kernel, head_dim, packed, name):
+    plan = launches(head_dim, torch.bfloat16, packed=packed)[name]
     kernel = compiled(compile_kernel, plan)
     assert kernel.local_bytes == 0
     assert kernel.spills == 0
@@ -90,6 +95,8 @@ def test_compiled_for_hopper(compile_kernel, head_dim, name):
         assert set(loads) == {16, 4}
         return
     assert "wgmma.mma_async.sync" in kernel.ptx
+    # Conversions of single values take the units that exponentials need.
+    assert "F2F." not in kernel.sass
     # 16 columns of 64 rows are 8 bytes for each of 256 threads; every other tile gives a thread 16.
     spread = {8} if head_dim == 72 and plan.num_warps == 8 else set()
     assert set(copies) - {16} <= (ROW_BYTES if name == "attention_dkdv_kernel" else spread)
@@ -102,12 +109,11 @@ def test_compiled_for_hopper(compile_kernel, head_dim, name):
     assert not {1, 2} & set(loads)
 
 
-@pytest.mark.parametrize("head_dim", [64, 72, 128])
-def test_atomic_backward_adds_16_bytes_at_a_time(compile_kernel, head_dim):
-    plan = fused_launch(head_dim)
+@pytest.mark.parametrize(("head_dim", "packed"), [(64, False), (72, False), (72, True), (128, False)])
+def test_atomic_backward_adds_16_bytes_at_a_time(compile_kernel, head_dim, packed):
+    plan = fused_launch(head_dim, packed=packed)
     kernel = compiled(compile_kernel, plan)
-    # A few registers may wait in local memory for the end of the loop; tests/bench/test_codegen.py looks inside it.
-    assert kernel.local_bytes <= (0 if head_dim == 64 else 48)
+    assert kernel.local_bytes == kernel.spills == 0
     assert kernel.programs_per_sm() >= plan.planned_programs
     check_no_32_bit_products(kernel.ttir)
     added = re.findall(r"(?:red|atom)\.global\S*\.add\S*f32", kernel.ptx)
@@ -157,7 +163,23 @@ def test_check_of_products_finds_a_32_bit_one(compile_kernel):
 def test_every_width_compiles_without_spills(compile_kernel, dtype, head_dim, packed):
     for plan in launches(head_dim, dtype, packed=packed).values():
         kernel = compiled(compile_kernel, plan)
-        # Packed: at most the pointers that only the end of the kernel needs.
-        assert kernel.local_bytes <= (16 if packed else 0), kernel.name
+        assert kernel.local_bytes == 0, kernel.name
         assert kernel.programs_per_sm() >= plan.planned_programs
         check_no_32_bit_products(kernel.ttir)
+    kernel = compiled(compile_kernel, fused_launch(head_dim, dtype, packed=packed))
+    # See its tuning constants: 88 and 96 columns are more than registers hold, outside the loop.
+    assert kernel.local_bytes <= (48 if head_dim in (88, 96) else 0)
+
+
+@pytest.mark.slow
+def test_all_of_this_file_holds_under_triton_36():
+    folder = Path(sys.prefix) / "triton-3.6.0"
+    if not (folder / ".installed").exists():
+        pytest.skip("triton 3.6.0 is not set up: make setup-triton36")
+    environment = os.environ | {"PYTHONPATH": str(folder)}
+    check = [sys.executable, "-c", "import triton; print(triton.__version__)"]
+    assert subprocess.run(check, env=environment, capture_output=True, text=True).stdout == "3.6.0\n"
+    tests = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
+    found = subprocess.run(tests, env=environment, capture_output=True, text=True, timeout=280)
+    assert found.returncode == 0, found.stdout
+    assert " passed" in found.stdout and " skipped" not in found.stdout
