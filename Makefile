@@ -4,8 +4,9 @@ PYTHON ?= $(shell for p in python3 python3.11 python3.12 python3.13; do \
 BIN := .venv/bin
 STAMP := .venv/.installed
 COLOSSALAI := .venv/.installed-colossalai
+TRITON36 := .venv/triton-3.6.0
 
-.PHONY: help setup setup-browser setup-colossalai sweep benchmark test lint types layers smoke unit slow clean
+.PHONY: help setup setup-browser setup-colossalai setup-triton36 sweep benchmark test lint types layers smoke unit slow clean
 
 help:
 	@echo "make sweep             benchmark what this machine can run, predict 8xH800, write out/quick/report.html"
@@ -15,6 +16,7 @@ help:
 	@echo "make setup             virtual environment in .venv (the others call it)"
 	@echo "make setup-browser     Debian's Chromium, for the tests of the report (needs root)"
 	@echo "make setup-colossalai  ColossalAI in that environment, for --engine colossalai and its tests"
+	@echo "make setup-triton36    triton 3.6.0 beside the installed one, for the tests that compile with both"
 	@echo "make clean             remove .venv and out"
 
 setup: $(STAMP)
@@ -35,6 +37,15 @@ setup-colossalai: $(COLOSSALAI)
 $(COLOSSALAI): requirements-colossalai.txt $(STAMP)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation \
 		--requirement requirements-colossalai.txt
+	@touch $@
+
+setup-triton36: $(TRITON36)/.installed
+
+# Not in the environment: a test puts this folder first on the path of a process of its own.
+$(TRITON36)/.installed: requirements-triton36.txt $(STAMP)
+	rm -rf $(TRITON36)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target $(TRITON36) \
+		--requirement requirements-triton36.txt
 	@touch $@
 
 sweep: setup
