@@ -11,13 +11,20 @@ Strategy = Literal["local", "ulysses", "fastseq", "ring", "usp"]
 Engine = Literal["fsdp2-zero2", "fsdp2-zero3", "ddp", "colossalai"]
 Policy = Literal["none", "full", "keep_attention", "offload"]
 FastSeqOverlap = Literal["auto", "projection", "attention"]
-Precision = Literal["fp32", "bf16", "fp64"]
+Precision = Literal["fp32", "bf16", "fp16", "fp64"]
 
 STRATEGIES: tuple[str, ...] = get_args(Strategy)
 ENGINES: tuple[str, ...] = get_args(Engine)
 POLICIES: tuple[str, ...] = get_args(Policy)
 
-DTYPES: dict[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
+DTYPES: dict[str, torch.dtype] = {
+    "fp32": torch.float32,
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+    "fp64": torch.float64,
+}
+# Computed in over fp32 master parameters.
+HALF_PRECISIONS = ("bf16", "fp16")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -41,7 +48,8 @@ class ParallelConfig:
         host_memory_gib: of `offload`: host memory that one rank may hold; None for no limit.
         mlp_tile: tokens that the MLP takes at a time, so that its hidden layer of the whole sequence never lives;
             backward computes it again. None: all at once.
-        precision: `bf16` computes in bf16 over fp32 master parameters; `fp32` and `fp64` use one dtype throughout.
+        precision: `bf16` and `fp16` compute in that dtype over fp32 master parameters, `fp16` (`fsdp2` only) with the
+            loss scaled as far as gradients stay finite; `fp32` and `fp64` use one dtype throughout.
         attention_provider: see longreel.kernels.resolve_attention_provider.
     """
 
@@ -101,10 +109,13 @@ class ParallelConfig:
                 f"ulysses_degree {self.ulysses_degree} does not divide sp_degree {self.sp_degree}; "
                 f"degrees that do: {', '.join(map(str, _divisors(self.sp_degree)))}"
             )
-        if self.engine == "ddp" and self.precision == "bf16":
+        if self.engine == "ddp" and self.precision in HALF_PRECISIONS:
             raise ValueError(
-                "engine 'ddp' has no mixed precision; use precision fp32, or engine fsdp2-zero2 or fsdp2-zero3 for bf16"
+                "engine 'ddp' has no mixed precision; use precision fp32, or engine fsdp2-zero2 or fsdp2-zero3 for "
+                f"{self.precision}"
             )
+        if self.engine == "colossalai" and self.precision == "fp16":
+            raise ValueError("engine 'colossalai' takes no precision fp16; use bf16, or engine fsdp2-zero2")
 
     @property
     def heads_degree(self) -> int:

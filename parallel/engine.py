@@ -23,7 +23,7 @@ from torch.utils.checkpoint import create_selective_checkpoint_contexts
 
 from longreel.models.block import DiTBlock
 from longreel.models.dit import DiT
-from longreel.parallel.config import DTYPES, ParallelConfig
+from longreel.parallel.config import DTYPES, HALF_PRECISIONS, ParallelConfig
 from longreel.parallel.mesh import ParallelMesh
 from longreel.parallel.offload import HostStore, OffloadedBlock
 from longreel.parallel.strategies import SELF_ATTENTION_OPS
@@ -65,10 +65,13 @@ class Engine:
 
     Args:
         module: the wrapped model, to be called for the forward pass.
+        scaler: of an fp16 run: scales the loss, so that small gradients do not vanish, and leaves out steps whose
+            gradients overflowed on any rank, halving the scale.
     """
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, module: nn.Module, scaler: torch.amp.GradScaler | None = None) -> None:
         self.module = module
+        self.scaler = scaler
         self.optimizer: torch.optim.Optimizer | None = None
 
     def attach(self, optimizer: torch.optim.Optimizer) -> None:
@@ -77,31 +80,42 @@ class Engine:
 
     def backward(self, loss: Tensor) -> None:
         """Backward, and the average of gradients over all ranks."""
-        loss.backward()
+        (loss if self.scaler is None else self.scaler.scale(loss)).backward()
 
     def step(self) -> None:
         """One optimizer step; gradients are gone after it."""
         assert self.optimizer is not None
-        self.optimizer.step()
+        if self.scaler is None:
+            self.optimizer.step()
+        else:
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
         self.optimizer.zero_grad()
 
+    @property
+    def loss_scale(self) -> float | None:
+        """What an fp16 run scales the loss by; None in any other."""
+        return None if self.scaler is None else float(self.scaler.get_scale())
+
     def full_gradients(self) -> dict[str, Tensor]:
-        """Whole gradients on every rank, by the model's own parameter names.
+        """Whole gradients on every rank, not scaled, by the model's own parameter names.
 
         Raises:
             ValueError: a parameter has no gradient.
         """
-        return full_gradients(self.module)
+        grads = full_gradients(self.module)
+        return grads if self.loss_scale is None else {name: grad / self.loss_scale for name, grad in grads.items()}
 
     def state(self) -> dict[str, Any]:
-        """`model` and, with an optimizer attached, `optimizer`, for torch.distributed.checkpoint.
+        """`model` and, with an optimizer attached, `optimizer` (and `scaler`), for torch.distributed.checkpoint.
 
         Names and shapes are those of the plain model, whatever the engine; all ranks call it.
         """
         if self.optimizer is None:
             return {"model": get_model_state_dict(self.module)}
         model, optimizer = get_state_dict(self.module, self.optimizer)
-        return {"model": model, "optimizer": optimizer}
+        scaler = {} if self.scaler is None else {"scaler": self.scaler.state_dict()}
+        return {"model": model, "optimizer": optimizer} | scaler
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Take what state() gave, after a checkpoint was read into it."""
@@ -111,6 +125,8 @@ class Engine:
         set_state_dict(
             self.module, self.optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"]
         )
+        if self.scaler is not None:
+            self.scaler.load_state_dict(state["scaler"])
 
 
 def build_engine(model: DiT, mesh: ParallelMesh, config: ParallelConfig) -> Engine:
@@ -123,7 +139,8 @@ def build_engine(model: DiT, mesh: ParallelMesh, config: ParallelConfig) -> Engi
         from longreel.parallel.colossalai_engine import ColossalAIEngine
 
         return ColossalAIEngine(model, mesh, config)
-    return Engine(_wrap(model, mesh, config))
+    scaler = torch.amp.GradScaler(mesh.flat.device_type) if config.precision == "fp16" else None
+    return Engine(_wrap(model, mesh, config), scaler)
 
 
 def _wrap(model: DiT, mesh: ParallelMesh, config: ParallelConfig) -> nn.Module:
@@ -136,7 +153,7 @@ def _wrap(model: DiT, mesh: ParallelMesh, config: ParallelConfig) -> nn.Module:
         return DistributedDataParallel(model, process_group=mesh.flat.get_group())
     dtype = DTYPES[config.precision]
     mixed = MixedPrecisionPolicy(cast_forward_inputs=False)
-    if config.precision == "bf16":
+    if config.precision in HALF_PRECISIONS:
         # Gradients are summed over ranks in fp32.
         mixed = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=DTYPES["fp32"], cast_forward_inputs=False)
     reshard = config.engine == "fsdp2-zero3"

@@ -200,6 +200,8 @@ class Trainer:
         share = torch.stack([torch.as_tensor(n, dtype=torch.float64, device=loss.device) for n in numbers])
         everyone = all_gather(share, self.mesh.flat.get_group().group_name)
         figures = {"step": self.step, "loss": float(everyone[:, 0].mean()), "memory": int(everyone[:, 1].max())}
+        if (scale := self.model.engine.loss_scale) is not None:
+            figures["loss_scale"] = scale
         if self.config.parallel.policy == "offload":
             figures["host_memory"] = int(everyone[:, 2].max())
             nodes = everyone[:, 2].split(int(os.environ.get("LOCAL_WORLD_SIZE", len(everyone))))

@@ -89,6 +89,28 @@ def test_any_ranks_engine_and_policy_read_what_any_other_wrote(
         assert torch.equal(loaded[name], value), name
 
 
+def scale_after_overflow(folder: Path) -> float | None:
+    spread, _ = build(ParallelConfig(precision="fp16"), seed=0)
+    step(spread)
+    next(spread.parameters()).grad = torch.full_like(next(spread.parameters()), float("inf"))
+    assert spread.engine.scaler is not None
+    # As if the overflow were that of the step's own gradients.
+    spread.engine.scaler.scale(torch.zeros(()))
+    spread.engine.step()
+    save_checkpoint(folder, 2, spread.engine, {}, spread.mesh.flat)
+    return spread.engine.loss_scale
+
+
+def test_an_fp16_run_goes_on_with_its_loss_scale(tmp_path: Path) -> None:
+    with process_group():
+        scale = scale_after_overflow(tmp_path)
+        resumed, _ = build(ParallelConfig(precision="fp16"), seed=1)
+        fresh = resumed.engine.loss_scale
+        load_checkpoint(find_checkpoint(tmp_path), resumed.engine)
+        assert scale == resumed.engine.loss_scale == 2.0**15
+        assert fresh == 2.0**16
+
+
 @pytest.fixture
 def saved(tmp_path: Path) -> Path:
     with process_group():

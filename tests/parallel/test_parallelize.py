@@ -403,6 +403,54 @@ def test_bf16_gradients_are_as_good_on_many_ranks_as_on_one(run_distributed):
             assert reduced_in == {torch.float32}, strategy
 
 
+def fp16_engine(strategy: str = "ulysses", degree: int = 2) -> ParallelDiT:
+    parallel = ParallelConfig(strategy=strategy, sp_degree=degree, precision="fp16", attention_provider="torch")
+    model = randomised_dit(tiny_config("cross"), torch.float32)
+    spread = ParallelDiT(model, build_mesh(sp_degree=degree), parallel)
+    spread.engine.attach(torch.optim.AdamW(spread.parameters(), lr=1e-2))
+    return spread
+
+
+def fp16_gradient_error(strategy: str, degree: int) -> tuple[float, float]:
+    """Worst gradient of an fp16 step against fp32 on one device, and the scale of its loss."""
+    data = samples(2, torch.float32)
+    _, _, reference = one_device(randomised_dit(tiny_config("cross"), torch.float32), data)
+    spread = fp16_engine(strategy, degree)
+    spread.engine.backward(spread.loss(Batch(**data, global_samples=2)))
+    scale = spread.engine.loss_scale
+    assert scale is not None
+    return max(gradient_errors(spread.engine.full_gradients(), reference).values()), scale
+
+
+def test_fp16_gradients_are_as_good_on_many_ranks_as_on_one(run_distributed):
+    one, _ = run_distributed(fp16_gradient_error, 1, "local", 1)[0]
+    for strategy in ("ulysses", "fastseq"):
+        for error, scale in run_distributed(fp16_gradient_error, 4, strategy, 4):
+            assert error <= 1.5 * one < 0.02, strategy
+            assert scale == 2**16
+
+
+def fp16_overflow_on_one_shard() -> tuple[bool, bool, list[float]]:
+    """Whether parameters moved in a step that overflowed on rank 1 alone, whether in the next, and scales."""
+    spread = fp16_engine()
+    data = samples(2, torch.float32)
+    before = [p.to_local().clone() for p in spread.parameters()]
+    scales, moved = [spread.engine.loss_scale], []
+    for overflows in (True, False):
+        spread.engine.backward(spread.loss(Batch(**data, global_samples=2)))
+        if overflows and spread.mesh.sp_rank == 1:
+            next(spread.parameters()).grad.to_local().view(-1)[0] = float("inf")
+        spread.engine.step()
+        moved.append(any(not torch.equal(p.to_local(), q) for p, q in zip(spread.parameters(), before, strict=True)))
+        scales.append(spread.engine.loss_scale)
+    return *moved, scales
+
+
+def test_an_fp16_overflow_on_one_shard_skips_the_step_on_all(run_distributed):
+    for result in run_distributed(fp16_overflow_on_one_shard, 2):
+        assert result == (False, True, [2.0**16, 2.0**15, 2.0**15])
+
+
 def zero_output_loss() -> tuple[float, float]:
     """At initialisation the model predicts zero, so the loss is the mean square of the target alone."""
     mesh = build_mesh(sp_degree=1)
