@@ -27,6 +27,12 @@ _LAST = "triton-hopper"
 # (op, provider, head_dim or hidden size, dtype) -> the length at which it failed, and why it is not tried further on.
 NotAgain = dict[tuple[str, str, int, str], tuple[int, str]]
 _FAILED = "failed at seq_len"
+_VERDICTS = {
+    "FAST": "faster than",
+    "SLOW": "slower than",
+    "SAME": "as fast as",
+    "AMBIGUOUS": "not clearly faster or slower than",
+}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -221,7 +227,9 @@ def line(record: OpRecord) -> str:
         return f"{where}  {record.status}: {record.reason}"
     rate = record.rate or 0.0
     figure = f"{rate / 1e12:8.3f} {'TFLOP/s' if record.is_compute_bound else 'TB/s'}"
-    against = f", {record.comparison['verdict']} than {record.comparison['provider']}" if record.comparison else ""
+    against = (
+        f", {_VERDICTS[record.comparison['verdict']]} {record.comparison['provider']}" if record.comparison else ""
+    )
     return f"{where}  {figure}  error {record.worst_error or 0.0:.1e}, {len(record.samples_s)} samples{against}"
 
 

@@ -19,8 +19,11 @@ from markupsafe import Markup
 from longreel.reports import embed, formatting
 from longreel.reports.op_compare import ROOFLINE_OPS, Peers, Rooflines, groups
 from longreel.reports.op_figures import draw_rates, rate_unit
+from longreel.reports.op_gaps import Gap, gaps
 from longreel.reports.op_records import DIRECTIONS, OpRecord
 from longreel.reports.op_summary import HEADINGS, duels
+from longreel.reports.op_tuning import HEADINGS as TUNING_HEADINGS
+from longreel.reports.op_tuning import is_tuning, tuning_rows
 from longreel.reports.provenance import origins
 from longreel.reports.store import latest, write_files
 from longreel.reports.tables import Cell, Column, Row, Table
@@ -74,6 +77,7 @@ class _Section:
     title: str
     figures: list[str]
     table: Table
+    gaps: list[Gap]
 
 
 def write_op_report(
@@ -116,7 +120,8 @@ def render(records: Sequence[OpRecord], *, title: str = DEFAULT_TITLE, source_fi
     )
     # The figures and the data are made by our own code and hold no markup of the records'.
     environment.filters["markup"] = Markup
-    sections = _sections(points)
+    # Candidates of tuning have a table of their own.
+    sections = _sections([r for r in points if not is_tuning(r)])
     return environment.get_template("ops.html.j2").render(
         title=title,
         source_files=[Path(name).name for name in source_files],
@@ -125,7 +130,9 @@ def render(records: Sequence[OpRecord], *, title: str = DEFAULT_TITLE, source_fi
         sections=sections,
         headings=HEADINGS,
         duels=[duel.words() for duel in duels(points)],
-        columns=sections[0].table.columns,
+        columns=_COLUMNS,
+        tuning_headings=TUNING_HEADINGS,
+        tuning=tuning_rows(points),
         origins=origins(points),
         data=embed.script_json(_data(points)),
     )
@@ -170,8 +177,12 @@ def _sections(points: Sequence[OpRecord]) -> list[_Section]:
         for direction in DIRECTIONS:
             chosen = [r for r in records if r.direction == direction]
             figures += draw_rates(f"{title}: {direction} ({kind.upper()})", chosen)
-        table = _table(records, derived, peers)
-        found.append(_Section(id=f"g{i}", kind=kind, title=f"{title} on {device}", figures=figures, table=table))
+        table = _table([r for r in records if r.status == "ok"], derived, peers, caption=_caption(records))
+        found.append(
+            _Section(
+                id=f"g{i}", kind=kind, title=f"{title} on {device}", figures=figures, table=table, gaps=gaps(records)
+            )
+        )
     return found
 
 
@@ -194,7 +205,9 @@ _COLUMNS = (
 )
 
 
-def _table(records: Sequence[OpRecord], derived: dict[str, dict[str, float | int | None]], peers: Peers) -> Table:
+def _table(
+    records: Sequence[OpRecord], derived: dict[str, dict[str, float | int | None]], peers: Peers, *, caption: str
+) -> Table:
     rows = []
     for r in sorted(records, key=_order):
         values = derived[r.key]
@@ -224,7 +237,7 @@ def _table(records: Sequence[OpRecord], derived: dict[str, dict[str, float | int
             Cell(text=str(len(r.samples_s))),
         )
         rows.append(Row(cells=cells, status=r.status, reason=r.reason or "", is_baseline=r.is_ours))
-    return Table(columns=_COLUMNS, rows=tuple(rows), caption=_caption(records))
+    return Table(columns=_COLUMNS, rows=tuple(rows), caption=caption)
 
 
 def _order(r: OpRecord) -> tuple[object, ...]:

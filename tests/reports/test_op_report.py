@@ -10,9 +10,11 @@ import pytest
 
 from longreel.reports import store
 from longreel.reports.op_compare import Peers, Rooflines
+from longreel.reports.op_gaps import gaps
 from longreel.reports.op_records import OpRecord
 from longreel.reports.op_report import csv_text, write_op_report
 from longreel.reports.op_summary import summary_lines
+from longreel.reports.op_tuning import tuning_rows
 
 
 def op_record(**changes: Any) -> OpRecord:
@@ -119,9 +121,45 @@ def test_summary_sets_our_best_against_the_best_peer():
     assert summary_lines([r for r in records if not r.is_ours]) == []
 
 
+def test_gaps_are_one_line_per_provider_and_reason():
+    lengths = [{"batch": 1, "seq_len": n, "num_heads": 2, "head_dim": 72} for n in (4096, 8192)]
+    records = [op_record(shape=shape, direction=d) for shape in lengths for d in ("forward", "backward")]
+    missing = {"provider": "flash-attn-4", "is_ours": False, "status": "skipped"}
+    records += [op_record(shape=shape, direction=d, **missing) for shape in lengths for d in ("forward", "backward")]
+    records.append(op_record(shape=lengths[1], direction="backward", provider="flex", is_ours=False, status="oom"))
+    records.append(op_record(shape=lengths[0], provider="triton-hopper", status="wrong"))
+    assert [(g.provider, g.status, g.where, g.reason) for g in gaps(records)] == [
+        ("triton-hopper", "wrong", "4,096 tokens; forward", "it was wrong"),
+        ("flex", "oom", "8,192 tokens; backward", "it was oom"),
+        ("flash-attn-4", "skipped", "every length", "it was skipped"),
+    ]
+    assert gaps(records[:4]) == []
+
+
+def test_candidates_of_tuning_are_rows_of_their_own_table(tmp_path):
+    constants = '{"evidence": "assumed", "max_chunk": 64, "num_warps": null, "per_warp": 640, "record": null}'
+    tiles = [["forward", 80, "long", "{}"], ["adaln_bwd", 0, "long", constants]]
+    compared = {"provider": "constants in use", "verdict": "FAST", "ratio": 0.9, "low": 0.88, "high": 0.93}
+    tried = op_record(
+        config={"label": "tune adaln_bwd 0 long", "tiles": tiles},
+        op="adaln_modulate",
+        direction="backward",
+        comparison=compared,
+    )
+    decided = op_record(config={"label": "tuned adaln_bwd 0 long", "tiles": tiles}, status="error")
+    first, last = tuning_rows([*some_records(), tried, decided])
+    assert first[:5] == ("adaln_bwd", "every", "long", "adaln modulate backward", "max chunk 64, per warp 640")
+    assert first[5:] == ("2.00", "0.900 (0.880–0.930)", "FAST")
+    assert last[3].endswith(", again")
+    assert last[-1] == "error: it was error"
+    page = write_op_report(tmp_path, [*some_records(), tried, decided]).read_text()
+    assert '<h2 id="tuning">' in page
+    assert "(tune adaln_bwd" not in page.split('<script type="application/json"')[0]
+
+
 def test_page_and_csv(tmp_path):
     page = write_op_report(tmp_path, some_records(), source_files=["records.jsonl"]).read_text()
-    assert "it was error" in page
+    assert "<b>error</b> at 4,096 tokens: it was error" in page
     assert page.count('role="img"') == 1
     assert page.count("2.00×") == 2
     assert "SwPowerCap" in page
