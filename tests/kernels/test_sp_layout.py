@@ -45,6 +45,10 @@ def check_layouts(shape: tuple[int, ...], provider: str, device: str = "cpu") ->
     packed = by_hand(x, ranks)
     got = pack_heads(x, num_ranks=ranks, provider=provider)
     assert got.is_contiguous() and torch.equal(got, packed)
+    # Heads before tokens in memory, and a part of a wider buffer.
+    wide = torch.cat((x, x), -1)[..., : x.shape[-1]]
+    for strided in (x.transpose(1, 3).contiguous().transpose(1, 3), wide):
+        assert torch.equal(pack_heads(strided, num_ranks=ranks, provider=provider), packed)
     assert torch.equal(unpack_heads(packed, provider=provider), x)
     assert torch.equal(unpack_heads(packed.transpose(-1, -2).contiguous().transpose(-1, -2), provider=provider), x)
     for tokens in {ranks * s, ranks * s - 1, (ranks - 1) * s - 1, 1, 0}:

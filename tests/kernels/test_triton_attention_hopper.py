@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import re
 import struct
@@ -12,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.library import opcheck
 
 from longreel.kernels import attention, reference
 from longreel.kernels.numerics import KERNEL_ERROR_FACTOR, relative_error
@@ -106,6 +108,23 @@ def test_emulated_packed_sequences_do_not_touch_each_other(value, head_dim):
     got, want = (emulated(qkv, 0.3, bounds, bounds) for qkv in (dirty, clean))
     assert torch.equal(got[0][:, others], want[0][:, others]) and torch.equal(got[1][..., others], want[1][..., others])
     assert not got[0][:, 150:310].isfinite().any()
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["batch", "packed"])
+def test_emulated_op_passes_opcheck(monkeypatch, packed):
+    """Schema, fake implementation and registration; the backward, which is provider triton's, has its own."""
+    from gluon_emulator import run_kernel
+
+    from longreel.kernels import triton_attention_hopper as hopper
+    from longreel.kernels.triton_attention_plan import Launch
+
+    monkeypatch.setattr(hopper, "check_hopper", lambda *_: None)
+    monkeypatch.setattr(hopper, "launch_on", lambda _: contextlib.nullcontext())
+    monkeypatch.setattr(Launch, "run", lambda plan: run_kernel(plan.kernel, min(2, plan.num_programs), plan.arguments))
+    cu = offsets([0, 5, 5, 70]) if packed else None
+    qkv = torch.randn(1 if packed else 2, 70, 3, 2, 72).half()
+    opcheck(torch.ops.longreel.attention.default, (*qkv.unbind(2), 0.3, cu, cu, "triton-hopper"))
+    opcheck(torch.ops.longreel.attention_packed.default, (qkv, 0.3, cu, "triton-hopper"))
 
 
 def test_emulated_offsets_may_be_strided():
@@ -333,6 +352,26 @@ def chunked_truth(q: Tensor, k: Tensor, v: Tensor, rows: int = 2048) -> tuple[Te
 def test_gpu_error_is_that_of_the_portable_kernel(lengths, head_dim, dtype):
     qkv = on_gpu(lengths, 2, 3, head_dim, dtype)
     hold_to_the_bar(attention(*qkv, provider="triton-hopper"), attention(*qkv, provider="triton"), chunked_truth(*qkv))
+
+
+@pytest.mark.gpu
+def test_gpu_op_passes_opcheck():
+    q, k, v = (t.requires_grad_() for t in on_gpu((70, 130), 2, 2, 72, torch.bfloat16))
+    opcheck(torch.ops.longreel.attention.default, (q, k, v, 0.3, None, None, "triton-hopper"))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("value", [math.nan, math.inf], ids=str)
+def test_gpu_packed_sequences_do_not_touch_each_other(value):
+    bounds = torch.tensor([0, 150, 310, 400], dtype=torch.int32, device="cuda")
+    clean = on_gpu((400, 400), 1, 3, 72, torch.bfloat16)
+    dirty = [t.clone() for t in clean]
+    for t in dirty:
+        t[:, 150:310] = value
+    cu = {"cu_seqlens_q": bounds, "cu_seqlens_k": bounds}
+    got, want = (attention(*qkv, provider="triton-hopper", **cu) for qkv in (dirty, clean))
+    for part in (slice(0, 150), slice(310, 400)):
+        assert torch.equal(got[0][:, part], want[0][:, part]) and torch.equal(got[1][..., part], want[1][..., part])
 
 
 @pytest.mark.gpu
