@@ -30,6 +30,7 @@ class KernelFacts:
     op: str
     provider: str
     kernel: str
+    form: str
     arch: int
     head_dim: int
     num_warps: int
@@ -69,6 +70,7 @@ def compile_case(case: KernelCase, arch: int) -> KernelFacts:
         op=case.op,
         provider=case.provider,
         kernel=case.name,
+        form=case.form,
         arch=arch,
         head_dim=case.head_dim,
         num_warps=kernel.num_warps,
@@ -118,23 +120,25 @@ def compile_all(cases: Sequence[KernelCase], archs: Iterable[int]) -> Iterable[K
 def to_markdown(rows: Sequence[KernelFacts], versions: dict[str, str]) -> str:
     """Two tables, of what is read off and of what is predicted."""
     lines = ["Compiled by " + ", ".join(f"{name} {version}" for name, version in versions.items()) + ".", ""]
-    head = "op | provider | kernel | sm | head_dim | warps | registers | spills (in the loop) | stack B | shared KB"
-    lines += [f"| {head} | programs per SM (planned) | wgmma | loads: bytes x count |", "|" + " --- |" * 13]
+    head = "op | provider | kernel | inputs | sm | head_dim | warps | registers | spills (in the loop) | stack B"
+    lines += [f"| {head} | shared KB | programs per SM (planned) | wgmma | loads: bytes x count |", "|" + " --- |" * 14]
     for row in rows:
         loads = ", ".join(f"{width} x {count}" for width, count in row.loads.items())
         inside = "" if row.loop_spills is None else f" ({row.loop_spills})"
         lines.append(
-            f"| {row.op} | {row.provider} | {row.kernel} | {row.arch} | {row.head_dim or '-'} | {row.num_warps} "
-            f"| {row.registers} | {row.spills}{inside} | {row.local_bytes} | {row.shared_bytes / 1024:.1f} "
-            f"| {row.programs_per_sm} ({row.planned_programs}) | {', '.join(row.products) or '-'} | {loads} |"
+            f"| {row.op} | {row.provider} | {row.kernel} | {row.form or '-'} | {row.arch} | {row.head_dim or '-'} "
+            f"| {row.num_warps} | {row.registers} | {row.spills}{inside} | {row.local_bytes} "
+            f"| {row.shared_bytes / 1024:.1f} | {row.programs_per_sm} ({row.planned_programs}) "
+            f"| {', '.join(row.products) or '-'} | {loads} |"
         )
     lines += ["", "Predicted for one pass of the inner loop by all warpgroups of a multiprocessor, sm_90:", ""]
-    head = "op | provider | kernel | head_dim | useful share | exp2 per score | tensor cycles | exponential cycles"
-    lines += [f"| {head} | issue cycles | predicted TFLOP/s, serial to overlapped |", "|" + " --- |" * 10]
+    head = "op | provider | kernel | inputs | head_dim | useful share | exp2 per score | tensor cycles"
+    lines += [f"| {head} | exponential cycles | issue cycles | predicted TFLOP/s, serial to overlapped |"]
+    lines += ["|" + " --- |" * 11]
     for row in rows:
         if row.tensor_cycles is not None:
             lines.append(
-                f"| {row.op} | {row.provider} | {row.kernel} | {row.head_dim} | {row.useful_share:.0%} "
+                f"| {row.op} | {row.provider} | {row.kernel} | {row.form} | {row.head_dim} | {row.useful_share:.0%} "
                 f"| {row.exponentials_per_score:.2f} | {row.tensor_cycles:.0f} | {row.exponential_cycles:.0f} "
                 f"| {row.issue_cycles:.0f} | {row.predicted_serial:.0f} to {row.predicted_overlapped:.0f} |"
             )

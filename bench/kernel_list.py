@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +14,12 @@ WIDTH = 1152
 HEADS = 16
 RANKS = 8
 HEAD_DIMS = (64, 72, 128)
+# Text tokens of cross attention, and clips of a packed sequence.
+TEXT = 960
+CLIPS = 8
+# How attention gets its inputs: views of the projection's [B, S, 3, H, D] output (attention_packed), or q beside
+# [B, T, 2, H, D] (cross attention); each as one sequence or as clips of any lengths.
+FORMS = ("qkv", "qkv, cu_seqlens", "q, kv", "q, kv, cu_seqlens")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,12 +27,14 @@ class KernelCase:
     """One kernel to compile. launch has kernel, arguments, num_warps, num_stages and options.
 
     products is the number of matrix products of block_m x block_n x head_dim that one pass of its loop needs, 0 for a
-    kernel without any; groups are the warpgroups of a program that share them.
+    kernel without any; groups are the warpgroups of a program that share them. form is how it gets its inputs, one of
+    FORMS or, for the others, "cu_seqlens" where modulation is per packed clip.
     """
 
     op: str
     provider: str
     launch: Any
+    form: str = ""
     head_dim: int = 0
     products: int = 0
     block_m: int = 0
@@ -50,18 +59,29 @@ def _meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
 
 
 def _attention(head_dim: int) -> list[KernelCase]:
+    # At the DiT's own width every form that its models launch, at the others those of one sequence and of packed clips.
+    forms = FORMS if head_dim == 72 else FORMS[:2]
+    return [case for form in forms for case in _attention_form(head_dim, form)]
+
+
+def _attention_form(head_dim: int, form: str) -> list[KernelCase]:
     from longreel.kernels import triton_attention_hopper as hopper
     from longreel.kernels.triton_attention_plan import plan_backward, plan_forward
 
-    q, k, v = views = _meta(1, LENGTH, 3, HEADS, head_dim).unbind(2)
+    if form.startswith("qkv"):
+        q, k, v = _meta(1, LENGTH, 3, HEADS, head_dim).unbind(2)
+        grads: Sequence[Tensor] = _meta(1, LENGTH, 3, HEADS, head_dim).unbind(2)
+    else:
+        q, keys = _meta(1, LENGTH, HEADS, head_dim), _meta(1, TEXT, 2, HEADS, head_dim)
+        (k, v), grads = keys.unbind(2), [q, *(_meta(1, TEXT, HEADS, head_dim) for _ in "kv")]
+    cu = _meta(CLIPS + 1, dtype=torch.int32) if form.endswith("cu_seqlens") else None
     out, lse = _meta(1, LENGTH, HEADS, head_dim), _meta(1, HEADS, LENGTH, dtype=torch.float32)
     dq_sum = _meta(1, HEADS, LENGTH, head_dim, dtype=torch.float32)
     scale = head_dim**-0.5
-    gradients = _meta(1, LENGTH, 3, HEADS, head_dim).unbind(2)
-    backward = (gradients, out, None, views, out, lse, scale, None, None)
+    backward = (grads, out, None, (q, k, v), out, lse, scale, cu, cu)
     delta, dkdv, dq = plan_backward(*backward)
     plans = [
-        ("attention", "triton", 2, plan_forward(q, k, v, out, lse, scale, None, None)),
+        ("attention", "triton", 2, plan_forward(q, k, v, out, lse, scale, cu, cu)),
         ("attention backward", "triton", 0, delta),
         ("attention backward", "triton", 4, dkdv),
         ("attention backward", "triton", 3, dq),
@@ -72,6 +92,7 @@ def _attention(head_dim: int) -> list[KernelCase]:
             op=op,
             provider=provider,
             launch=plan,
+            form=form,
             head_dim=head_dim,
             products=products,
             block_m=plan.arguments.get("BLOCK_M", 0),
@@ -81,12 +102,13 @@ def _attention(head_dim: int) -> list[KernelCase]:
         )
         for op, provider, products, plan in plans
     ]
-    plan = hopper.plan_forward(q, k, v, out, lse, scale, None, None)
+    plan = hopper.plan_forward(q, k, v, out, lse, scale, cu, cu)
     consumers = plan.arguments["CONSUMERS"]
     own = KernelCase(
         op="attention",
         provider="triton-hopper",
         launch=plan,
+        form=form,
         head_dim=head_dim,
         products=2,
         block_m=64 * consumers,
@@ -104,24 +126,28 @@ def _memory_bound() -> list[KernelCase]:
     from longreel.kernels import triton_sp_layout as layout
     from longreel.kernels.triton_capture import captured_launches
 
-    x, row = _meta(1, LENGTH, WIDTH), _meta(1, WIDTH)
+    x = _meta(1, LENGTH, WIDTH)
     hidden, bias = _meta(1, LENGTH, 4 * WIDTH), _meta(4 * WIDTH)
     stat = _meta(1, LENGTH, dtype=torch.float32)
     out, lse = _meta(1, LENGTH, HEADS, 72), _meta(1, HEADS, LENGTH, dtype=torch.float32)
     local = LENGTH // RANKS
     qkv = _meta(1, local, 3, HEADS, 72)
     packed = _meta(RANKS, 1, local, 3, HEADS // RANKS, 72)
-    calls: list[tuple[str, Any, tuple[Any, ...]]] = [
-        ("adaLN", adaln.adaln_modulate_fwd, (x, row, row, 1e-6, None)),
-        ("adaLN backward", adaln.adaln_modulate_bwd, (x, x, row, stat, stat, None)),
-        ("gated residual + adaLN", adaln.gated_residual_adaln_fwd, (x, x, row, row, row, 1e-6, None)),
-        (
-            "gated residual + adaLN backward",
-            adaln.gated_residual_adaln_bwd,
-            (x, x, x, x, row, row, stat, stat, None),
-        ),
-        ("gated residual", residual.gated_residual_fwd, (x, x, row, None)),
-        ("gated residual backward", residual.gated_residual_bwd, (x, x, row, None)),
+    calls: list[tuple[str, Any, tuple[Any, ...]]] = []
+    for row, cu in ((_meta(1, WIDTH), None), (_meta(CLIPS, WIDTH), _meta(CLIPS + 1, dtype=torch.int32))):
+        calls += [
+            ("adaLN", adaln.adaln_modulate_fwd, (x, row, row, 1e-6, cu)),
+            ("adaLN backward", adaln.adaln_modulate_bwd, (x, x, row, stat, stat, cu)),
+            ("gated residual + adaLN", adaln.gated_residual_adaln_fwd, (x, x, row, row, row, 1e-6, cu)),
+            (
+                "gated residual + adaLN backward",
+                adaln.gated_residual_adaln_bwd,
+                (x, x, x, x, row, row, stat, stat, cu),
+            ),
+            ("gated residual", residual.gated_residual_fwd, (x, x, row, cu)),
+            ("gated residual backward", residual.gated_residual_bwd, (x, x, row, cu)),
+        ]
+    calls += [
         ("bias + GELU", gelu.bias_gelu_fwd, (hidden, bias)),
         ("bias + GELU backward", gelu.bias_gelu_bwd, (hidden, hidden, bias)),
         ("LSE merge", merge.merge_attention_fwd, (out, lse, out, lse)),
@@ -133,11 +159,14 @@ def _memory_bound() -> list[KernelCase]:
         ("SP unpack tokens", layout.sp_unpack_tokens_fwd, (_meta(RANKS, 1, local, HEADS, 72), LENGTH)),
     ]
     cases: list[KernelCase] = []
-    shared: set[str] = set()
+    shared: set[tuple[str, str]] = set()
     for op, launcher, arguments in calls:
         for launch in captured_launches(launcher, *arguments):
+            form = "" if launch.arguments.get("cu_seqlens") is None else "cu_seqlens"
             # The second stage of gradient sums is one kernel that many ops share: listed once.
-            if launch.kernel.__name__ not in shared:
-                cases.append(KernelCase(op=op, provider="triton", launch=launch))
-            shared |= {launch.kernel.__name__} & {"sum_slots_kernel"}
+            key = launch.kernel.__name__, form
+            if key not in shared:
+                cases.append(KernelCase(op=op, provider="triton", launch=launch, form=form))
+            if launch.kernel.__name__ == "sum_slots_kernel":
+                shared.add(key)
     return cases

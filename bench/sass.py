@@ -26,14 +26,15 @@ _GROUP_THREADS = 128
 class Loop:
     """The inner loop of a warpgroup: instructions, exponentials per thread, and matrix instructions.
 
-    products counts HGMMA by their columns, warp_products HMMA, which a warp computes alone; spills are accesses to
-    local memory.
+    products counts HGMMA by their columns, warp_products HMMA, which a warp computes alone; conversions are F2F, one
+    value at a time, which the units of the exponentials are assumed to do; spills are accesses to local memory.
     """
 
     instructions: int
     exponentials: int
     products: dict[int, int]
     warp_products: int = 0
+    conversions: int = 0
     spills: int = 0
 
     @property
@@ -48,7 +49,7 @@ class Loop:
     @property
     def exponential_cycles(self) -> float:
         """Of one pass, on the special function units."""
-        return self.exponentials * _GROUP_THREADS / _MUFU_PER_CYCLE
+        return (self.exponentials + self.conversions) * _GROUP_THREADS / _MUFU_PER_CYCLE
 
     @property
     def issue_cycles(self) -> float:
@@ -88,6 +89,7 @@ def inner_loop(sass: str) -> Loop | None:
                     exponentials=exponentials,
                     products=dict(products),
                     warp_products=alone,
+                    conversions=sum("F2F." in t for t in body),
                     spills=sum("LDL" in t or "STL" in t for t in body),
                 )
             )

@@ -52,7 +52,9 @@ class CompiledKernel:
 
     @property
     def spills(self) -> int:
-        """Loads and stores of local memory in the machine code."""
+        """Loads and stores of local memory in the machine code; none without local memory."""
+        if not self.local_bytes:
+            return 0
         return len(re.findall(r"\b(?:LDL|STL)\b", self.sass))
 
     def programs_per_sm(self, *, registers: int = 65536, shared_bytes: int = 233472, threads: int = 2048) -> int:
