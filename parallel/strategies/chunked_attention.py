@@ -28,9 +28,10 @@ from longreel.parallel.strategies.segments import kernel_offsets, score_pairs, w
 
 def token_ranges(first: int, last: int, size: int, rows: int, valid: int) -> list[slice]:
     """Existing tokens of the owners first, first + 1, ..., last (modulo size): one range, or two where they wrap."""
-    owners = [(first, last)] if first <= last else [(0, last), (first, size - 1)]
-    found = (slice(a * rows, min((b + 1) * rows, valid)) for a, b in owners)
-    return [tokens for tokens in found if tokens.start < tokens.stop]
+    if first <= last:
+        start, stop = first * rows, min((last + 1) * rows, valid)
+        return [slice(start, stop)] if start < stop else []
+    return [*token_ranges(0, last, size, rows, valid), *token_ranges(first, size - 1, size, rows, valid)]
 
 
 def gather_project_attend(
@@ -66,13 +67,14 @@ def gather_project_attend(
     last = (rank - first) % size
     for step, (owner, chunk) in enumerate(comm.ring_chunks(x, group)):
         place = (owner - first) % size
-        chunks[:, place] = F.linear(chunk, weight, bias)
+        chunks.select(1, place).copy_(F.linear(chunk, weight, bias))
         for new in token_ranges(place, place, size, rows, valid):
             for keys in token_ranges(place, last, size, rows, valid):
                 merged.attend(new, keys, scale, provider)
             for earlier in token_ranges((place + 1) % size, last, size, rows, valid) if step else ():
                 merged.attend(earlier, new, scale, provider)
-    out, lse = merged.out.to(x.dtype), merged.lse
+    out, lse = merged.result()
+    out = out.to(x.dtype)
     if first:
         shift = first * rows
         out, lse = out.roll(shift, 1), lse.roll(shift, 2)
@@ -81,23 +83,20 @@ def gather_project_attend(
 
 
 class _Merged:
-    """Attention over the pairs of query and key ranges so far, in fp32."""
+    """Attention over the pairs of query and key ranges so far, in fp32, in pieces that grow together."""
 
     def __init__(self, qkv: Tensor, offsets: Sequence[int]) -> None:
-        batch, _, _, heads, head_dim = qkv.shape
-        valid = offsets[-1]
-        dtype = compute_dtype(qkv.dtype)
         self._q, self._k, self._v = qkv.unbind(2)
         self._offsets = offsets
+        self._dtype = compute_dtype(qkv.dtype)
         self._merge = resolve_pointwise_provider("auto", qkv)
-        self._seen: set[int] = set()
-        # What a range holds until keys of its segments come.
-        self.out = torch.zeros(batch, valid, heads, head_dim, dtype=dtype, device=qkv.device)
-        self.lse = torch.full((batch, heads, valid), float("-inf"), dtype=dtype, device=qkv.device)
+        # By first token: end, out and lse.
+        self._pieces: dict[int, tuple[int, Tensor, Tensor]] = {}
 
     def attend(self, queries: slice, keys: slice, scale: float, provider: str) -> None:
+        """Add the keys to what the queries have seen. Pieces that queries touch lie within them."""
         segments: tuple[Tensor | None, Tensor | None] = None, None
-        # A single segment has all tokens of any range: this runs P times as often as there are layers.
+        # A single segment has all tokens of any range: this runs 2 P - 1 times in every layer.
         if len(self._offsets) > 2:
             offsets_q = window(self._offsets, queries.start, queries.stop)
             offsets_k = window(self._offsets, keys.start, keys.stop)
@@ -105,13 +104,41 @@ class _Merged:
                 return
             device = self._q.device
             segments = kernel_offsets(offsets_q, device), kernel_offsets(offsets_k, device)
-        rows, columns = (queries.start, queries.stop - queries.start), (keys.start, keys.stop - keys.start)
-        q, k, v = self._q.narrow(1, *rows), self._k.narrow(1, *columns), self._v.narrow(1, *columns)
+        q = self._q.narrow(1, queries.start, queries.stop - queries.start)
+        num_keys = keys.stop - keys.start
+        k, v = self._k.narrow(1, keys.start, num_keys), self._v.narrow(1, keys.start, num_keys)
         out, lse = attention_op(q, k, v, scale, *segments, provider)
-        out_before, lse_before = self.out.narrow(1, *rows), self.lse.narrow(2, *rows)
-        if queries.start in self._seen:
-            before = out_before.contiguous(), lse_before.contiguous()
-            out, lse = merge_attention_op(*before, out.to(self.out.dtype), lse, self._merge)
-        self._seen.add(queries.start)
-        out_before.copy_(out)
-        lse_before.copy_(lse)
+        out = out.to(self._dtype)
+        if (before := self._take(queries.start, queries.stop)) is not None:
+            out, lse = merge_attention_op(*before, out, lse, self._merge)
+        self._pieces[queries.start] = queries.stop, out, lse
+
+    def result(self) -> tuple[Tensor, Tensor]:
+        """out and lse of all tokens."""
+        valid = self._offsets[-1]
+        return self._take(0, valid) or self._nothing(valid)
+
+    def _take(self, start: int, stop: int) -> tuple[Tensor, Tensor] | None:
+        """The pieces from start to stop as one, removed; None where there are none."""
+        outs, lses, at = [], [], start
+        for first in sorted(first for first in self._pieces if start <= first < stop):
+            end, out, lse = self._pieces.pop(first)
+            gap = (self._nothing(first - at),) if first > at else ()
+            for a, b in (*gap, (out, lse)):
+                outs.append(a)
+                lses.append(b)
+            at = end
+        if not outs:
+            return None
+        if at < stop:
+            a, b = self._nothing(stop - at)
+            outs.append(a)
+            lses.append(b)
+        return (outs[0], lses[0]) if len(outs) == 1 else (torch.cat(outs, 1), torch.cat(lses, 2))
+
+    def _nothing(self, rows: int) -> tuple[Tensor, Tensor]:
+        """out and lse of queries that have seen no key."""
+        batch, _, heads, head_dim = self._q.shape
+        device = self._q.device
+        out = torch.zeros(batch, rows, heads, head_dim, dtype=self._dtype, device=device)
+        return out, torch.full((batch, heads, rows), float("-inf"), dtype=self._dtype, device=device)
