@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from longreel.kernels import triton_attention_tuning as tuning
@@ -17,6 +18,7 @@ from longreel.kernels.triton_attention_backward import attention_dkdv_kernel, at
 from longreel.kernels.triton_attention_delta import attention_delta_kernel
 from longreel.kernels.triton_attention_forward import attention_fwd_kernel
 from longreel.kernels.triton_attention_tiles import split_head_dim
+from longreel.kernels.triton_common import interpreting
 
 # Strides are passed in these units where all divide by it: rows are then known to start at 16 bytes in half precision.
 _ALIGN = 8
@@ -220,6 +222,11 @@ def _tiled(
 
 
 def _tiles(direction: tuning.Direction, q: Tensor, length: int) -> tuning.AttentionTiles:
+    if q.dtype == torch.bfloat16 and interpreting():
+        raise ValueError(
+            f"q has dtype {q.dtype}, which Triton's interpreter multiplies wrongly; "
+            "use torch.float16 or torch.float32, or provider 'torch'"
+        )
     return tuning.attention_tiles(direction, sum(split_head_dim(q.shape[-1])), q.dtype, length)
 
 
