@@ -15,7 +15,7 @@ from longreel.bench.campaign_plans import hopper, rehearsal
 from longreel.bench.campaign_steps import BUDGETS, RECORDS, STEPS, Campaign, interpreting
 from longreel.bench.campaign_validate import gpu_parts, rehearsed_parts
 from longreel.bench.console import prepare_folder
-from longreel.bench.micro_options import names
+from longreel.bench.micro_options import check_device, names
 from longreel.bench.micro_sweep import load, run_label
 from longreel.parallel.command_line import parse_arguments
 from longreel.parallel.workers import WorkerPool
@@ -49,8 +49,12 @@ class CampaignConfig:
         """The steps to run, in their order; ValueError names the option and what would work."""
         if not self.minutes > 0:
             raise ValueError(f"minutes must be positive, got {self.minutes}")
-        if not self.rehearse and not torch.cuda.is_available():
-            raise ValueError("there is no CUDA device here; --rehearse runs the same path on the CPU")
+        if not self.rehearse:
+            if not self.device.startswith("cuda"):
+                raise ValueError(
+                    f"device must be cuda or cuda:<index>, got {self.device!r}; --rehearse runs on the CPU"
+                )
+            check_device(self.device, "--rehearse runs the same path on the CPU")
         wanted = names("step", self.step, tuple(STEPS)) or tuple(STEPS)
         return tuple(step for step in STEPS if step in wanted)
 

@@ -111,7 +111,7 @@ class MicroConfig:
         retry_errors: try what failed before once more; otherwise its row stands.
         minutes: stop starting new cases after this many minutes; running the command again goes on.
         isolate: each provider in a process of its own (no alternation, so verdicts are weaker).
-        tiles: tuning.json of a tuning run, whose attention constants are used.
+        tiles: tuning.json of a tuning run, whose constants are used.
         commit: the commit of this tree, for a copy that is no git checkout.
     """
 
@@ -153,10 +153,7 @@ class MicroConfig:
     def resolve(self) -> MicroPlan:
         """The plan; ValueError names the option, its value and what would work."""
         preset = self._preset()
-        if preset.device.startswith("cuda") and not torch.cuda.is_available():
-            raise ValueError(
-                f"device {preset.device!r}: there is no CUDA device here; use --preset smoke or --device cpu"
-            )
+        check_device(preset.device, "use --preset smoke or --device cpu")
         directions = names("directions", self.directions, DIRECTIONS) or DIRECTIONS
         if self.minutes is not None and not self.minutes > 0:
             raise ValueError(f"minutes must be positive, got {self.minutes}")
@@ -199,6 +196,17 @@ class MicroConfig:
             "rule": replace(preset.rule, **{name: value for name, value in rule.items() if value is not None}),  # type: ignore[arg-type]
         }
         return replace(preset, **{name: value for name, value in given.items() if value is not None})  # type: ignore[arg-type]
+
+
+def check_device(text: str, instead: str) -> None:
+    """ValueError unless this is a device of this machine that can be timed; `instead` says what else would work."""
+    name, _, index = text.partition(":")
+    if name not in ("cpu", "cuda") or (index and not index.isdigit()):
+        raise ValueError(f"device must be cpu, cuda or cuda:<index>, got {text!r}")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device {text!r}: there is no CUDA device here; {instead}")
+    if name == "cuda" and index and int(index) >= torch.cuda.device_count():
+        raise ValueError(f"device {text!r}: this machine has {torch.cuda.device_count()}; the first is cuda:0")
 
 
 def names(option: str, text: str | None, known: Sequence[str]) -> tuple[str, ...] | None:

@@ -148,6 +148,7 @@ def test_constants_in_use_are_not_their_own_rival():
     ("arguments", "message"),
     [
         (["--out=x"], "there is no CUDA device here; --rehearse"),
+        (["--out=x", "--device=cpu"], "device must be cuda or cuda:<index>, got 'cpu'; --rehearse"),
         (["--out=x", "--rehearse", "--step=micro3"], "step: unknown 'micro3'; there are validate, ceilings"),
         (["--out=x", "--rehearse", "--minutes=0"], "minutes must be positive, got 0.0"),
     ],

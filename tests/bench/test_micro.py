@@ -193,6 +193,8 @@ def test_ranges_of_lengths(text, lengths):
         (["--dtypes=fp8"], "dtypes: unknown 'fp8'; there are bf16, fp16, fp32"),
         (["--minutes=0"], "minutes must be positive, got 0.0"),
         (["--num-heads=0"], "num_heads must be at least 1, got 0"),
+        (["--device=xpu"], "device must be cpu, cuda or cuda:<index>, got 'xpu'"),
+        (["--case-seconds=0"], "case_seconds must be positive, got 0.0"),
         (["--preset=ampere"], "unknown preset 'ampere'; there are auto, smoke, hopper"),
         (["--tiles=/nowhere/tuning.json"], "/nowhere/tuning.json"),
     ],
