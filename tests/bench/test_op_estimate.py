@@ -71,11 +71,18 @@ def test_assumed_rates_only_where_nothing_was_measured():
 
 def test_a_sample_of_a_backward_runs_the_forward_before_it():
     case = case_of(4096)
-    records = [measured(case, "triton", "forward", 1.0), measured(case, "triton", "backward", 2.0)]
+    records = [measured(case, "triton", "forward", 0.5), measured(case, "triton", "backward", 1.0)]
     rates = Rates(records, "a GPU", assume=False)
-    assert rates.timing_seconds(case, "triton", "forward", RULE, 5) == pytest.approx(6 * 1.0)
-    assert rates.timing_seconds(case, "triton", "backward", RULE, 5) == pytest.approx(6 * 3.0)
-    assert rates.gate_seconds(case, "triton") == pytest.approx(2 * 3.0)
+    assert rates.timing_seconds(case, "triton", "forward", RULE, 5) == pytest.approx(6 * 0.5)
+    assert rates.timing_seconds(case, "triton", "backward", RULE, 5) == pytest.approx(6 * 1.5)
+    assert rates.gate_seconds(case, "triton") == pytest.approx(2 * 1.5)
+    # What takes seconds is run once at the gate and not to warm up.
+    records = [measured(case, "triton", "forward", 1.0), measured(case, "triton", "backward", 2.0)]
+    long = Rates(records, "a GPU", assume=False)
+    assert long.is_long(case, "triton")
+    assert not rates.is_long(case, "triton")
+    assert long.timing_seconds(case, "triton", "backward", RULE, 5) == pytest.approx(5 * 3.0)
+    assert long.gate_seconds(case, "triton") == pytest.approx(3.0)
     # Short calls are repeated until the budget is spent.
     quick = Rates([measured(case, "triton", "forward", 0.01)], "a GPU", assume=False)
     assert quick.timing_seconds(case, "triton", "forward", RULE, 5) == pytest.approx(0.05 + 20 * 0.01)
