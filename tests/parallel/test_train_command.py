@@ -106,6 +106,12 @@ def fails(capsys: pytest.CaptureFixture[str], script: str, *args: str) -> str:
             "cross_layout 'published' splits the cross attention",
             id="cross-layout",
         ),
+        pytest.param(["--demo", "--timeout-s", "0"], "timeout_s must be between 1 and 31536000 seconds", id="timeout"),
+        pytest.param(
+            ["--demo", "--steps", "9", "--profile", "x", "--profile-steps", "8", "10"],
+            "profile_steps must be a first and a last step within 1 to 9 (steps), got 8 10",
+            id="profile-steps",
+        ),
         pytest.param(["--videos", "nowhere"], "videos: nowhere is not a folder", id="no-folder"),
         pytest.param(["--demo", "--resume"], "no checkpoint to resume from", id="nothing-to-resume"),
     ],
