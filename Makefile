@@ -52,7 +52,8 @@ sweep: setup
 	$(BIN)/python bench/sweep.py
 
 benchmark: setup
-	$(BIN)/pytest --benchmark
+	@mkdir -p out
+	$(BIN)/pytest --benchmark -rs --benchmark-json out/benchmark.json
 
 test: lint types layers smoke unit
 
