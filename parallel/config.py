@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -9,13 +10,15 @@ import torch
 
 Strategy = Literal["local", "ulysses", "fastseq", "ring", "usp"]
 Engine = Literal["fsdp2-zero2", "fsdp2-zero3", "ddp", "colossalai"]
-Policy = Literal["none", "full", "keep_attention", "offload"]
+Policy = Literal["none", "full", "keep_attention", "offload", "auto"]
 FastSeqOverlap = Literal["auto", "projection", "attention"]
+Exchange = Literal["p2p", "symmetric"]
 Precision = Literal["fp32", "bf16", "fp16", "fp64"]
 
 STRATEGIES: tuple[str, ...] = get_args(Strategy)
 ENGINES: tuple[str, ...] = get_args(Engine)
-POLICIES: tuple[str, ...] = get_args(Policy)
+# Those that a model runs under: `auto` becomes one of them.
+POLICIES: tuple[str, ...] = tuple(policy for policy in get_args(Policy) if policy != "auto")
 
 DTYPES: dict[str, torch.dtype] = {
     "fp32": torch.float32,
@@ -40,12 +43,18 @@ class ParallelConfig:
         head_chunks: of `ulysses` and `usp`, parts that a rank's heads are exchanged and attended in, so that exchanges
             hide behind attention; divides the heads of a rank. None: chosen by length.
         fastseq_overlap: of `fastseq`, what the gather hides behind: the `projection`, `attention` as well, or `auto`.
+        exchange: of `fastseq`, `ring` and `usp`, what chunks travel by: `p2p` (sends and receives of NCCL or gloo) or
+            `symmetric` (peers' memory read by copy engines; GPUs of one node with NVLink). All-to-alls are NCCL's.
         engine: `fsdp2-zero2` (parameters kept gathered between forward and backward), `fsdp2-zero3`, `ddp`,
             or `colossalai` (ZeRO-2 by LowLevelZeroPlugin; `make setup-colossalai`, CUDA only).
         policy: activation policy: `none` keeps what backward needs, `full` recomputes each block, `keep_attention`
             recomputes all of it but self-attention, whose output and log-sum-exp are kept, `offload` does the same with
-            what is kept, and the block's input, in host memory.
-        host_memory_gib: of `offload`: host memory that one rank may hold; None for no limit.
+            what is kept, and the block's input, in host memory, `auto` becomes the cheapest of these that fits
+            (longreel.parallel.predict.policy) before a run starts.
+        host_memory_gib: of `offload` and `auto`: host memory that one rank may hold. None: no limit for `offload`, a
+            share of the node's for `auto`.
+        memory_limit_gib: of `auto`: memory that the tensors of one rank may take; None: that of its CUDA device, less a
+            reserve.
         mlp_tile: tokens that the MLP takes at a time, so that its hidden layer of the whole sequence never lives;
             backward computes it again. None: all at once.
         precision: `bf16` and `fp16` compute in that dtype over fp32 master parameters, `fp16` (`fsdp2` only) with the
@@ -59,9 +68,11 @@ class ParallelConfig:
     ulysses_degree: int | None = None
     head_chunks: int | None = None
     fastseq_overlap: FastSeqOverlap = "auto"
+    exchange: Exchange = "p2p"
     engine: Engine = "fsdp2-zero2"
     policy: Policy = "none"
     host_memory_gib: float | None = None
+    memory_limit_gib: float | None = None
     mlp_tile: int | None = None
     precision: Precision = "fp32"
     attention_provider: str = "auto"
@@ -70,8 +81,9 @@ class ParallelConfig:
         choices = (
             ("strategy", STRATEGIES),
             ("fastseq_overlap", get_args(FastSeqOverlap)),
+            ("exchange", get_args(Exchange)),
             ("engine", ENGINES),
-            ("policy", POLICIES),
+            ("policy", get_args(Policy)),
             ("precision", tuple(DTYPES)),
         )
         for name, allowed in choices:
@@ -79,11 +91,13 @@ class ParallelConfig:
                 raise ValueError(f"unknown {name} {getattr(self, name)!r}; there are {', '.join(allowed)}")
         if self.sp_degree < 1:
             raise ValueError(f"sp_degree must be at least 1, got {self.sp_degree}")
-        if self.host_memory_gib is not None and (self.policy != "offload" or not self.host_memory_gib > 0):
-            raise ValueError(
-                f"host_memory_gib must be positive and goes with policy 'offload', got {self.host_memory_gib} with "
-                f"policy {self.policy!r}"
-            )
+        for name, goes_with in (("host_memory_gib", ("offload", "auto")), ("memory_limit_gib", ("auto",))):
+            gib = getattr(self, name)
+            if gib is not None and (self.policy not in goes_with or not 0 < gib < math.inf):
+                raise ValueError(
+                    f"{name} must be positive and goes with policy {' or '.join(map(repr, goes_with))}, got {gib} with "
+                    f"policy {self.policy!r}"
+                )
         exchanges_heads = self.strategy == "ulysses" or (self.strategy == "usp" and self.ulysses_degree != 1)
         if self.head_chunks is not None and not (exchanges_heads and self.head_chunks >= 1):
             raise ValueError(
@@ -109,6 +123,8 @@ class ParallelConfig:
                 f"ulysses_degree {self.ulysses_degree} does not divide sp_degree {self.sp_degree}; "
                 f"degrees that do: {', '.join(map(str, _divisors(self.sp_degree)))}"
             )
+        if self.exchange == "symmetric":
+            self._check_symmetric()
         if self.engine == "ddp" and self.precision in HALF_PRECISIONS:
             raise ValueError(
                 "engine 'ddp' has no mixed precision; use precision fp32, or engine fsdp2-zero2 or fsdp2-zero3 for "
@@ -116,6 +132,20 @@ class ParallelConfig:
             )
         if self.engine == "colossalai" and self.precision == "fp16":
             raise ValueError("engine 'colossalai' takes no precision fp16; use bf16, or engine fsdp2-zero2")
+
+    def _check_symmetric(self) -> None:
+        """ValueError where exchange `symmetric` would have nothing to do, or no memory that all ranks can read."""
+        only_all_to_all = self.strategy == "usp" and self.ulysses_degree == self.sp_degree
+        if self.strategy not in ("fastseq", "ring", "usp") or only_all_to_all:
+            raise ValueError(
+                "exchange 'symmetric' goes with strategy 'fastseq', 'ring', or 'usp' with an ulysses_degree below "
+                f"sp_degree, got strategy {self.strategy!r}, ulysses_degree {self.ulysses_degree}; "
+                "all-to-alls take exchange 'p2p'"
+            )
+        if self.sp_across_nodes:
+            raise ValueError(
+                "exchange 'symmetric' reads memory of GPUs on one node, got sp_across_nodes; use exchange 'p2p' with it"
+            )
 
     @property
     def heads_degree(self) -> int:

@@ -23,7 +23,7 @@ from torch.utils.checkpoint import create_selective_checkpoint_contexts
 
 from longreel.models.block import DiTBlock
 from longreel.models.dit import DiT
-from longreel.parallel.config import DTYPES, HALF_PRECISIONS, ParallelConfig
+from longreel.parallel.config import DTYPES, HALF_PRECISIONS, POLICIES, ParallelConfig
 from longreel.parallel.mesh import ParallelMesh
 from longreel.parallel.offload import HostStore, OffloadedBlock
 from longreel.parallel.strategies import SELF_ATTENTION_OPS
@@ -36,7 +36,14 @@ def apply_policy(model: DiT, policy: str, mlp_tile: int | None, store: HostStore
         policy: `none` leaves blocks alone, `full` recomputes them in backward, `keep_attention` recomputes all but
             self-attention, whose op's outputs are kept (strategies save little else then: their `lean`), `offload`
             keeps those and the blocks' inputs in the store.
+
+    Raises:
+        ValueError: the policy is `auto`, which is chosen before a model is built.
     """
+    if policy == "auto":
+        raise ValueError(
+            f"policy 'auto' is chosen before a training run builds its model; name one here: {', '.join(POLICIES)}"
+        )
     for block in model.blocks:
         assert isinstance(block, DiTBlock)
         block.mlp_tile = mlp_tile

@@ -116,7 +116,13 @@ class _Reporter:
         return False
 
 
-def run_script(work: Callable[[Config, torch.device], None], config_type: type[Config], args: Sequence[str]) -> int:
+def run_script(
+    work: Callable[[Config, torch.device], None],
+    config_type: type[Config],
+    args: Sequence[str],
+    *,
+    prepare: Callable[[Config], Config] | None = None,
+) -> int:
     """Parse the command line, join the process group and work; what the user got wrong becomes one line.
 
     Args:
@@ -124,6 +130,7 @@ def run_script(work: Callable[[Config, torch.device], None], config_type: type[C
             torchrun).
         config_type: dataclass that the command line is made of; a field timeout_s of it limits collectives, in seconds.
         args: the command line without the program's name.
+        prepare: makes the configuration whole before there is a process group; the same on every rank.
 
     Returns:
         Exit status: 0, or 2 after a ValueError, an OSError or sizes that do not fit in memory, printed as
@@ -132,6 +139,8 @@ def run_script(work: Callable[[Config, torch.device], None], config_type: type[C
     report = _Reporter()
     with report.errors():
         config = parse_arguments(config_type, args)
+        if prepare is not None:
+            config = prepare(config)
         report.timeout_s = getattr(config, "timeout_s", TIMEOUT_SECONDS)
         # Said before the group is left, which breaks the collectives that other ranks wait in.
         with process_group(report) as device, report.errors():

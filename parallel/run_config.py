@@ -5,7 +5,9 @@ from __future__ import annotations
 import math
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+import tyro
 
 from longreel.data.demo import DEMO_FRAMES
 from longreel.data.video import MAX_FPS, MIN_FPS
@@ -100,6 +102,7 @@ class TrainConfig:
         profile_steps: first and last step traced, counted from 1.
         model: which DiT.
         parallel: how it is spread over the ranks.
+        policy_reason: why policy `auto` became what parallel.policy says; not a choice of the command line.
     """
 
     videos: Path | None = None
@@ -127,6 +130,7 @@ class TrainConfig:
     profile_steps: tuple[int, int] = (3, 4)
     model: ModelChoice = field(default_factory=ModelChoice)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    policy_reason: Annotated[str | None, tyro.conf.Suppress] = None
 
     def __post_init__(self) -> None:
         if self.demo == (self.videos is not None):

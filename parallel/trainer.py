@@ -34,7 +34,7 @@ from longreel.parallel.checkpoint import (
     wait_for_all,
 )
 from longreel.parallel.comm import all_gather
-from longreel.parallel.config import check_heads, check_ranks
+from longreel.parallel.config import POLICIES, check_heads, check_ranks
 from longreel.parallel.mesh import build_mesh, nodes_of_ranks
 from longreel.parallel.parallelize import ParallelDiT
 from longreel.parallel.run_config import TrainConfig, to_json
@@ -55,6 +55,7 @@ _FREE_ON_RESUME = {
     "profile",
     "profile_steps",
     "parallel",
+    "policy_reason",
 }
 
 
@@ -84,6 +85,7 @@ class Trainer:
             sp_across_nodes=config.parallel.sp_across_nodes,
         )
         self._first = self.mesh.flat.get_rank() == 0
+        self._check_same_policy()
         self._console = console or Console(stderr=True, soft_wrap=True, highlight=False, markup=False)
         split_samples(config.batch_size, self.mesh.dp_degree, self.mesh.dp_rank)
 
@@ -137,6 +139,8 @@ class Trainer:
                 f"{self.mesh.dp_degree} data-parallel x {self.mesh.sp_degree} sequence-parallel ranks"
                 + (f"; resumed after step {self.step}" if self.step else "")
             )
+            if config.policy_reason is not None:
+                self._say(f"policy {config.policy_reason}")
         metrics = (config.out / "metrics.jsonl").open("a", encoding="utf-8") if self._first else nullcontext()
         saved: Path | None = None
         with metrics as file, self._progress() as progress:
@@ -199,7 +203,13 @@ class Trainer:
         numbers = [loss.double(), float(memory_bytes(self.device)), float(self.model.store.peak_bytes)]
         share = torch.stack([torch.as_tensor(n, dtype=torch.float64, device=loss.device) for n in numbers])
         everyone = all_gather(share, self.mesh.flat.get_group().group_name)
-        figures = {"step": self.step, "loss": float(everyone[:, 0].mean()), "memory": int(everyone[:, 1].max())}
+        figures: dict[str, Any] = {
+            "step": self.step,
+            "loss": float(everyone[:, 0].mean()),
+            "memory": int(everyone[:, 1].max()),
+        }
+        if self.config.policy_reason is not None:
+            figures["policy"] = self.config.parallel.policy
         if (scale := self.model.engine.loss_scale) is not None:
             figures["loss_scale"] = scale
         if self.config.parallel.policy == "offload":
@@ -260,6 +270,17 @@ class Trainer:
                     f"the command line {now[name]}"
                 )
         return found[-1]
+
+    def _check_same_policy(self) -> None:
+        """ValueError if ranks with different devices or memory chose different policies."""
+        policy = POLICIES.index(self.config.parallel.policy) if self.config.policy_reason is not None else 0
+        try:
+            check_agreement("policies", [policy], self.mesh.flat.get_group().group_name, self.device)
+        except ValueError as error:
+            raise ValueError(
+                "policy 'auto' comes out differently where ranks have different memory; give --memory-limit-gib and "
+                f"--host-memory-gib, or name a policy: {error}"
+            ) from error
 
     def _check_same_runs(self, found: list[Path]) -> None:
         """ValueError if ranks see different checkpoints in `out`."""

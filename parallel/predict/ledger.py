@@ -1,10 +1,10 @@
 """What every op of a step costs: FLOPs, bytes of memory traffic, bytes sent, workspace. Shapes only, no time.
 
 Strategy ops (`longreel::exchange_attention` ...) are opened: their Python body runs on fake tensors, so that the
-exchanges, projections and attention inside are seen one by one, with their buffers. Attention under `sdpa-flash` is
-opened for its buffers and priced as one op. The other ops of longreel.kernels are taken as one fused kernel each (read
-the inputs, write the results) unless asked to open them too. Bytes of any other op: every argument read, every result
-written.
+exchanges, projections and attention inside are seen one by one, with their buffers. Attention under `sdpa-flash` and
+`torch` is opened for its buffers and priced as one op. The other ops of longreel.kernels are taken as one fused kernel
+each (read the inputs, write the results) unless asked to open them too. Bytes of any other op: every argument read,
+every result written.
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ class OpLedger:
     def _opens(self, func: Any, args: tuple[Any, ...]) -> bool:
         if _is_attention(func):
             # A provider that launches a kernel of its own has no body to run on fake tensors.
-            return args[-1] == "sdpa-flash"
+            return args[-1] in ("sdpa-flash", "torch")
         return self._open_pointwise or not _is_kernel(func)
 
     def _price(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:

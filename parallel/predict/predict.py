@@ -8,7 +8,7 @@ from functools import lru_cache
 from typing import Any
 
 from longreel.models.config import DiTConfig
-from longreel.parallel.config import ParallelConfig, check_heads
+from longreel.parallel.config import ParallelConfig, Precision, check_heads
 from longreel.parallel.mesh import build_mesh
 from longreel.parallel.predict.depth import OptimizerTrace, step_at_depth, trace_optimizer
 from longreel.parallel.predict.fake_world import fake_world
@@ -79,6 +79,8 @@ class PredictionCase:
                 f"attention_provider {self.parallel.attention_provider!r} cannot be predicted: there are rates for "
                 "sdpa-flash only; use 'auto' or 'sdpa-flash'"
             )
+        if self.parallel.policy == "auto":
+            raise ValueError("policy 'auto' cannot be predicted: it chooses by predictions; name a policy")
         self.parallel.dp_degree(self.num_gpus)
         check_heads(self.model.num_heads, self.parallel.heads_degree)
 
@@ -144,7 +146,7 @@ def predict_step(case: PredictionCase) -> Prediction:
     """
     profile = get_profile(case.target)
     parallel = replace(case.parallel, attention_provider="sdpa-flash")
-    trace = _trace(case.model, parallel, case.num_gpus, case.grid, case.batch_per_group, case.fused_pointwise)
+    trace = trace_shape(case.model, parallel, case.num_gpus, case.grid, case.batch_per_group, case.fused_pointwise)
     time = step_time(trace.costs, profile, group_sizes=trace.group_sizes, host_bytes=trace.host_bytes)
     t, h, w = case.grid
     samples = case.batch_per_group * case.parallel.dp_degree(case.num_gpus)
@@ -173,12 +175,23 @@ def predict_step(case: PredictionCase) -> Prediction:
 
 
 @lru_cache(maxsize=1024)
-def _trace(
-    model: DiTConfig, parallel: ParallelConfig, num_gpus: int, grid: tuple[int, int, int], batch: int, fused: bool
+def trace_shape(
+    model: DiTConfig, parallel: ParallelConfig, world_size: int, grid: tuple[int, int, int], batch: int, fused: bool
 ) -> StepTrace:
+    """What a step of this shape does on the first rank of a world, without times.
+
+    Args:
+        model: the DiT.
+        parallel: engine `fsdp2`, any precision but fp64, attention_provider `sdpa-flash` or `torch`.
+        world_size: ranks. grid: patches (t, h, w) of a sample. batch: samples of an SP group.
+        fused: see PredictionCase.fused_pointwise.
+
+    Raises:
+        ValueError: a process group is initialised in this process.
+    """
     t, h, w = (n * p for n, p in zip(grid, model.patch_size, strict=True))
-    optimizers = _shallow_optimizers(replace(model, depth=1), num_gpus)
-    with fake_world(num_gpus):
+    optimizers = _shallow_optimizers(replace(model, depth=1), world_size, parallel.precision)
+    with fake_world(world_size):
         mesh = build_mesh(sp_degree=parallel.sp_degree, ulysses_degree=parallel.ulysses_degree)
         return step_at_depth(
             model, parallel, mesh, optimizers, latent_size=(t, h, w), batch=batch, open_pointwise=not fused
@@ -186,11 +199,13 @@ def _trace(
 
 
 @lru_cache(maxsize=64)
-def _shallow_optimizers(model: DiTConfig, num_gpus: int) -> tuple[OptimizerTrace, OptimizerTrace]:
+def _shallow_optimizers(
+    model: DiTConfig, world_size: int, precision: Precision
+) -> tuple[OptimizerTrace, OptimizerTrace]:
     """At depths 1 and 2; neither the strategy nor ZeRO's stage changes what is sharded."""
-    with fake_world(num_gpus):
+    with fake_world(world_size):
         mesh = build_mesh(sp_degree=1)
-        parallel = ParallelConfig(precision="bf16")
+        parallel = ParallelConfig(precision=precision)
         return trace_optimizer(model, parallel, mesh), trace_optimizer(replace(model, depth=2), parallel, mesh)
 
 

@@ -85,5 +85,5 @@ def test_each_block_keeps_its_input_and_attentions_output_in_host_memory(run_dis
 def test_a_budget_goes_with_offload_only():
     config = ParallelConfig(policy="offload", host_memory_gib=0.5)
     for change in ({"policy": "full"}, {"host_memory_gib": 0.0}):
-        with pytest.raises(ValueError, match="host_memory_gib must be positive and goes with policy 'offload'"):
+        with pytest.raises(ValueError, match="host_memory_gib must be positive and goes with policy 'offload' or 'auto'"):
             replace(config, **change)
