@@ -1,6 +1,7 @@
 """Every raw collective of the project, keyed by the name of a process group.
 
-Groups travel by name because strategies are custom ops, and an op's arguments are tensors, numbers and strings.
+Groups travel by name because strategies are custom ops, and an op's arguments are tensors, numbers and strings. A name
+marked by symmetric_key() is the same group, whose chunks and pairwise exchanges go through symmetric memory.
 All buffers are contiguous: gloo writes wrong data into strided outputs without an error.
 """
 
@@ -14,10 +15,27 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.distributed_c10d import _resolve_process_group
 
+from longreel.parallel import symmetric
+from longreel.parallel.mailbox import Arrival, Mailbox
+
+SYMMETRIC = "symmetric:"
+
 
 def _named(group: str) -> dist.ProcessGroup:
     # Newer PyTorch types the name as a NewType of str that older versions do not have.
-    return _resolve_process_group(group)  # type: ignore[arg-type]
+    return _resolve_process_group(group.removeprefix(SYMMETRIC))  # type: ignore[arg-type]
+
+
+def symmetric_key(group: str) -> str:
+    """The named group with exchange back end `symmetric`: what an op is given to use it."""
+    return SYMMETRIC + group.removeprefix(SYMMETRIC)
+
+
+def _mailboxes(x: Tensor, group: str) -> symmetric.Mailboxes | None:
+    """Where x is exchanged if the group says symmetric memory; a fake group moves nothing in either way."""
+    if not group.startswith(SYMMETRIC) or is_fake(group):
+        return None
+    return symmetric.mailboxes(_named(group), x.device)
 
 
 def group_size(group: str) -> int:
@@ -30,9 +48,15 @@ def group_rank(group: str) -> int:
     return _named(group).rank()
 
 
+def backend(group: str) -> str:
+    """What runs the named group's collectives: `nccl`, `gloo`, `fake`, or several with their devices."""
+    found: str = dist.get_backend(_named(group))
+    return found
+
+
 def is_fake(group: str) -> bool:
     """Whether the named group is a fake one, whose collectives move nothing."""
-    return dist.get_backend(_named(group)) == "fake"
+    return backend(group) == "fake"
 
 
 def all_to_all(x: Tensor, group: str) -> Tensor:
@@ -79,7 +103,7 @@ class Exchange:
     """An exchange in flight; wait() returns what was received."""
 
     received: Tensor
-    works: tuple[dist.Work, ...]
+    works: tuple[Arrival, ...]
     # Keeps the sent buffer alive until the transfer is over.
     sent: Tensor
 
@@ -115,6 +139,10 @@ def start_exchange(send: Tensor, received: Tensor, *, step: int, group: str) -> 
     assert send.shape == received.shape
     pg = _named(group)
     size, rank = pg.size(), pg.rank()
+    boxes = _mailboxes(send, group)
+    if boxes is not None:
+        publication = boxes.pairs.publish(send, [(rank + step) % size])
+        return Exchange(received, (boxes.pairs.fetch(publication, (rank - step) % size, received),), send)
     operations = [
         dist.P2POp(dist.isend, send, group=pg, group_peer=(rank + step) % size),
         dist.P2POp(dist.irecv, received, group=pg, group_peer=(rank - step) % size),
@@ -129,6 +157,10 @@ def ring_chunks(x: Tensor, group: str) -> Iterator[tuple[int, Tensor]]:
     """
     size, rank = group_size(group), group_rank(group)
     x = x.contiguous()
+    boxes = _mailboxes(x, group)
+    if boxes is not None:
+        yield from _fetched_chunks(x, boxes.gather, size, rank)
+        return
     flight: Exchange | None = None
     for step in range(size):
         chunk = x if flight is None else flight.wait()
@@ -143,8 +175,31 @@ def rotating_chunks(x: Tensor, group: str) -> Iterator[tuple[int, Tensor]]:
     """
     size, rank = group_size(group), group_rank(group)
     chunk = x.contiguous()
+    boxes = _mailboxes(chunk, group)
+    if boxes is not None:
+        yield from _fetched_chunks(chunk, boxes.gather, size, rank)
+        return
     for step in range(size):
         flight = start_exchange(chunk, torch.empty_like(chunk), step=1, group=group) if step + 1 < size else None
         yield (rank - step) % size, chunk
         if flight is not None:
             chunk = flight.wait()
+
+
+def _fetched_chunks(x: Tensor, mailbox: Mailbox, size: int, rank: int) -> Iterator[tuple[int, Tensor]]:
+    """ring_chunks() and rotating_chunks() through symmetric memory: published once, and fetched from the owner.
+
+    The order of chunks is theirs, and so are the bytes; between the GPUs of a node every peer is a neighbour.
+    """
+    if size == 1:
+        yield rank, x
+        return
+    publication = mailbox.publish(x, [(rank + step) % size for step in range(1, size)])
+    flight: Exchange | None = None
+    for step in range(size):
+        chunk = x if flight is None else flight.wait()
+        flight = None
+        if step + 1 < size:
+            received = torch.empty_like(x)
+            flight = Exchange(received, (mailbox.fetch(publication, (rank - step - 1) % size, received),), x)
+        yield (rank - step) % size, chunk
