@@ -38,6 +38,13 @@ def _mailboxes(x: Tensor, group: str) -> symmetric.Mailboxes | None:
     return symmetric.mailboxes(_named(group), x.device)
 
 
+def world() -> str:
+    """Name of the group of all ranks."""
+    group = dist.group.WORLD
+    assert group is not None
+    return str(group.group_name)
+
+
 def group_size(group: str) -> int:
     """P, ranks of the named group."""
     return _named(group).size()
