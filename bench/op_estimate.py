@@ -24,7 +24,7 @@ LONG_S = 3.0
 _COMPILES = {"flex": 20.0, "compiled": 5.0}
 _COMPILES_ONCE = 2.5
 _ALWAYS = 0.3
-# Assumed useful FLOP/s of attention on one H200, forward and backward, on the low side of what is published and of our aims.
+# Assumed useful FLOP/s of attention on one H200, forward and backward, below published figures and our aims.
 _ATTENTION = {
     "triton": (300e12, 200e12),
     "triton-atomic": (300e12, 250e12),
