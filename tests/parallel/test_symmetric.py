@@ -18,12 +18,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from longreel.models.config import DiTConfig
 from longreel.models.sequence import AttentionShape, SequenceLengths
 from longreel.parallel import peer_access, strategies, symmetric
 from longreel.parallel.config import ParallelConfig
 from longreel.parallel.mailbox import NUM_SLOTS, Mailbox
 from longreel.parallel.mesh import build_mesh
-from longreel.parallel.predict.fake_world import fake_world
+from longreel.parallel.predict.predict import trace_shape
 from longreel.parallel.strategies import build_strategy
 
 HEADS, WIDTH = 8, 64
@@ -144,14 +145,24 @@ def test_compiles_into_one_graph(run_distributed, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["fastseq", "ring"])
-def test_a_prediction_runs_on_the_fake_group(name):
-    with fake_world(4):
-        config = ParallelConfig(strategy=name, sp_degree=4, attention_provider="torch", exchange="symmetric")
-        sp = build_strategy(config, build_mesh(sp_degree=4))
-        lengths = SequenceLengths(valid=16, padded=16)
-        x, qkv = torch.zeros(1, 4, WIDTH), nn.Linear(WIDTH, 3 * WIDTH)
-        out = sp.self_attention(x, qkv, num_heads=HEADS, lengths=lengths)
-    assert out.shape == (1, 4, WIDTH)
+def test_a_prediction_is_that_of_p2p(name):
+    model = DiTConfig(depth=1, hidden_size=64, num_heads=4, in_channels=4, patch_size=(1, 2, 2))
+    p2p, symmetric_one = (
+        trace_shape(
+            model,
+            ParallelConfig(
+                strategy=name, sp_degree=4, exchange=exchange, precision="bf16", attention_provider="sdpa-flash"
+            ),
+            world_size=4,
+            grid=(2, 4, 4),
+            batch=1,
+            fused=True,
+        )
+        for exchange in ("p2p", "symmetric")
+    )
+    assert p2p.sent() == symmetric_one.sent()
+    assert any(kind.startswith("sequence.") and count for kind, count in p2p.sent().items())
+    assert p2p == symmetric_one
 
 
 def refusal_on_gloo() -> str:
