@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.distributed.distributed_c10d import _resolve_process_group
 
 from longreel.parallel import symmetric
-from longreel.parallel.mailbox import Arrival, Mailbox
+from longreel.parallel.peer_mailbox import Arrival, Mailbox
 
 SYMMETRIC = "symmetric:"
 

@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from longreel.parallel.mailbox import NUM_SLOTS, Mailbox, Transport
+from longreel.parallel.peer_mailbox import NUM_SLOTS, Mailbox, Transport
 
 # As long as NCCL waits for a peer by default.
 TIMEOUT_MS = 600_000
@@ -59,7 +59,7 @@ def allocator_of(device: torch.device) -> str | None:
 
 
 class PeerMemory:
-    """longreel.parallel.mailbox.Transport over symmetric memory. All ranks of the group make one together.
+    """longreel.parallel.peer_mailbox.Transport over symmetric memory. All ranks of the group make one together.
 
     Args:
         group: name of the process group.

@@ -1,4 +1,4 @@
-"""longreel.parallel.mailbox.Transport on CPU processes: memory-mapped files, and streams that are threads.
+"""longreel.parallel.peer_mailbox.Transport on CPU processes: memory-mapped files, and streams that are threads.
 
 As on a GPU, what is enqueued runs later, in its own time; `Stream` stands for a CUDA stream, the compute stream
 included. Slots start as NaN.
@@ -20,7 +20,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from longreel.parallel import comm, symmetric
-from longreel.parallel.mailbox import NUM_SLOTS
+from longreel.parallel.peer_mailbox import NUM_SLOTS
 
 WAIT_S = 20.0
 

@@ -22,8 +22,8 @@ from longreel.models.config import DiTConfig
 from longreel.models.sequence import AttentionShape, SequenceLengths
 from longreel.parallel import peer_access, strategies, symmetric
 from longreel.parallel.config import ParallelConfig
-from longreel.parallel.mailbox import NUM_SLOTS, Mailbox
 from longreel.parallel.mesh import build_mesh
+from longreel.parallel.peer_mailbox import NUM_SLOTS, Mailbox
 from longreel.parallel.predict.predict import trace_shape
 from longreel.parallel.strategies import build_strategy
 

@@ -1,10 +1,11 @@
-"""longreel.parallel.mailbox: what arrives when ranks, copies and computations are late, and when a step is left out."""
+"""longreel.parallel.peer_mailbox: what arrives when ranks and computations are late, and when a step is left out."""
 
 from __future__ import annotations
 
 import importlib.util
 import random
 import time
+from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
 from types import ModuleType
@@ -14,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from longreel.parallel.mailbox import Mailbox
+from longreel.parallel.peer_mailbox import Mailbox
 
 NAN = float("nan")
 # Elements of round n's tensors: buffers grow twice, and are used for less than they hold.
@@ -130,3 +131,29 @@ def test_reads_of_memory_that_was_filled_again_bring_wrong_numbers(run_distribut
 def test_reads_of_memory_that_was_not_filled_yet_bring_wrong_numbers(run_distributed, tmp_path):
     found = run_distributed(wrong_tensors, 4, tmp_path, 3, frozenset(["wait-ready", "signal-ready"]), 2e-2, 0)
     assert max(found) > 0, found
+
+
+def test_small_memory_is_given_back_before_larger_is_taken():
+    alive = []
+
+    class Slots:
+        """Takes everything, and tells when it is gone."""
+
+        def __init__(self, slot_bytes: int) -> None:
+            assert not alive
+            self.slot_bytes = slot_bytes
+            alive.append(slot_bytes)
+
+        def __del__(self) -> None:
+            alive.remove(self.slot_bytes)
+
+        def __getattr__(self, name: str) -> Callable[..., None]:
+            return lambda *args: None
+
+    mailbox = Mailbox(Slots)
+    sizes = []
+    for elements in (100, 50, 101, 120, 400):
+        mailbox.publish(torch.zeros(elements, dtype=torch.uint8), [])
+        sizes.append(alive[0])
+    # At least a quarter more at a time.
+    assert sizes == [100, 100, 125, 125, 400]

@@ -143,7 +143,8 @@ class Mailbox:
             transport.finish()
             # Lengths that grow step by step must not allocate at each.
             num_bytes = max(num_bytes, transport.slot_bytes * 5 // 4)
-            self._transport = None
+            # The old memory goes before the new comes.
+            self._transport = transport = None
         self._transport = self._open(num_bytes)
         return self._transport
 
