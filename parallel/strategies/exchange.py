@@ -108,23 +108,25 @@ def exchange_attention_op(
         out [B, s, H, D] and lse [K, B, h / K, n] of the n existing queries of this rank's heads; then, unless lean,
         what backward reuses: q_heads [K, B, U s, G, h / K, D], kv_heads and out_heads [K, B, n, h / K, D].
     """
-    q_in = ToHeads(q, q_bias, heads_group, chunks)
-    kv_in = None if kv is None else ToHeads(kv, kv_bias, heads_group, chunks)
+    q_in = ToHeads(q, q_bias, heads_group, chunks, keep=not lean)
+    kv_in = None if kv is None else ToHeads(kv, kv_bias, heads_group, chunks, keep=not lean)
     back = ToTokens(q.shape[1], heads_group, chunks)
     outs, lses = [], []
     absent = q.new_empty(0)
-    for chunk in range(chunks):
-        kv_heads = kv_in.wait(chunk) if kv_in else absent
-        out_heads, lse = _attend(q_in.wait(chunk), kv_heads, offsets_q, offsets_k, scale, provider, ring_group)
+    for _ in range(chunks):
+        q_heads, kv_heads = q_in.wait(), kv_in.wait() if kv_in else absent
+        out_heads, lse = _attend(q_heads, kv_heads, offsets_q, offsets_k, scale, provider, ring_group)
         back.send(out_heads.unsqueeze(2))
         lses.append(lse)
         if not lean:
             outs.append(out_heads)
+        # Not held while the next chunk is laid out.
+        del q_heads, kv_heads, out_heads
     saved = (absent, q.new_empty(0), q.new_empty(0))
     if not lean:
         saved = q_in.stacked(), kv_in.stacked() if kv_in else absent, _stack(outs)
     # What is not saved is let go before the result is laid out.
-    del q_in, kv_in, kv_heads, out_heads, outs
+    del q_in, kv_in, outs
     return back.tokens().squeeze(2), _stack(lses), *saved
 
 
@@ -157,21 +159,19 @@ def exchange_attention_backward_op(
         out, q, kv: lean: those of the forward op; else its out_heads, q_heads and kv_heads (empty for None).
     """
     rows, absent = dout.shape[1], q.new_empty(0)
-    gradient_in = dout.unsqueeze(2)
     q_in = kv_in = None
     if lean:
         # Backward needs what left: out goes with its gradient, q, k and v go again.
-        gradient_in = torch.stack((dout, out), dim=2)
         q_in = ToHeads(q, q_bias, heads_group, chunks)
         kv_in = None if kv is None else ToHeads(kv, kv_bias, heads_group, chunks)
-    dout_in = ToHeads(gradient_in, None, heads_group, chunks)
+    dout_in = ToHeads((dout, out) if lean and heads_group else dout.unsqueeze(2), None, heads_group, chunks)
     dq_back = ToTokens(rows, heads_group, chunks)
     dkv_back: ToTokens | None = None
     for chunk in range(chunks):
-        received, chunk_lse = dout_in.wait(chunk), lse[chunk]
+        received, chunk_lse = dout_in.wait(), lse[chunk]
         if q_in is not None:
-            q_heads, kv_heads = q_in.wait(chunk), kv_in.wait(chunk) if kv_in else absent
-            out_heads = received[:, : chunk_lse.shape[2], 1]
+            q_heads, kv_heads = q_in.wait(), kv_in.wait() if kv_in else absent
+            out_heads = (received[:, :, 1] if heads_group else out)[:, : chunk_lse.shape[2]]
         else:
             assert kv is not None
             q_heads, kv_heads, out_heads = q[chunk], kv[chunk] if kv.numel() else absent, out[chunk]
@@ -187,11 +187,15 @@ def exchange_attention_backward_op(
             provider,
             ring_group,
         )
+        kv_rows = kv_heads.shape[1] if kv_heads.numel() else 0
+        # Not held while gradients return and the next chunk is laid out.
+        del received, q_heads, kv_heads, out_heads
         dq_back.send(dq)
-        if kv_heads.numel():
-            dkv_back = dkv_back or ToTokens(kv_heads.shape[1] // _size(heads_group), heads_group, chunks)
+        if kv_rows:
+            dkv_back = dkv_back or ToTokens(kv_rows // _size(heads_group), heads_group, chunks)
             dkv_back.send(dkv)
-    del q_in, kv_in, dout_in, gradient_in, received, q_heads, kv_heads, out_heads, dq, dkv
+        del dq, dkv
+    del q_in, kv_in, dout_in
     if dkv_back is None:
         return *dq_back.tokens_and_bias(), absent, q.new_empty(0)
     return *dq_back.tokens_and_bias(), *dkv_back.tokens_and_bias()

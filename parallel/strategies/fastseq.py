@@ -127,16 +127,21 @@ def fastseq_attention_backward_op(
         q_heads, kv_heads = _project_all(x, weight, bias, text, kv_weight, kv_bias, num_heads, group)
         both = scatter_heads(torch.stack((dout, out), dim=2), group)
         dout_heads, out_heads = both[:, :, 0], both[:, : offsets_q[-1], 1]
+        del both
     else:
         out_heads = out
         dout_heads = scatter_heads(dout.unsqueeze(2), group).squeeze(2)
     dq_heads, dkv_heads = attend_backward(
         dout_heads, q_heads, kv_heads, out_heads, lse, offsets_q, offsets_k, scale, provider
     )
-    grads = gather_project_backward(pad_tokens(dq_heads, q_heads.shape[1]), x, weight, num_heads, group)
+    dq_heads = pad_tokens(dq_heads, q_heads.shape[1])
+    if text is not None:
+        dkv_heads = pad_tokens(dkv_heads, kv_heads.shape[1])
+    # What was gathered and exchanged again goes before chunks of x come once more.
+    del q_heads, kv_heads, dout_heads, out_heads
+    grads = gather_project_backward(dq_heads, x, weight, num_heads, group)
     if text is None or kv_weight is None:
         return *grads, x.new_empty(0), x.new_empty(0), x.new_empty(0)
-    dkv_heads = pad_tokens(dkv_heads, kv_heads.shape[1])
     return *grads, *gather_project_backward(dkv_heads, text, kv_weight, num_heads, group)
 
 

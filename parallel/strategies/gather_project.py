@@ -23,6 +23,8 @@ def gather_project(x: Tensor, weight: Tensor, bias: Tensor | None, parts: int, n
     y = x.new_empty(batch, size, s, matrix.shape[0])
     for owner, chunk in comm.ring_chunks(x, group):
         y[:, owner] = F.linear(chunk, matrix, offset)
+        # Not held while the one after next comes.
+        del chunk
     return y.view(batch, size * s, parts, num_heads // size, -1)
 
 
@@ -43,14 +45,17 @@ def gather_project_backward(
     dtype = compute_dtype(x.dtype)
     dmatrix = torch.zeros(matrix.shape, dtype=dtype, device=x.device)
     dx = (by_owner[:, rank] @ matrix).to(dtype)
-    for step, (owner, chunk) in enumerate(comm.ring_chunks(x, group)):
-        flight = None
+    # Nothing holds on to a chunk while the next comes: enumerate would.
+    for owner, chunk in comm.ring_chunks(x, group):
+        step, flight = (rank - owner) % size, None
         if step:
             share = by_owner[:, (rank + step) % size] @ matrix
             flight = comm.start_exchange(share, torch.empty_like(share), step=step, group=group)
         dmatrix += by_owner[:, owner].flatten(0, 1).t() @ chunk.flatten(0, 1)
+        del chunk
         if flight is not None:
             dx += flight.wait()
+            del share, flight
     dweight = torch.zeros_like(weight, memory_format=torch.contiguous_format)
     _head_slice(dweight, parts, num_heads, group).copy_(dmatrix.view(*dy.shape[2:], channels))
     dbias = weight.new_zeros(weight.shape[0])

@@ -320,6 +320,8 @@ def compiled_layer(name: str, degree: int, cross: bool) -> bool:
             return sp.cross_attention(x, text, query, kv, num_heads=HEADS, **both)
         return sp.self_attention(x, query, num_heads=HEADS, lengths=lengths)
 
+    # Workers live on from test to test, and compile one function a few times only.
+    torch.compiler.reset()
     compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
     grads = []
     for fn in (layer, compiled):
