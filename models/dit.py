@@ -17,6 +17,7 @@ from longreel.models.block import DiTBlock
 from longreel.models.config import DiTConfig
 from longreel.models.embeddings import embedding_dtype, position_embedding, timestep_embedding
 from longreel.models.sequence import Packing, SequenceLengths, SequenceParallel
+from longreel.models.tiled_final import tiled_final
 
 FREQUENCY_DIM = 256
 _INIT_STD = 0.02
@@ -43,9 +44,14 @@ class FinalLayer(nn.Module):
         super().__init__()
         self.modulation = nn.Linear(hidden_size, 2 * hidden_size)
         self.proj = nn.Linear(hidden_size, out_dim)
+        # Rows of x taken at a time, modulated again in backward; None: all of them, by plain layers.
+        self.tile: int | None = None
 
     def forward(self, x: Tensor, c: Tensor, segments: Tensor | None = None) -> Tensor:
         shift, scale = self.modulation(F.silu(c)).chunk(2, dim=-1)
+        if self.tile is not None:
+            weight, bias = self.proj.weight, self.proj.bias
+            return tiled_final(x, shift, scale, weight, bias, segments=segments, tile=self.tile)
         return self.proj(adaln_modulate(x, shift, scale, cu_seqlens=segments))
 
 

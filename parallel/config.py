@@ -55,8 +55,9 @@ class ParallelConfig:
             share of the node's for `auto`.
         memory_limit_gib: of `auto`: memory that the tensors of one rank may take; None: that of its CUDA device, less a
             reserve.
-        mlp_tile: tokens that the MLP takes at a time, so that its hidden layer of the whole sequence never lives;
-            backward computes it again. None: all at once.
+        mlp_tile: tokens that the MLP, the final layer and the loss take at a time, so that the MLP's hidden layer, the
+            final layer's modulated tokens and the loss's fp32 terms of the whole sequence never live; backward computes
+            them again. None: all at once.
         precision: `bf16` and `fp16` compute in that dtype over fp32 master parameters, `fp16` (`fsdp2` only) with the
             loss scaled as far as gradients stay finite; `fp32` and `fp64` use one dtype throughout.
         attention_provider: see longreel.kernels.resolve_attention_provider.

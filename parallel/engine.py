@@ -30,7 +30,7 @@ from longreel.parallel.strategies import SELF_ATTENTION_OPS
 
 
 def apply_policy(model: DiT, policy: str, mlp_tile: int | None, store: HostStore) -> None:
-    """Set each block up as the activation policy and the MLP's tile say.
+    """Set each block up as the activation policy and the MLP's tile say, which is the final layer's too.
 
     Args:
         policy: `none` leaves blocks alone, `full` recomputes them in backward, `keep_attention` recomputes all but
@@ -47,6 +47,7 @@ def apply_policy(model: DiT, policy: str, mlp_tile: int | None, store: HostStore
     for block in model.blocks:
         assert isinstance(block, DiTBlock)
         block.mlp_tile = mlp_tile
+    model.final.tile = mlp_tile
     if policy == "none":
         return
     if policy == "offload":

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from longreel.models.config import DiTConfig
 from longreel.models.dit import DiT
@@ -149,9 +150,10 @@ class ParallelDiT:
             noised.append(interpolate(x0, noise, t.to(self.loss_dtype)))
             targets.append(velocity_target(x0, noise))
         prediction = self._forward(torch.cat(noised, dim=1), rows, grids, batch)
-        predictions = self._data_channels(prediction).split([target.shape[1] for target in targets], dim=1)
+        predictions = prediction.split([target.shape[1] for target in targets], dim=1)
         errors = [
-            (predicted - target)[:, : clip.num_video].square().mean(-1).sum() / (math.prod(grid) * batch.global_samples)
+            self._squared_error(predicted[:, : clip.num_video], target[:, : clip.num_video])
+            / (math.prod(grid) * batch.global_samples)
             for clip, grid, predicted, target in zip(rows.clips, grids, predictions, targets, strict=True)
             if clip.num_video
         ]
@@ -244,6 +246,19 @@ class ParallelDiT:
             text_lengths=text_lengths,
             packing=packing,
         )
+
+    def _squared_error(self, predicted: Tensor, target: Tensor) -> Tensor:
+        """Sum over tokens of the mean square of [B, v, ...]; by tiles, if there are, whose fp32 terms do not stay."""
+
+        def of(part: Tensor, wanted: Tensor) -> Tensor:
+            return (self._data_channels(part) - wanted).square().mean(-1).sum()
+
+        tile = self.config.mlp_tile
+        if tile is None:
+            return of(predicted, target)
+        tiles = zip(predicted.split(tile, dim=1), target.split(tile, dim=1), strict=True)
+        sums = [checkpoint(of, *both, use_reentrant=False, preserve_rng_state=False) for both in tiles]
+        return torch.stack(sums).sum()
 
     def _data_channels(self, prediction: Tensor) -> Tensor:
         """The velocity of the prediction [B, s, volume * C_out], in loss_dtype: a learned sigma is left out."""
