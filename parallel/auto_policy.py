@@ -15,7 +15,7 @@ import torch
 from longreel.kernels import resolve_attention_provider
 from longreel.parallel.config import DTYPES
 from longreel.parallel.predict.hardware import FIXED_RESERVE_BYTES, FRAGMENTATION_SHARE, GiB
-from longreel.parallel.predict.policy import choose_policy, known_gpu
+from longreel.parallel.predict.policy import choose_policy, known_gpu, under_policy
 
 if TYPE_CHECKING:
     from longreel.parallel.run_config import TrainConfig
@@ -71,13 +71,9 @@ def with_policy(config: TrainConfig) -> TrainConfig:
             fused_pointwise=cuda,
             gpu=known_gpu(name, world_size),
         )
-    chosen = replace(
-        parallel,
-        policy=choice.policy,
-        memory_limit_gib=None,
-        # What the choice counted on is what the run is held to.
-        host_memory_gib=host_limit / GiB if choice.policy == "offload" else None,
-    )
+    # What the choice counted on is what the run is held to.
+    budget = host_limit / GiB if choice.policy == "offload" else None
+    chosen = under_policy(parallel, choice.policy, host_memory_gib=budget)
     return replace(config, parallel=chosen, policy_reason=choice.reason)
 
 

@@ -45,6 +45,9 @@ class ParallelConfig:
         fastseq_overlap: of `fastseq`, what the gather hides behind: the `projection`, `attention` as well, or `auto`.
         exchange: of `fastseq`, `ring` and `usp`, what chunks travel by: `p2p` (sends and receives of NCCL or gloo) or
             `symmetric` (peers' memory read by copy engines; GPUs of one node with NVLink). All-to-alls are NCCL's.
+        fastseq_keep_gathered: of `fastseq`: backward reuses the gathered hidden states instead of gathering them again,
+            for sp_degree times the memory of a rank's own in every block under policy `none`, in one block at a time
+            under `full`; the other policies keep attention's output alone.
         engine: `fsdp2-zero2` (parameters kept gathered between forward and backward), `fsdp2-zero3`, `ddp`,
             or `colossalai` (ZeRO-2 by LowLevelZeroPlugin; `make setup-colossalai`, CUDA only).
         policy: activation policy: `none` keeps what backward needs, `full` recomputes each block, `keep_attention`
@@ -69,6 +72,7 @@ class ParallelConfig:
     ulysses_degree: int | None = None
     head_chunks: int | None = None
     fastseq_overlap: FastSeqOverlap = "auto"
+    fastseq_keep_gathered: bool = False
     exchange: Exchange = "p2p"
     engine: Engine = "fsdp2-zero2"
     policy: Policy = "none"
@@ -104,6 +108,11 @@ class ParallelConfig:
             raise ValueError(
                 "head_chunks must be at least 1 and goes with strategy 'ulysses', or 'usp' with an ulysses_degree "
                 f"above 1, got {self.head_chunks} with strategy {self.strategy!r}, ulysses_degree {self.ulysses_degree}"
+            )
+        if self.fastseq_keep_gathered and (self.strategy != "fastseq" or self.policy in ("keep_attention", "offload")):
+            raise ValueError(
+                "fastseq_keep_gathered goes with strategy 'fastseq' and policy 'none' or 'full', got strategy "
+                f"{self.strategy!r}, policy {self.policy!r}, which keeps attention's output alone"
             )
         if self.mlp_tile is not None and self.mlp_tile < 1:
             raise ValueError(f"mlp_tile must be at least 1 token, got {self.mlp_tile}")

@@ -54,6 +54,17 @@ def known_gpu(device_name: str, world_size: int) -> GPUProfile | None:
     return profile if profile is not None and world_size <= profile.gpus_per_node else None
 
 
+def under_policy(parallel: ParallelConfig, policy: Policy, *, host_memory_gib: float | None = None) -> ParallelConfig:
+    """A configuration of policy `auto` with the policy named, without what the policy does not take."""
+    return replace(
+        parallel,
+        policy=policy,
+        host_memory_gib=host_memory_gib,
+        memory_limit_gib=None,
+        fastseq_keep_gathered=parallel.fastseq_keep_gathered and policy in ("none", "full"),
+    )
+
+
 def choose_policy(
     model: DiTConfig,
     parallel: ParallelConfig,
@@ -97,13 +108,7 @@ def choose_policy(
     timed = gpu if parallel.precision == "bf16" else None
     needs: list[PolicyNeed] = []
     for policy in ORDER:
-        tried = replace(
-            parallel,
-            policy=policy,
-            host_memory_gib=None,
-            memory_limit_gib=None,
-            attention_provider=attention_provider,
-        )
+        tried = replace(under_policy(parallel, policy), attention_provider=attention_provider)
         trace = trace_shape(model, tried, world_size, grid, batch, fused_pointwise)
         seconds = None
         if timed is not None:

@@ -39,7 +39,14 @@ def build_strategy(config: ParallelConfig, mesh: ParallelMesh) -> SequenceParall
         require_peer_access(chunks_group)
         chunks_group = symmetric_key(chunks_group)
     if config.strategy == "fastseq":
-        return FastSeq(group=chunks_group, degree=degree, provider=provider, lean=lean, overlap=config.fastseq_overlap)
+        return FastSeq(
+            group=chunks_group,
+            degree=degree,
+            provider=provider,
+            lean=lean,
+            overlap=config.fastseq_overlap,
+            keep_gathered=config.fastseq_keep_gathered,
+        )
     ulysses_group, ring_group = {
         "ulysses": (group, ""),
         "ring": ("", chunks_group),

@@ -45,12 +45,14 @@ def gather_project_attend(
     group: str,
     *,
     keep_qkv: bool,
+    gathered: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Self-attention of this rank's heads over every rank's tokens, chunk by chunk on arrival.
 
     Args:
         x: [B, s, C], this rank's tokens. weight, bias: [3 h D, C] and [3 h D] or None, of this rank's heads.
         heads: h. offsets: cu_seqlens of the whole sequence, on the host; it has S tokens that exist.
+        gathered: [P, B, s, C], where every rank's x is kept, or None.
         keep_qkv: whether q_heads are wanted; without, they are what was there last, in any order.
 
     Returns:
@@ -68,6 +70,8 @@ def gather_project_attend(
     for step, (owner, chunk) in enumerate(comm.ring_chunks(x, group)):
         place = (owner - first) % size
         chunks.select(1, place).copy_(F.linear(chunk, weight, bias))
+        if gathered is not None:
+            gathered.select(0, owner).copy_(chunk)
         for new in token_ranges(place, place, size, rows, valid):
             for keys in token_ranges(place, last, size, rows, valid):
                 merged.attend(new, keys, scale, provider)

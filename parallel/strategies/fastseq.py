@@ -7,7 +7,7 @@ Backward: all-to-all of the output's gradient, attention backward, then for ever
 again, chunk by chunk) while dX shares travel to their owners, who sum them in a fixed order: a reduce-scatter.
 
 Sent per layer and rank, M = B S C elements: forward M (P - 1) / P + M (P - 1) / P^2 (gather x, o back); backward
-2 M (P - 1) / P + M (P - 1) / P^2 (gather x again, dX shares, dO).
+2 M (P - 1) / P + M (P - 1) / P^2 (gather x again, dX shares, dO), M (P - 1) / P less where x was kept.
 Source: Open-Sora, March 2024 (FastSeq), which overlaps for P = 2 only and leaves out the sum of dX.
 """
 
@@ -51,7 +51,8 @@ def fastseq_attention_op(
     group: str,
     lean: bool,
     chunked: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    keep_gathered: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gather and project, attend, exchange back.
 
     Args:
@@ -60,25 +61,28 @@ def fastseq_attention_op(
         offsets_q, offsets_k: cu_seqlens of the whole sequences, on the host; [0, S] if they are not packed.
         lean: return out and lse alone; backward gathers and projects again.
         chunked: self-attention starts on the chunks that are there (see chunked_attention.py).
+        keep_gathered: return every rank's x too, so that backward does not gather it again (nor text, if any, does).
 
     Returns:
         out [B, s, H, D] and lse [B, h, S]; then, unless lean, what backward reuses: q_heads [B, P s, G, h, D],
-        kv_heads and out_heads [B, S, h, D].
+        kv_heads and out_heads [B, S, h, D]; then with keep_gathered x of every rank, [P, B, s, C].
     """
+    gathered = x.new_empty(comm.group_size(group), *x.shape) if keep_gathered else None
     if chunked:
         heads = num_heads // comm.group_size(group)
         own_weight, own_bias = own_heads(weight, bias, 3, num_heads, group)
         q_heads, out_heads, lse = gather_project_attend(
-            x, own_weight, own_bias, heads, offsets_q, scale, provider, group, keep_qkv=not lean
+            x, own_weight, own_bias, heads, offsets_q, scale, provider, group, keep_qkv=not lean, gathered=gathered
         )
         kv_heads = x.new_empty(0)
     else:
-        q_heads, kv_heads = _project_all(x, weight, bias, text, kv_weight, kv_bias, num_heads, group)
+        q_heads, kv_heads = _project_all(x, weight, bias, text, kv_weight, kv_bias, num_heads, group, gathered)
         out_heads, lse = attend(q_heads, kv_heads, offsets_q, offsets_k, scale, provider)
     out = gather_heads(out_heads.unsqueeze(2), group, rows=x.shape[1]).squeeze(2)
+    kept = x.new_empty(0) if gathered is None else gathered
     if lean:
-        return out, lse, x.new_empty(0), x.new_empty(0), x.new_empty(0)
-    return out, lse, q_heads, kv_heads, out_heads
+        return out, lse, x.new_empty(0), x.new_empty(0), x.new_empty(0), kept
+    return out, lse, q_heads, kv_heads, out_heads, kept
 
 
 def _project_all(
@@ -90,9 +94,10 @@ def _project_all(
     kv_bias: Tensor | None,
     num_heads: int,
     group: str,
+    gathered: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """q_heads and kv_heads (empty for self-attention)."""
-    q_heads = gather_project(x, weight, bias, 3 if text is None else 1, num_heads, group)
+    q_heads = gather_project(x, weight, bias, 3 if text is None else 1, num_heads, group, gathered=gathered)
     if text is None or kv_weight is None:
         return q_heads, x.new_empty(0)
     return q_heads, gather_project(text, kv_weight, kv_bias, 2, num_heads, group)
@@ -105,6 +110,7 @@ def fastseq_attention_backward_op(
     lse: Tensor,
     q_heads: Tensor | None,
     kv_heads: Tensor | None,
+    gathered: Tensor | None,
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -122,6 +128,7 @@ def fastseq_attention_backward_op(
 
     Args:
         out: the forward op's out_heads; its out when q_heads and kv_heads are None, as after a lean forward.
+        gathered: every rank's x, where the forward op kept it.
     """
     if q_heads is None or kv_heads is None:
         q_heads, kv_heads = _project_all(x, weight, bias, text, kv_weight, kv_bias, num_heads, group)
@@ -139,7 +146,7 @@ def fastseq_attention_backward_op(
         dkv_heads = pad_tokens(dkv_heads, kv_heads.shape[1])
     # What was gathered and exchanged again goes before chunks of x come once more.
     del q_heads, kv_heads, dout_heads, out_heads
-    grads = gather_project_backward(dq_heads, x, weight, num_heads, group)
+    grads = gather_project_backward(dq_heads, x, weight, num_heads, group, gathered=gathered)
     if text is None or kv_weight is None:
         return *grads, x.new_empty(0), x.new_empty(0), x.new_empty(0)
     return *grads, *gather_project_backward(dkv_heads, text, kv_weight, num_heads, group)
@@ -161,18 +168,20 @@ def _(
     group: str,
     lean: bool,
     chunked: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    keep_gathered: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     batch, s, _ = x.shape
     size = comm.group_size(group)
     head_dim = weight.shape[0] // (num_heads * (3 if text is None else 1))
     heads = num_heads // size
     out = x.new_empty(batch, s, num_heads, head_dim)
     lse = x.new_empty(batch, heads, offsets_q[-1], dtype=compute_dtype(x.dtype))
+    gathered = x.new_empty(size, *x.shape) if keep_gathered else x.new_empty(0)
     if lean:
-        return out, lse, x.new_empty(0), x.new_empty(0), x.new_empty(0)
+        return out, lse, x.new_empty(0), x.new_empty(0), x.new_empty(0), gathered
     q_heads = x.new_empty(batch, size * s, 3 if text is None else 1, heads, head_dim)
     kv_heads = x.new_empty(0) if text is None else x.new_empty(batch, size * text.shape[1], 2, heads, head_dim)
-    return out, lse, q_heads, kv_heads, x.new_empty(batch, offsets_q[-1], heads, head_dim)
+    return out, lse, q_heads, kv_heads, x.new_empty(batch, offsets_q[-1], heads, head_dim), gathered
 
 
 @fastseq_attention_backward_op.register_fake
@@ -182,6 +191,7 @@ def _(
     lse: Tensor,
     q_heads: Tensor | None,
     kv_heads: Tensor | None,
+    gathered: Tensor | None,
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -197,11 +207,22 @@ def _(
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    *tensors, ctx.num_heads, ctx.offsets_q, ctx.offsets_k, ctx.scale, ctx.provider, ctx.group, lean, _ = inputs
+    (
+        *tensors,
+        ctx.num_heads,
+        ctx.offsets_q,
+        ctx.offsets_k,
+        ctx.scale,
+        ctx.provider,
+        ctx.group,
+        lean,
+        _,
+        keep_gathered,
+    ) = inputs
     ctx.given = [tensor is not None for tensor in tensors]
-    out, lse, q_heads, kv_heads, out_heads = output
+    out, lse, q_heads, kv_heads, out_heads, gathered = output
     saved = (out, lse, None, None) if lean else (out_heads, lse, q_heads, kv_heads)
-    ctx.save_for_backward(*saved, *tensors)
+    ctx.save_for_backward(*saved, gathered if keep_gathered else None, *tensors)
     ctx.mark_non_differentiable(*output[1:])
     # Zeros for the gradients of what backward reuses would be as large as q, k, v and o.
     ctx.set_materialize_grads(False)
@@ -211,7 +232,7 @@ def _grad(ctx: Any, dout: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
     rest = ctx.num_heads, ctx.offsets_q, ctx.offsets_k, ctx.scale, ctx.provider, ctx.group
     grads = fastseq_attention_backward_op(dout, *ctx.saved_tensors, *rest)
     wanted = [grad if given else None for grad, given in zip(grads, ctx.given, strict=True)]
-    return *wanted, *(None for _ in rest), None, None
+    return *wanted, *(None for _ in rest), None, None, None
 
 
 fastseq_attention_op.register_autograd(_grad, setup_context=_save)
@@ -241,6 +262,7 @@ def _flops(
     group: str,
     lean: bool,
     chunked: bool,
+    keep_gathered: bool,
     **_: Any,
 ) -> int:
     size = comm.group_size(group)
@@ -251,7 +273,16 @@ def _flops(
 
 @register_flop_formula(torch.ops.longreel.fastseq_attention_backward)
 def _backward_flops(
-    dout: Any, out: Any, lse: Any, q_heads: Any, kv_heads: Any, x: Any, weight: Any, *rest: Any, **_: Any
+    dout: Any,
+    out: Any,
+    lse: Any,
+    q_heads: Any,
+    kv_heads: Any,
+    gathered: Any,
+    x: Any,
+    weight: Any,
+    *rest: Any,
+    **_: Any,
 ) -> int:
     text, kv_weight, (num_heads, offsets_q, offsets_k) = rest[1], rest[2], rest[4:7]
     batch, heads, _ = lse
@@ -268,10 +299,13 @@ class FastSeq(SequenceGroup):
         lean: save only attention's out and lse for backward, which gathers, projects and exchanges out again.
         overlap: what the gather of forward hides behind: the `projection` of the chunks, `attention` on them as well,
             or `auto`: attention from chunks of ATTENTION_FROM tokens.
+        keep_gathered: keep every rank's x from forward to backward, P times the memory of its own, instead of gathering
+            it again; the text of a cross attention is gathered again all the same. Not with lean.
     """
 
     lean: bool = False
     overlap: FastSeqOverlap = "auto"
+    keep_gathered: bool = False
 
     def self_attention(self, x: Tensor, qkv: nn.Linear, *, num_heads: int, lengths: SequenceLengths) -> Tensor:
         """See longreel.models.sequence.SequenceParallel."""
@@ -318,6 +352,7 @@ class FastSeq(SequenceGroup):
             self.group,
             self.lean,
             text is None and self._attends_in_chunks(x.shape[1]),
+            self.keep_gathered,
         )
         return out.flatten(2)
 
@@ -329,17 +364,21 @@ class FastSeq(SequenceGroup):
     def traffic(self, shape: AttentionShape) -> Traffic:
         """Gathered x (and text) and the exchange of o; backward gathers again and scatters the sum of dX.
 
-        Lean backward gathers once more, to project, and exchanges o with its gradient.
+        Lean backward gathers once more, to project, and exchanges o with its gradient. x that was kept is not gathered
+        again.
         """
         away = self.degree - 1
         width = shape.batch * shape.num_heads * shape.head_dim * shape.element_size
         gathered = away * width * (self.rows(shape.seq_len) + self.rows(shape.kv_len or 0))
         exchanged = away * width * self.rows(shape.seq_len) // self.degree
         again = 2 if self.lean else 1
+        gathered_again = again * gathered
+        if self.keep_gathered:
+            gathered_again -= away * width * self.rows(shape.seq_len)
         return Traffic(
             forward={"all_gather": gathered, "all_to_all": exchanged},
             backward={
-                "all_gather": again * gathered,
+                "all_gather": gathered_again,
                 "all_to_all": again * exchanged,
                 "reduce_scatter": gathered,
             },

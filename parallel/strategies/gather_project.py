@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -10,12 +12,22 @@ from longreel.kernels.reference import compute_dtype
 from longreel.parallel import comm
 
 
-def gather_project(x: Tensor, weight: Tensor, bias: Tensor | None, parts: int, num_heads: int, group: str) -> Tensor:
+def gather_project(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    parts: int,
+    num_heads: int,
+    group: str,
+    *,
+    gathered: Tensor | None = None,
+) -> Tensor:
     """Projection of every rank's x [B, s, C] to this rank's heads: [B, P s, G, h, D], chunk by chunk on arrival.
 
     Args:
         weight: [G H D, C], rows ordered [G, H, D]. bias: [G H D] or None.
         parts: G.
+        gathered: [P, B, s, C], where every rank's x is kept, or None.
     """
     size = comm.group_size(group)
     batch, s, _ = x.shape
@@ -23,18 +35,21 @@ def gather_project(x: Tensor, weight: Tensor, bias: Tensor | None, parts: int, n
     y = x.new_empty(batch, size, s, matrix.shape[0])
     for owner, chunk in comm.ring_chunks(x, group):
         y[:, owner] = F.linear(chunk, matrix, offset)
+        if gathered is not None:
+            gathered[owner] = chunk
         # Not held while the one after next comes.
         del chunk
     return y.view(batch, size * s, parts, num_heads // size, -1)
 
 
 def gather_project_backward(
-    dy: Tensor, x: Tensor, weight: Tensor, num_heads: int, group: str
+    dy: Tensor, x: Tensor, weight: Tensor, num_heads: int, group: str, *, gathered: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dx [B, s, C] summed over the ranks, and this rank's share of dweight and dbias (zero outside its heads).
 
     Args:
         dy: [B, P s, G, h, D], gradient of gather_project's result.
+        gathered: what gather_project kept; None gathers x again.
     """
     size, rank = comm.group_size(group), comm.group_rank(group)
     batch, s, channels = x.shape
@@ -46,7 +61,7 @@ def gather_project_backward(
     dmatrix = torch.zeros(matrix.shape, dtype=dtype, device=x.device)
     dx = (by_owner[:, rank] @ matrix).to(dtype)
     # Nothing holds on to a chunk while the next comes: enumerate would.
-    for owner, chunk in comm.ring_chunks(x, group):
+    for owner, chunk in comm.ring_chunks(x, group) if gathered is None else _kept_chunks(gathered, rank):
         step, flight = (rank - owner) % size, None
         if step:
             share = by_owner[:, (rank + step) % size] @ matrix
@@ -61,6 +76,13 @@ def gather_project_backward(
     dbias = weight.new_zeros(weight.shape[0])
     _head_slice(dbias, parts, num_heads, group).copy_(dy.sum((0, 1), dtype=dtype))
     return dx.to(x.dtype), dweight, dbias
+
+
+def _kept_chunks(gathered: Tensor, rank: int) -> Iterator[tuple[int, Tensor]]:
+    """What comm.ring_chunks yields, in its order."""
+    for step in range(len(gathered)):
+        owner = (rank - step) % len(gathered)
+        yield owner, gathered[owner]
 
 
 def own_heads(

@@ -28,14 +28,26 @@ WIDTH = HEADS * HEAD_DIM
 TOLERANCE = PARALLEL_TOLERANCE[torch.float64]
 
 
-STRATEGIES = ["ulysses", "ulysses-chunks", "fastseq-projection", "fastseq-attention", "ring", "usp", "usp-chunks"]
+STRATEGIES = [
+    "ulysses",
+    "ulysses-chunks",
+    "fastseq-projection",
+    "fastseq-attention",
+    "fastseq-attention-kept",
+    "ring",
+    "usp",
+    "usp-chunks",
+]
 
 
 def build(name: str, degree: int, *, lean: bool = False):
     """The strategy on all ranks; the ranks of USP are as near to half Ulysses as they can be."""
     name, _, form = name.partition("-")
     ulysses_degree = max(degree // 2, 1) if name == "usp" else None
-    more = {"fastseq_overlap": form} if form and name == "fastseq" else {}
+    more = {}
+    if form and name == "fastseq":
+        overlap, _, kept = form.partition("-")
+        more = {"fastseq_overlap": overlap, "fastseq_keep_gathered": bool(kept)}
     if form == "chunks" and ulysses_degree != 1:
         # One head at a time.
         more = {"head_chunks": HEADS // (ulysses_degree or degree)}
@@ -175,6 +187,7 @@ def traffic_of_layer(name: str, degree: int, batch: int, num_tokens: int, cross:
         ("ulysses", True),
         ("fastseq", False),
         ("fastseq", True),
+        ("fastseq-projection-kept", False),
         ("ring", False),
         ("usp", False),
         ("usp", True),
@@ -280,9 +293,12 @@ def check_ops() -> None:
     x, text = tensor(2, 3, 32), tensor(2, 2, 32)
     for lean in (False, True):
         none = (None, None, None)
-        opcheck(fastseq_attention_op, (x, tensor(96, 32), tensor(96), *none, 4, [0, 5], [0, 5], *common, lean, lean))
+        opcheck(
+            fastseq_attention_op,
+            (x, tensor(96, 32), tensor(96), *none, 4, [0, 5], [0, 5], *common, lean, lean, not lean),
+        )
     cross = (tensor(32, 32), tensor(32), text, tensor(64, 32), tensor(64))
-    opcheck(fastseq_attention_op, (x, *cross, 4, [0, 5], [0, 3], *common, False, False))
+    opcheck(fastseq_attention_op, (x, *cross, 4, [0, 5], [0, 3], *common, False, False, True))
 
 
 def test_ops_pass_opcheck(run_distributed):

@@ -48,6 +48,9 @@ LONG, SHORT, ODD = (16, 64, 64), (1, 16, 16), (1, 2, 2002)
         pytest.param({"policy": "full", "engine": "fsdp2-zero3"}, SHORT, {}, id="local-full-zero3-short"),
         pytest.param({"strategy": "fastseq", "sp_degree": 2}, LONG, {}, id="fastseq2-none-long"),
         pytest.param(
+            {"strategy": "fastseq", "sp_degree": 4, "fastseq_keep_gathered": True}, SHORT, {}, id="fastseq4-kept-short"
+        ),
+        pytest.param(
             {"strategy": "fastseq", "sp_degree": 4, "policy": "full"},
             ODD,
             {"conditioning": "cross", "text_only": True, "cross_layout": "published"},
@@ -157,3 +160,15 @@ def _real_peak(config: DiTConfig, parallel: ParallelConfig, latent_size: tuple[i
         live += event.nbytes()
         peak = max(peak, live)
     return peak
+
+
+@pytest.mark.parametrize("policy", ["none", "full"])
+def test_gathered_hidden_states_are_kept_or_gathered_again(policy: str) -> None:
+    config = DiTConfig(depth=2, hidden_size=256, num_heads=8)
+    fields = {"strategy": "fastseq", "sp_degree": 4, "policy": policy}
+    again, kept = (_trace(config, _parallel(**fields, fastseq_keep_gathered=k), 4, LONG) for k in (False, True))
+    own = 16 * 32 * 32 // 4 * 256 * 2
+    assert kept.kept - again.kept == (config.depth * 4 * own if policy == "none" else 0)
+    # Of every block, one gathering of other ranks' x less.
+    assert again.sent()["sequence.send"] - kept.sent()["sequence.send"] == config.depth * 3 * own
+    assert kept.flops == again.flops
