@@ -116,7 +116,11 @@ def validate(campaign: Campaign, deadline: float) -> Outcome:
     passed = sum(found.get("passed", 0) for found in parts.values())
     failed = sum(found.get("failed", 0) for found in parts.values())
     unfinished = len(statuses) - statuses.count("passed") - statuses.count("failed")
-    summary = f"{passed} tests passed, {failed} failed" + (f", {unfinished} parts unfinished" if unfinished else "")
+    skipped = sum(found.get("skipped", 0) for found in parts.values())
+    summary = f"{passed} tests passed, {failed} failed" + (f", {skipped} skipped" if skipped else "")
+    summary += f", {unfinished} parts unfinished" if unfinished else ""
+    reasons = [found["reason"] for found in parts.values() if "reason" in found]
+    summary += "".join(f"; {reason}" for reason in reasons)
     return Outcome(status=status, summary=summary, details={"parts": parts})
 
 

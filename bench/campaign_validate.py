@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 import xml.etree.ElementTree as ElementTree
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,10 +27,11 @@ PROCESSES = 8
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Part:
-    """Some tests. arguments: of pytest. processes: that share them."""
+    """Some tests. arguments: of pytest. processes: that share them. least: tests that must pass, or nothing was shown."""
 
     arguments: tuple[str, ...]
     processes: int = 1
+    least: int = 1
 
     @property
     def name(self) -> str:
@@ -54,7 +56,7 @@ def gpu_parts(tests: Path = _ROOT / "tests" / "kernels") -> tuple[Part, ...]:
 
 def rehearsed_parts() -> tuple[Part, ...]:
     """Where there is no GPU to run the tests on: that they are found and can be imported, by two processes."""
-    return (Part(arguments=("tests/kernels", "-m", "gpu", "--collect-only"), processes=2),)
+    return (Part(arguments=("tests/kernels", "-m", "gpu", "--collect-only"), processes=2, least=0),)
 
 
 def run_part(part: Part, log: Path, seconds: float) -> dict[str, Any]:
@@ -75,13 +77,17 @@ def run_part(part: Part, log: Path, seconds: float) -> dict[str, Any]:
     finally:
         for run, _ in started:
             _end(run)
-    return outcomes[0] if len(outcomes) == 1 else _together(outcomes)
+    found = outcomes[0] if len(outcomes) == 1 else _together(outcomes)
+    if found["status"] == "passed" and found["passed"] < part.least:
+        return found | {"status": "failed", "reason": f"{found['passed']} tests passed, at least {part.least} must"}
+    return found
 
 
 def words(outcome: dict[str, Any]) -> str:
-    """An outcome in one line."""
+    """An outcome in one line, with why it failed and why tests were skipped."""
     counts = ", ".join(f"{outcome[name]} {name}" for name in ("passed", "failed", "skipped") if name in outcome)
-    return f"{outcome['status']}: {counts}" if counts else outcome["status"]
+    skips = "; ".join(f"{count} skipped: {reason}" for reason, count in outcome.get("skips", {}).items())
+    return ": ".join(text for text in (outcome["status"], counts, outcome.get("reason", ""), skips) if text)
 
 
 def _start(arguments: tuple[str, ...], log: Path) -> subprocess.Popen[bytes]:
@@ -113,7 +119,7 @@ def _outcome(run: subprocess.Popen[bytes], log: Path, deadline: float, seconds: 
         _end(run)
         return {"status": f"unfinished after {seconds:.0f} s"}
     if code == _NO_TESTS:
-        return {"status": "passed", "passed": 0, "failed": 0, "skipped": 0, "failures": []}
+        return {"status": "passed", "passed": 0, "failed": 0, "skipped": 0, "failures": [], "skips": {}}
     if not report.exists():
         return {"status": "failed", "reason": f"pytest ended with {code}; see {log.with_suffix('.log').name}"}
     root = ElementTree.parse(report).getroot()
@@ -133,6 +139,7 @@ def _outcome(run: subprocess.Popen[bytes], log: Path, deadline: float, seconds: 
         "failed": bad,
         "skipped": totals["skipped"],
         "failures": names,
+        "skips": Counter(skip.get("message", "") for skip in root.iter("skipped")),
     }
 
 
@@ -145,5 +152,6 @@ def _together(outcomes: list[dict[str, Any]]) -> dict[str, Any]:
         "status": "failed" if "failed" in statuses else unfinished,
         **{name: sum(outcome.get(name, 0) for outcome in outcomes) for name in ("passed", "failed", "skipped")},
         "failures": [name for outcome in outcomes for name in outcome.get("failures", ())],
+        "skips": sum((Counter(outcome.get("skips")) for outcome in outcomes), Counter()),
         **({"reason": "; ".join(reasons)} if reasons else {}),
     }

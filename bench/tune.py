@@ -216,7 +216,10 @@ class _Search:
         if final is None:
             return None
         tried.append(_tried(best[1], final))
-        faster = final.comparison.get("verdict") == "FAST"
+        if final.status != "ok":
+            # Nothing was compared: the constants in use keep the evidence that they had.
+            return entry | {"chosen": asdict(current), "verdict": f"not decided: {final.status}: {final.reason}"}
+        faster = final.comparison["verdict"] == "FAST"
         chosen = replace(best[1] if faster else current, evidence="measured", record=final.key)
         verdict = f"{1 / final.comparison['ratio']:.3f} x as fast" if faster else "current stays"
         return entry | {"chosen": asdict(chosen), "verdict": verdict}

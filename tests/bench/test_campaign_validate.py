@@ -12,7 +12,7 @@ import pytest
 from longreel.bench import campaign_steps
 from longreel.bench.campaign_plans import rehearsal
 from longreel.bench.campaign_steps import STATE, Campaign
-from longreel.bench.campaign_validate import Part, gpu_parts, run_part
+from longreel.bench.campaign_validate import Part, gpu_parts, rehearsed_parts, run_part, words
 from longreel.parallel.workers import WorkerPool
 
 
@@ -127,6 +127,32 @@ def test_processes_share_the_tests_and_every_one_runs_once(tmp_path):
     part = run_part(part_of(test, processes=7), tmp_path / "log", 100.0)
     assert (part["status"], part["passed"], part["failed"]) == ("failed", 4, 1)
     assert len(part["failures"]) == 1
+
+
+SKIPPED = """
+import pytest
+
+@pytest.mark.parametrize("i", range(3))
+def test_skipped(i):
+    pytest.skip("there is no GPU here")
+"""
+
+
+@pytest.mark.parametrize(("source", "skipped"), [(SKIPPED, 3), ("x = 1\n", 0)], ids=["all-skipped", "no-test"])
+def test_a_part_in_which_nothing_passed_has_failed(tmp_path, source, skipped):
+    test = tmp_path / "test_nothing.py"
+    test.write_text(source)
+    part = part_of(test, processes=2)
+    found = run_part(part, tmp_path / "log", 60.0)
+    assert (found["status"], found["passed"], found["skipped"]) == ("failed", 0, skipped)
+    assert found["reason"] == "0 tests passed, at least 1 must"
+    said = words(found)
+    assert found["reason"] in said
+    assert ("3 skipped: there is no GPU here" in said) == bool(skipped)
+    # A rehearsal only collects.
+    assert run_part(replace(part, least=0), tmp_path / "log", 60.0)["status"] == "passed"
+    assert [p.least for p in rehearsed_parts()] == [0]
+    assert {p.least for p in gpu_parts()} == {1}
 
 
 def test_one_process_that_hangs_leaves_the_part_unfinished(tmp_path):

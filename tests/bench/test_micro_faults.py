@@ -199,3 +199,38 @@ def test_a_candidate_that_hangs_is_an_error_and_the_next_one_runs(tmp_path, pool
 def run_candidate_that_hangs(request):
     """In the worker."""
     hang()
+
+
+@pytest.mark.parametrize("outcome", ["ok", "wrong", "error"])
+def test_a_decision_that_could_not_be_timed_is_not_marked_measured(tmp_path, pool, monkeypatch, outcome):
+    monkeypatch.setattr(tune, "run_candidate", {"ok": decided, "wrong": decided_wrong, "error": decided_error}[outcome])
+    plan = TunePlan(targets=attention_targets(case_of(16), ("forward",)), device="cpu", rule=RULE, final_rule=RULE)
+    plan = replace(plan, most=1, setup_s=60.0)
+    options = {"pool": pool, "run": "now", "deadline": time.monotonic() + 100.0, "result": TuneResult()}
+    (entry,) = tune.tune(plan, tmp_path / "r.jsonl", ORIGIN, say=lambda _: None, **options).entries
+    assert [row["status"] for row in entry["tried"]] == ["ok", outcome]
+    if outcome == "ok":
+        assert entry["chosen"]["evidence"] == "measured"
+        assert entry["chosen"]["record"] == entry["tried"][-1]["record"]
+    else:
+        assert entry["chosen"] == entry["current"]
+        assert entry["verdict"].startswith(f"not decided: {outcome}: ")
+
+
+def decided(request, outcome="ok"):
+    """In the worker: the search times its candidate as faster; the decision has this outcome."""
+    base = request.base
+    if base.label.startswith("tuned") and outcome != "ok":
+        return base.record(request.provider, request.direction, outcome, reason="by intent")
+    comparison = {"provider": "constants in use", "verdict": "FAST", "ratio": 0.5, "low": 0.4, "high": 0.6}
+    return base.record(request.provider, request.direction, "ok", median_s=1.0, comparison=comparison)
+
+
+def decided_wrong(request):
+    """In the worker."""
+    return decided(request, "wrong")
+
+
+def decided_error(request):
+    """In the worker."""
+    return decided(request, "error")

@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from longreel.bench.verdict import compare
+from longreel.bench.verdict import Comparison, compare
 
 
 def noisy(centre: float, spread: float, count: int, seed: int) -> list[float]:
@@ -39,3 +39,20 @@ def test_few_samples_take_the_widest_interval():
 def test_a_side_without_samples_is_refused():
     with pytest.raises(ValueError, match="got 0 and 1"):
         compare([], [1.0])
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "verdict"),
+    [
+        (0.97, 1.005, "AMBIGUOUS"),
+        (0.97, 1.0, "AMBIGUOUS"),
+        (0.97, 0.999, "FAST"),
+        (0.991, 1.009, "SAME"),
+        (0.991, 0.999, "SAME"),
+        (0.995, 1.03, "AMBIGUOUS"),
+        (1.001, 1.03, "SLOW"),
+        (0.97, 1.03, "AMBIGUOUS"),
+    ],
+)
+def test_an_interval_that_holds_1_decides_nothing_beyond_the_margin(low, high, verdict):
+    assert Comparison(ratio=(low + high) / 2, low=low, high=high).verdict == verdict
