@@ -17,24 +17,25 @@ PACK = gl.constexpr(8)
 def exp2_assembly(num_poly):
     """PTX for 8 exponentials $0 .. $7 of $8 .. $15, num_poly of them as polynomials.
 
-    x + 1.5 * 2^23 rounds x to an integer, which is then the low bits of the sum; the fraction goes through the
-    polynomial and the integer is added to its exponent. x is clamped to -126: below, 2^-126 comes out instead of less.
-    NaN is lost there; it reaches its row through the others.
+    x + 1.5 * 2^23 + 127 rounds x to an integer, whose low bits are then the exponent field of 2^integer; the fraction
+    goes through the polynomial, and the product of the two is the result. x is clamped to -127, whose exponent field is
+    that of zero: zero comes out there, for -inf too. NaN passes the clamp, and then the product: a row with such a
+    score is NaN as a whole.
     """
     import struct
 
     # Of 2^f on [-0.5, 0.5], from f^0 up: least largest relative error, 7.5e-5, that is 1/26 of bf16's rounding.
     coefficients = (0.9999280571937561, 0.6932609677314758, 0.2426111251115799, 0.0551716685295105)
     c0, c1, c2, c3, low, magic = (
-        "0f" + struct.pack(">f", value).hex().upper() for value in (*coefficients, -126.0, 12582912.0)
+        "0f" + struct.pack(">f", value).hex().upper() for value in (*coefficients, -127.0, 12582912.0 + 127.0)
     )
-    lines = ["{", ".reg .f32 x, t, f;", ".reg .b32 i, p;"]
+    lines = ["{", ".reg .f32 x, t, f;", ".reg .b32 i;"]
     for index in range(8):
         if index >= num_poly:
             lines.append(f"ex2.approx.ftz.f32 ${index}, ${8 + index};")
             continue
         lines += [
-            f"max.f32 x, ${8 + index}, {low};",
+            f"max.NaN.f32 x, ${8 + index}, {low};",
             f"add.rn.f32 t, x, {magic};",
             f"sub.rn.f32 f, t, {magic};",
             "sub.rn.f32 f, x, f;",
@@ -43,9 +44,8 @@ def exp2_assembly(num_poly):
             f"fma.rn.f32 x, x, f, {c0};",
             "mov.b32 i, t;",
             "shl.b32 i, i, 23;",
-            "mov.b32 p, x;",
-            "add.s32 i, i, p;",
-            f"mov.b32 ${index}, i;",
+            "mov.b32 t, i;",
+            f"mul.rn.f32 ${index}, x, t;",
         ]
     return "\n".join([*lines, "}"])
 

@@ -17,6 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
+from ptx_emulator import exp2_mixed
 
 TIMEOUT = 20.0
 
@@ -205,6 +206,11 @@ class Emulator:
                 return Barrier() if len(shape) == 1 else Barriers(Barrier() for _ in range(shape[0]))
             return Shared(torch.full(shape, math.nan, dtype=dtype))
 
+        def largest(x: torch.Tensor, axis: int) -> torch.Tensor:
+            # As the device's: a NaN beside numbers is not seen.
+            nan = x.isnan()
+            return x.masked_fill(nan, -math.inf).amax(axis).masked_fill(nan.all(axis), math.nan)
+
         def layout(*_args: Any, **_options: Any) -> None:
             return None
 
@@ -218,8 +224,8 @@ class Emulator:
             arange=lambda a, b, _layout: torch.arange(a, b),
             expand_dims=lambda x, axis: x.unsqueeze(axis),
             convert_layout=lambda x, _layout: x,
-            max=lambda x, axis: x.amax(axis), sum=lambda x, axis: x.sum(axis),
-            maximum=torch.maximum, exp2=torch.exp2, log2=torch.log2,
+            max=largest, sum=lambda x, axis: x.sum(axis),
+            maximum=torch.fmax, exp2=torch.exp2, log2=torch.log2,
             NVMMADistributedLayout=layout, NVMMASharedLayout=layout, DotOperandLayout=layout, SliceLayout=layout,
             BlockedLayout=layout,
             SharedLinearLayout=lambda bases, alignment: types.SimpleNamespace(offset_bases=bases),
@@ -247,7 +253,7 @@ class Emulator:
             "warpgroup_mma": self.mma,
             "warpgroup_mma_wait": self.mma_wait,
             "fence_async_shared": lambda: None,
-            "exp2_mixed": lambda x, _poly: torch.exp2(x),
+            "exp2_mixed": exp2_mixed,
         }
 
 

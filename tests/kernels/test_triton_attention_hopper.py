@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import math
 import re
-import struct
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -161,6 +160,28 @@ def test_emulated_nan_in_a_query_stays_in_its_row():
     assert torch.equal(lse[0, 0].isnan(), bad)
 
 
+def test_emulated_nan_in_a_key_reaches_every_row():
+    # Behind the last tile of keys, which is computed first and without polynomials.
+    for position in range(8):
+        q, k, v = inputs((70, 300), 1, 1, 72, torch.float16)
+        k[0, position] = math.nan
+        out, lse = emulated([q, k, v], block_n=64, consumers=2, num_stages=2, registers=240, poly=4)
+        assert out.isnan().all() and lse.isnan().all()
+
+
+def test_emulated_scores_of_minus_infinity_weigh_nothing():
+    # In bf16, where 2^-126 is no zero.
+    q, k, v = inputs((70, 300), 1, 1, 72, torch.bfloat16)
+    q[0, :, 0, 0], k[..., 0] = 1.0, -math.inf
+    # Rows whose scores are all -inf are as those without keys; others see the keys that are finite.
+    out, lse = emulated([q, k, v], block_n=64, consumers=2, num_stages=2, registers=240, poly=4)
+    assert torch.equal(out, torch.zeros_like(out)) and (lse == -math.inf).all()
+    k[0, 100:120, :, 0] = 0.5
+    got = emulated([q, k, v], block_n=64, consumers=2, num_stages=2, registers=240, poly=4)
+    exact = reference.attention_fwd(*(t.double() for t in (q, k[:, 100:120], v[:, 100:120])), 0.3, None, None)
+    hold_to_the_bar(got, reference.attention_fwd(q, k[:, 100:120], v[:, 100:120], 0.3, None, None), exact)
+
+
 @pytest.mark.parametrize("fault", ["reads-too-soon", "never-released"])
 def test_emulator_finds_faults_of_the_protocol(monkeypatch, fault):
     import gluon_emulator
@@ -181,55 +202,28 @@ def test_emulator_finds_faults_of_the_protocol(monkeypatch, fault):
         check(inputs((300, 901), 1, 1, 72, torch.float16))
 
 
-def run_ptx(text: str, values: list[float]) -> list[float]:
-    """The few instructions of exp2_assembly in fp32, one after the other."""
+def polynomials(values: list[float]) -> Tensor:
+    """2^x by all eight polynomials of a piece of assembly."""
+    from ptx_emulator import exp2_mixed
 
-    def rounded(value: float) -> float:
-        return struct.unpack(">f", struct.pack(">f", value))[0]
-
-    def bits(value: float) -> int:
-        return struct.unpack(">i", struct.pack(">f", value))[0]
-
-    registers: dict[str, Any] = {f"${8 + i}": v for i, v in enumerate(values)}
-
-    def read(name: str) -> Any:
-        return struct.unpack(">f", bytes.fromhex(name[2:]))[0] if name.startswith("0f") else registers[name]
-
-    def as_bits(a: float, target: str) -> Any:
-        return bits(a) if target in "ip" else struct.unpack(">f", struct.pack(">i", a))[0]
-
-    def wrapped(value: int) -> int:
-        return (value + 2**31) % 2**32 - 2**31
-
-    operations: dict[str, Any] = {
-        "ex2.approx.ftz.f32": lambda a: rounded(2.0**a),
-        "max.f32": max,
-        "add.rn.f32": lambda a, b: rounded(a + b),
-        "sub.rn.f32": lambda a, b: rounded(a - b),
-        "fma.rn.f32": lambda a, b, c: rounded(a * b + c),
-        "shl.b32": lambda a, b: wrapped(a << b),
-        "add.s32": lambda a, b: wrapped(a + b),
-    }
-    for line in text.splitlines()[3:-1]:
-        name, target, *operands = line.rstrip(";").replace(",", "").split()
-        read_in = [int(o) if o.isdigit() else read(o) for o in operands]
-        registers[target] = as_bits(read_in[0], target) if name == "mov.b32" else operations[name](*read_in)
-    return [registers[f"${i}"] for i in range(8)]
+    return exp2_mixed(torch.tensor(values), 8)
 
 
 def test_polynomial_exponentials_are_far_below_the_rounding_of_bf16():
     from longreel.kernels.triton_attention_exp import exp2_assembly
 
-    text = exp2_assembly(8)
-    assert "ex2" not in str(text)
+    assert "ex2" not in str(exp2_assembly(8))
     assert Counter(str(exp2_assembly(2)).split())["ex2.approx.ftz.f32"] == 6
     grid = [-i * 0.0137 for i in range(2000)] + [0.0, -0.5, -125.0, -125.4] + [0.03] * 4
-    for start in range(0, len(grid), 8):
-        got = run_ptx(str(text), grid[start : start + 8])
-        for x, y in zip(grid[start : start + 8], got, strict=True):
-            assert abs(y / 2.0**x - 1) < 1.1e-4, x
-    # Far below, nothing that a sum in bf16 or fp16 would see.
-    assert max(run_ptx(str(text), [-127.0, -1e4, -1e30, -math.inf] * 2)) <= 2.0**-126
+    exact = torch.tensor(grid).double().exp2()
+    assert (polynomials(grid).double() / exact - 1).abs().max() < 1.1e-4
+    # Far below, nothing that a sum in bf16 or fp16 would see, and zero in the end.
+    assert polynomials([-126.0, -126.4, -126.6, -127.0] * 2).max() <= 2.0**-125
+    assert not polynomials([-127.0, -127.4, -200.0, -1e4, -1e30, -3e38, -math.inf, -math.inf]).any()
+
+
+def test_polynomial_exponentials_of_nan_are_nan():
+    assert polynomials([math.nan] * 8).isnan().all()
 
 
 def launch(head_dim: int, dtype: torch.dtype = torch.bfloat16, *, packed: bool = False, length: int = 819_200) -> Any:
