@@ -28,9 +28,8 @@ from longreel.kernels.triton_rows_tuning import RowKernel
 
 @triton.jit
 def gelu_gate(u):
-    """s = sigmoid(2 a(u)) and 1 - s; the constant is 2 sqrt(2 / pi)."""
-    # Bounded, as infinity times zero is not the 1 that 1 - s is; at 80 the gate is 0 for every u that a GELU sees.
-    e = tl.exp(tl.minimum(-1.5957691216057308 * u * (1 + 0.044715 * u * u), 80.0))
+    """s = sigmoid(2 a(u)) and 1 - s of u of -10 and more; the constant is 2 sqrt(2 / pi)."""
+    e = tl.exp(-1.5957691216057308 * u * (1 + 0.044715 * u * u))
     s = 1 / (1 + e)
     return s, e * s
 
@@ -54,7 +53,8 @@ def bias_gelu_fwd_kernel(
     for i in range(row, tl.minimum(row + CHUNK, num_rows), ROWS):
         o_row = i + tl.arange(0, ROWS).to(tl.int64)
         m_row = o_row < num_rows
-        u = load_tile(x, o_row, o_col, m_row, C) + b_bias[None, :]
+        # At -10 the gate is 1e-38 and e still finite: below, y is as small whatever u is. A NaN stays one.
+        u = tl.maximum(load_tile(x, o_row, o_col, m_row, C) + b_bias[None, :], -10.0, tl.PropagateNan.ALL)
         s, _ = gelu_gate(u)
         store_tile(y, u * s, o_row, o_col, m_row, C)
 
@@ -84,6 +84,8 @@ def bias_gelu_bwd_kernel(
         o_row = i + tl.arange(0, ROWS).to(tl.int64)
         m_row = o_row < num_rows
         u = load_tile(x, o_row, o_col, m_row, C) + b_bias[None, :]
+        # Beyond, the slope is 0 or 1, and the square of a large u no number.
+        u = tl.minimum(tl.maximum(u, -10.0, tl.PropagateNan.ALL), 10.0, tl.PropagateNan.ALL)
         s, rest = gelu_gate(u)
         slope = s + u * s * rest * (1.5957691216057308 * (1 + 0.134145 * u * u))
         b_dx = load_tile(dy, o_row, o_col, m_row, C) * slope

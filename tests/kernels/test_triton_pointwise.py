@@ -5,6 +5,7 @@ bf16 is left to the GPU: the interpreter rounds to it by cutting bits off.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable
 from typing import Any
@@ -224,6 +225,24 @@ def test_large_values(run_interpreted):
     assert normed < 2e-4
 
 
+def far_values(dtype: torch.dtype, device: str = "cpu") -> list[Tensor]:
+    """gelu and its slope at values far beyond those that a network has, and with NaN."""
+    x = torch.tensor([-math.inf, -3e38, -1e30, -1e15, -1e12, -1e4, 1e4, 1e12, 1e20, 1e30, math.nan]).to(device, dtype)
+    x.requires_grad_()
+    y = bias_gelu(x.unsqueeze(0), torch.zeros(11, dtype=dtype, device=device), provider="triton")[0]
+    return [t.detach().float().cpu() for t in (x, y, *torch.autograd.grad(y.sum(), x))]
+
+
+def is_far_gelu(x: Tensor, y: Tensor, slope: Tensor) -> None:
+    assert y[:6].abs().max() < 1e-30 and slope[:6].abs().max() < 1e-30
+    assert torch.equal(y[6:-1], x[6:-1]) and torch.equal(slope[6:-1], torch.ones(4))
+    assert y[-1].isnan() and slope[-1].isnan()
+
+
+def test_gelu_of_far_values_is_zero_or_the_value(run_interpreted):
+    is_far_gelu(*run_interpreted(far_values, torch.float32))
+
+
 def production_kernels(packed: bool) -> dict[str, tuple[Any, dict[str, Any]]]:
     """Kernel and arguments at DiT-XL/2's widths, 819,200 rows of bf16."""
     from longreel.kernels import triton_adaln, triton_gelu, triton_residual, triton_rows
@@ -321,6 +340,12 @@ def test_compiles_for_hopper_without_spills(compile_kernel, name, packed):
 def test_on_the_gpu_errs_as_eager_does(name, shape, dtype):
     for min_programs in (1, 1056):
         within_the_bar(errors(name, shape, dtype, min_programs, "cuda"), dtype)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_on_the_gpu_gelu_of_far_values_is_zero_or_the_value(dtype):
+    is_far_gelu(*far_values(dtype, "cuda"))
 
 
 @pytest.mark.gpu
