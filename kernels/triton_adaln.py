@@ -26,6 +26,7 @@ from longreel.kernels.triton_rows import (
 )
 from longreel.kernels.triton_rows_tuning import row_tiles
 
+# Assumed: most warps that share a row.
 MAX_WARPS = 16
 
 

@@ -29,7 +29,7 @@ from longreel.kernels.triton_rows import (
 )
 from longreel.kernels.triton_rows_tuning import RowKernel, row_tiles
 
-# Columns of a tile: 256 bytes of bf16 in a row.
+# Assumed: columns of a tile, 256 bytes of bf16 in a row.
 TILE_COLUMNS = 128
 
 

@@ -20,9 +20,9 @@ from longreel.kernels.triton_common import launch_on
 from longreel.kernels.triton_rows import load_tile, new_slots, rows_per_program, sum_slots
 from longreel.kernels.triton_rows_tuning import RowKernel, row_tiles
 
-# Most elements that stay together, which the compiler is told: it does not follow the divisibility of a remainder.
+# Assumed: most elements that stay together, which the compiler is told: it does not follow a remainder's divisibility.
 VECTOR = 16
-# Widths that a tile of the pass that also sums may have.
+# Assumed: widths that a tile of the pass that also sums may have.
 TILE_COLUMNS = (128, 64, 32)
 
 
