@@ -112,7 +112,7 @@ class ParallelConfig:
         if self.fastseq_keep_gathered and (self.strategy != "fastseq" or self.policy in ("keep_attention", "offload")):
             raise ValueError(
                 "fastseq_keep_gathered goes with strategy 'fastseq' and policy 'none' or 'full', got strategy "
-                f"{self.strategy!r}, policy {self.policy!r}, which keeps attention's output alone"
+                f"{self.strategy!r}, policy {self.policy!r}"
             )
         if self.mlp_tile is not None and self.mlp_tile < 1:
             raise ValueError(f"mlp_tile must be at least 1 token, got {self.mlp_tile}")

@@ -10,7 +10,7 @@ import pytest
 from longreel.models.config import DiTConfig
 from longreel.parallel.config import ParallelConfig
 from longreel.parallel.predict.hardware import GiB, get_profile
-from longreel.parallel.predict.policy import ORDER, PolicyChoice, choose_policy, known_gpu
+from longreel.parallel.predict.policy import ORDER, PolicyChoice, choose_policy, known_gpu, under_policy
 
 MODEL = DiTConfig(depth=6, hidden_size=256, num_heads=8)
 BF16 = ParallelConfig(strategy="ulysses", sp_degree=4, policy="auto", precision="bf16")
@@ -111,3 +111,22 @@ def test_eager_attention_counts_its_scores():
     flash, eager = (choose(local, **short, attention_provider=p).needs[0] for p in ("sdpa-flash", "torch"))
     # 8 heads of 1024 x 1024 scores, in fp32.
     assert eager.device_bytes - flash.device_bytes > 8 * 1024**2 * 4 > 0.03 * GiB
+
+
+def test_what_a_policy_does_not_take_goes_with_the_others_only():
+    asked = ParallelConfig(
+        strategy="fastseq",
+        sp_degree=2,
+        policy="auto",
+        fastseq_keep_gathered=True,
+        memory_limit_gib=1,
+        host_memory_gib=2,
+    )
+    found = {policy: under_policy(asked, policy) for policy in ORDER}
+    assert [policy for policy in ORDER if found[policy].fastseq_keep_gathered] == ["none", "full"]
+    assert all(one.memory_limit_gib is None and one.host_memory_gib is None for one in found.values())
+    assert under_policy(asked, "offload", host_memory_gib=2).host_memory_gib == 2
+    with pytest.raises(ValueError, match="fastseq_keep_gathered goes with strategy 'fastseq' and policy 'none' or"):
+        replace(asked, policy="keep_attention", memory_limit_gib=None, host_memory_gib=None)
+    with pytest.raises(ValueError, match="fastseq_keep_gathered goes with strategy 'fastseq'"):
+        replace(asked, strategy="ring")
