@@ -8,15 +8,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from longreel.bench.codegen_bandwidth import BandwidthFacts, bandwidth_table, predict_bandwidth
+from longreel.bench.codegen_device import CLOCK, PROCESSORS, REACHED
+from longreel.bench.codegen_goals import goal_tables
 from longreel.bench.kernel_list import KernelCase
 from longreel.bench.sass import inner_loop, load_widths, product_shapes
 from longreel.bench.tuning_table import tuning_table
-
-# An H100 or H200 SXM: multiprocessors, and the clock at which they make the datasheet's 989 TFLOP/s in bf16.
-_PROCESSORS = 132
-_CLOCK = 1.83e9
-# An 8192^3 product of random bf16 on one H200 reached 769 to 798 TFLOP/s of it.
-_REACHED = 798 / 989
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -25,7 +22,8 @@ class KernelFacts:
 
     Cycles are one multiprocessor's for one pass of the inner loop by all its resident warpgroups. The bounds are useful
     TFLOP/s: serial with nothing overlapped, overlapped with everything, both at the share of the datasheet's clock that
-    a large matrix product reached.
+    a large matrix product reached. mix counts the instructions of a pass by what they are for, needed_products the
+    matrix products per score. A program owns owned_rows and reads streamed_rows of the other side in a pass.
     """
 
     op: str
@@ -51,6 +49,14 @@ class KernelFacts:
     issue_cycles: float | None = None
     predicted_serial: float | None = None
     predicted_overlapped: float | None = None
+    mix: dict[str, int] | None = None
+    needed_products: int = 0
+    groups: int = 0
+    block_n: int = 0
+    owned_rows: int = 0
+    streamed_rows: int = 0
+    streamed_bytes: int = 0
+    bandwidth: BandwidthFacts | None = None
 
 
 def compile_case(case: KernelCase, arch: int) -> KernelFacts:
@@ -83,6 +89,7 @@ def compile_case(case: KernelCase, arch: int) -> KernelFacts:
         planned_programs=case.planned_programs,
         products=product_shapes(kernel.ptx),
         loads=load_widths(kernel.ptx),
+        bandwidth=predict_bandwidth(case, kernel.sass, programs) if arch == 90 and case.traffic else None,
         **(_predict(case, kernel.sass, programs) if arch == 90 and case.products else {}),
     )
 
@@ -92,12 +99,14 @@ def _predict(case: KernelCase, sass: str, programs: int) -> dict[str, Any]:
     if loop is None:
         raise ValueError(f"kernel {case.name} has no loop with wgmma and exponentials; it cannot be predicted")
     scores = case.block_m * case.block_n / case.groups
+    # A program for dk and dv (four products, five with dq's) owns keys, the others queries.
+    of_keys = case.products >= 4
     useful = 2.0 * case.products * scores * case.head_dim
     groups = programs * case.groups
     tensor, exponential, issue = (
         groups * cycles for cycles in (loop.tensor_cycles, loop.exponential_cycles, loop.issue_cycles)
     )
-    rate = groups * useful * _PROCESSORS * _CLOCK * _REACHED / 1e12
+    rate = groups * useful * PROCESSORS * CLOCK * REACHED / 1e12
     return {
         "loop_spills": loop.spills,
         "exponentials_per_score": loop.exponentials * 128 / scores,
@@ -107,6 +116,13 @@ def _predict(case: KernelCase, sass: str, programs: int) -> dict[str, Any]:
         "issue_cycles": issue,
         "predicted_serial": rate / (tensor + max(exponential, issue)),
         "predicted_overlapped": rate / max(tensor, exponential, issue),
+        "mix": loop.mix,
+        "needed_products": case.products,
+        "groups": case.groups,
+        "block_n": case.block_n,
+        "owned_rows": case.block_n if of_keys else case.block_m,
+        "streamed_rows": case.block_m if of_keys else case.block_n,
+        "streamed_bytes": case.streamed_bytes,
     }
 
 
@@ -119,7 +135,7 @@ def compile_all(cases: Sequence[KernelCase], archs: Iterable[int]) -> Iterable[K
 
 
 def to_markdown(rows: Sequence[KernelFacts], versions: dict[str, str]) -> str:
-    """Three tables: what is read off, what is predicted, and the tuning constants with their evidence."""
+    """What is read off; for sm_90 what that predicts, for which goal, and the tuning constants with their evidence."""
     lines = ["Compiled by " + ", ".join(f"{name} {version}" for name, version in versions.items()) + ".", ""]
     head = "op | provider | kernel | inputs | sm | head_dim | warps | registers | spills (in the loop) | stack B"
     lines += [f"| {head} | shared KB | programs per SM (planned) | wgmma | loads: bytes x count |", "|" + " --- |" * 14]
@@ -132,19 +148,32 @@ def to_markdown(rows: Sequence[KernelFacts], versions: dict[str, str]) -> str:
             f"| {row.shared_bytes / 1024:.1f} | {row.programs_per_sm} ({row.planned_programs}) "
             f"| {', '.join(row.products) or '-'} | {loads} |"
         )
-    lines += ["", "Predicted for one pass of the inner loop by all warpgroups of a multiprocessor, sm_90:", ""]
-    head = "op | provider | kernel | inputs | head_dim | useful share | exp2 per score | tensor cycles"
-    lines += [f"| {head} | exponential cycles | issue cycles | predicted TFLOP/s, serial to overlapped |"]
-    lines += ["|" + " --- |" * 11]
-    for row in rows:
-        if row.tensor_cycles is not None:
-            lines.append(
-                f"| {row.op} | {row.provider} | {row.kernel} | {row.form} | {row.head_dim} | {row.useful_share:.0%} "
-                f"| {row.exponentials_per_score:.2f} | {row.tensor_cycles:.0f} | {row.exponential_cycles:.0f} "
-                f"| {row.issue_cycles:.0f} | {row.predicted_serial:.0f} to {row.predicted_overlapped:.0f} |"
-            )
-    lines += ["", "Constants in use:", "", *tuning_table()]
+    predicted = [row for row in rows if row.tensor_cycles is not None]
+    if predicted:
+        lines += ["", "Predicted for one pass of the inner loop by all warpgroups of a multiprocessor, sm_90:", ""]
+        lines += _predictions(predicted)
+    sections = {
+        "": goal_tables(rows),
+        "Memory-bound kernels, one pass of all resident programs:": bandwidth_table(rows),
+    }
+    if any(row.arch == 90 for row in rows):
+        sections["Constants in use:"] = tuning_table()
+    for title, table in sections.items():
+        if table:
+            lines += ["", *([title, ""] if title else []), *table]
     return "\n".join(lines) + "\n"
+
+
+def _predictions(rows: Sequence[KernelFacts]) -> Iterable[str]:
+    head = "op | provider | kernel | inputs | head_dim | useful share | exp2 per score | tensor cycles"
+    yield f"| {head} | exponential cycles | issue cycles | predicted TFLOP/s, serial to overlapped |"
+    yield "|" + " --- |" * 11
+    for row in rows:
+        yield (
+            f"| {row.op} | {row.provider} | {row.kernel} | {row.form} | {row.head_dim} | {row.useful_share:.0%} "
+            f"| {row.exponentials_per_score:.2f} | {row.tensor_cycles:.0f} | {row.exponential_cycles:.0f} "
+            f"| {row.issue_cycles:.0f} | {row.predicted_serial:.0f} to {row.predicted_overlapped:.0f} |"
+        )
 
 
 def write_report(folder: Path, rows: Sequence[KernelFacts], versions: dict[str, str]) -> tuple[Path, Path]:

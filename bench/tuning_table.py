@@ -9,6 +9,7 @@ from typing import Any
 from longreel.kernels.triton_attention_tuning import (
     DELTA_WARPS,
     HOPPER_TILES,
+    LONG,
     MEASURED,
     MEASURED_HOPPER,
     TILES,
@@ -39,6 +40,24 @@ def _rows() -> Iterator[tuple[str, str, str, str, str]]:
         yield kernel, "all", "all", *_values(rows)
     for (kernel, lengths), rows in MEASURED_ROWS.items():
         yield kernel, "all", lengths, *_values(rows)
+    for kernels, constants in _plain_constants().items():
+        shown = ", ".join(f"{name} {value}" for name, value in constants.items())
+        yield kernels, "all", "all", shown, "assumed"
+
+
+def _plain_constants() -> dict[str, dict[str, Any]]:
+    """Constants that no campaign varies, by the kernels that they serve."""
+    from longreel.kernels import triton_adaln, triton_residual, triton_rows, triton_sp_layout
+
+    return {
+        "length class long, from keys or rows": {"LONG": LONG},
+        "adaLN's": {"MAX_WARPS": triton_adaln.MAX_WARPS},
+        "gated residual's, bias + GELU's": {"TILE_COLUMNS": triton_residual.TILE_COLUMNS},
+        "pack_bwd": {"TILE_COLUMNS": triton_sp_layout.TILE_COLUMNS},
+        "pack_fwd, unpack": {"VECTOR": triton_sp_layout.VECTOR},
+        "over chunks of rows": {"MIN_PROGRAMS": triton_rows.MIN_PROGRAMS},
+        "sum_slots": {"SUM_SLOTS": triton_rows.SUM_SLOTS, "SUM_COLUMNS": triton_rows.SUM_COLUMNS},
+    }
 
 
 def _values(tiles: Any) -> tuple[str, str]:

@@ -15,7 +15,7 @@ Direction = Literal["forward", "dkdv", "dq", "fused"]
 LengthClass = Literal["short", "long"]
 Evidence = Literal["assumed", "measured"]
 
-# Keys from which on a launch counts as long: there the loop over the other side is all that matters.
+# Assumed: keys from which on a launch counts as long, where the loop over the other side is all that matters.
 LONG = 16_384
 
 

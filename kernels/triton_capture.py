@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,10 +13,11 @@ from longreel.kernels import triton_common
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CapturedLaunch:
-    """One launch that was not made: compile_kernel takes what it holds."""
+    """One launch that was not made: compile_kernel takes what it holds; num_programs is the size of its grid."""
 
     kernel: Any
     arguments: dict[str, Any]
+    num_programs: int
     num_warps: int = 4
     num_stages: int = 3
     options: dict[str, Any]
@@ -47,6 +49,7 @@ def _recording(launches: list[CapturedLaunch]) -> Iterator[None]:
             CapturedLaunch(
                 kernel=kernel,
                 arguments=arguments,
+                num_programs=math.prod(grid),
                 num_warps=rest.pop("num_warps", 4),
                 num_stages=rest.pop("num_stages", 3),
                 options=rest,

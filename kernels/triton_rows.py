@@ -25,8 +25,8 @@ from longreel.kernels.triton_common import launch_on
 MIN_PROGRAMS = 1056
 
 # Assumed: slots and columns of a tile in the second stage.
-_SUM_SLOTS = 128
-_SUM_COLUMNS = 32
+SUM_SLOTS = 128
+SUM_COLUMNS = 32
 
 
 @triton.jit
@@ -152,9 +152,9 @@ def sum_slots(slots: Tensor, out: Tensor, cu_seqlens: Tensor | None, seq_len: in
     """
     num_segments, columns = out.shape
     if out.numel():
-        grid = (triton.cdiv(columns, _SUM_COLUMNS) * num_segments,)
+        grid = (triton.cdiv(columns, SUM_COLUMNS) * num_segments,)
         with launch_on(out):
             sum_slots_kernel[grid](
-                slots, out, unit_offsets(cu_seqlens), seq_len, chunk, columns, _SUM_SLOTS, _SUM_COLUMNS, num_warps=4
+                slots, out, unit_offsets(cu_seqlens), seq_len, chunk, columns, SUM_SLOTS, SUM_COLUMNS, num_warps=4
             )
     return out
