@@ -53,12 +53,13 @@ class RowTiles:
         return self.per_warp * self.num_warps
 
 
-# At C = 1152 adaLN's rows take 1 warp, 2 for backward and for the fused forward, 4 for the fused backward. The others:
-# 16 bytes of bf16 for each thread of 4 warps, four times.
+# At C = 1152 adaLN's rows take 1 warp, 2 for backward and for the fused forward, 4 for the fused backward. A program
+# takes them one by one: short chunks, as the last one runs alone; backward pays for each with a slot to sum.
+# The others: 16 bytes of bf16 for each thread of 4 warps, four times.
 ROW_TILES: dict[RowKernel, RowTiles] = {
-    "adaln_fwd": RowTiles(per_warp=1280, num_warps=None),
+    "adaln_fwd": RowTiles(per_warp=1280, num_warps=None, max_chunk=32),
     "adaln_bwd": RowTiles(per_warp=640, num_warps=None),
-    "gated_adaln_fwd": RowTiles(per_warp=640, num_warps=None),
+    "gated_adaln_fwd": RowTiles(per_warp=640, num_warps=None, max_chunk=32),
     "gated_adaln_bwd": RowTiles(per_warp=320, num_warps=None),
     "gated_fwd": RowTiles(per_warp=1024),
     "gated_bwd": RowTiles(per_warp=1024),
