@@ -27,7 +27,7 @@ PROCESSES = 8
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Part:
-    """Some tests. arguments: of pytest. processes: that share them. least: tests that must pass, or nothing was shown."""
+    """Some tests. arguments: of pytest. processes: that share them. least: tests that must pass for it to pass."""
 
     arguments: tuple[str, ...]
     processes: int = 1

@@ -22,8 +22,8 @@ from longreel.parallel.workers import WorkerPool
 from longreel.reports import store
 from longreel.reports.op_records import OpRecord
 
-# Runs after the others, as the one most likely to take the device down with it.
-_LAST = "triton-hopper"
+# Run after the others, as those most likely to take the device down with them.
+_LAST = ("triton-hopper", "triton-hopper-atomic")
 # (op, provider, head_dim or hidden size, dtype) -> the length at which it failed, and why it is not tried further on.
 NotAgain = dict[tuple[str, str, int, str], tuple[int, str]]
 _FAILED = "failed at seq_len"
@@ -75,7 +75,7 @@ class MicroPlan:
             wanted = known
         else:
             wanted = tuple(name for name in self.providers if name in known or name == "torch")
-        return tuple(sorted(wanted, key=lambda name: name == _LAST))
+        return tuple(sorted(wanted, key=lambda name: name in _LAST))
 
 
 def run_plan(
@@ -248,7 +248,7 @@ def sweep_cases(
     Args:
         ops: names. seq_lens: lengths. head_dims, num_heads: of attention.
         model_heads: heads of the other ops, of the first head_dim: their hidden size is model_heads x head_dim.
-        dtypes: names. batch: samples.
+        dtypes: names. batch: samples, of ops that take so many: one packed sequence, at least two where layouts change.
     """
     cases = []
     for dtype in dtypes:
@@ -257,7 +257,8 @@ def sweep_cases(
             for head_dim in head_dims if attends else head_dims[:1]:
                 for seq_len in seq_lens:
                     heads = num_heads if attends else model_heads
+                    samples = 1 if OPS[op].packs else max(batch, OPS[op].least_batch)
                     cases.append(
-                        OpCase(op=op, dtype=dtype, seq_len=seq_len, num_heads=heads, head_dim=head_dim, batch=batch)
+                        OpCase(op=op, dtype=dtype, seq_len=seq_len, num_heads=heads, head_dim=head_dim, batch=samples)
                     )
     return tuple(cases)

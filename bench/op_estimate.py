@@ -29,6 +29,7 @@ _ATTENTION = {
     "triton": (300e12, 200e12),
     "triton-atomic": (300e12, 250e12),
     "triton-hopper": (400e12, 200e12),
+    "triton-hopper-atomic": (400e12, 250e12),
     "sdpa-flash": (240e12, 200e12),
     "sdpa-cudnn": (350e12, 280e12),
     "sdpa-efficient": (150e12, 100e12),

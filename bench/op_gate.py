@@ -3,6 +3,7 @@
 The oracle fits at any length. Ops that treat tokens apart are compared in blocks of tokens, the gradients of shared
 inputs summed over them. Attention gets an incoming gradient that is zero but for some rows of queries spread over the
 sequence, and is compared with attention of those rows to all keys: that is exact for the rows and for all of dk and dv.
+Where it returns its log-sum-exp, that is compared too, and has an incoming gradient of its own at the same rows.
 The bar is the project's: twice the error of the same computation in plain PyTorch of the same dtype, plus a floor.
 """
 
@@ -15,7 +16,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from longreel.bench.ops import DTYPES, OPS, OpCase, Outputs, plain_attention
+from longreel.bench import plain_ops
+from longreel.bench.ops import DTYPES, OPS, OpCase
+from longreel.bench.plain_ops import Outputs
 from longreel.kernels.numerics import KERNEL_ERROR_FACTOR, relative_error
 
 # Attention is compared row by row up to this length, and beyond it at NUM_ROWS rows.
@@ -33,7 +36,7 @@ PEER_SLACK = 4.0
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Verdict:
-    """Relative error and what is allowed, by name: `out`, `out1` ..., `d<input>`."""
+    """Relative error and what is allowed, by name: `out`, `out1` ..., of attention `lse`, and `d<input>`."""
 
     error: Mapping[str, float]
     allowed: Mapping[str, float]
@@ -69,7 +72,7 @@ def check(
     outs = function(*leaves)
     names = [f"out{i}" if i else "out" for i in range(len(outs))]
     if not op.row_dims:
-        verdict = _check_attention(case, outs[0], inputs, seed, ran)
+        verdict = _check_attention(case, outs, inputs, seed, ran)
     elif not op.differentiable:
         ran()
         verdict = _check_rows(case, inputs, [out.detach() for out in outs], [], [], names)
@@ -90,30 +93,37 @@ def incoming(outs: Sequence[Tensor], *, seed: int = 0) -> list[Tensor]:
 
 
 def _check_attention(
-    case: OpCase, out: Tensor, inputs: Mapping[str, Tensor], seed: int, ran: Callable[[], None]
+    case: OpCase, outs: Outputs, inputs: Mapping[str, Tensor], seed: int, ran: Callable[[], None]
 ) -> Verdict:
+    out, lse = outs[0], outs[1] if len(outs) > 1 else None
     rows = _chosen_rows(case.seq_len, out.device)
-    dout = torch.zeros_like(out)
-    dout[:, rows] = incoming([out], seed=seed)[0][:, rows]
+    # Zero but at the chosen rows; an lse is [B, H, S].
+    douts = [torch.zeros_like(out)] if lse is None else [torch.zeros_like(out), torch.zeros_like(lse)]
+    for dim, dense, dout in zip((1, 2), incoming(outs[: len(douts)], seed=seed), douts, strict=False):
+        dout.index_copy_(dim, rows, dense.index_select(dim, rows))
     leaves = list(inputs.values())
-    found = torch.autograd.grad(out, leaves, dout)
+    found = torch.autograd.grad(outs[: len(douts)], leaves, douts)
     ran()
     qkv = [t.detach() for t in (leaves if len(leaves) == 3 else leaves[0].unbind(2))]
     grads = list(found if len(found) == 3 else found[0].unbind(2))
     dtype = DTYPES[case.dtype]
     wide = torch.float64 if dtype == torch.float32 else torch.float32
-    exact, eager = (_rows_of_attention(qkv, rows, dout, computed_in) for computed_in in (wide, dtype))
-    got = [out.detach()[:, rows], grads[0][:, rows], grads[1], grads[2]]
+    hidden = _hidden_keys(case, rows)
+    exact, eager = (_rows_of_attention(qkv, rows, hidden, douts, computed_in) for computed_in in (wide, dtype))
+    got = {"out": out.detach()[:, rows], "dq": grads[0][:, rows], "dk": grads[1], "dv": grads[2]}
     # A dq beyond the chosen rows must be zero, and whatever the other rows hold a number.
     grads[0][:, rows] = 0
-    stray = not (out.detach().isfinite().all() and not grads[0].any())
+    strays = {"out": not out.detach().isfinite().all(), "dq": bool(grads[0].any())}
+    if lse is not None:
+        got["lse"] = lse.detach()[:, :, rows]
+        strays["lse"] = not lse.detach().isfinite().all()
     # dq and dk of a single key are zero but for rounding: they are measured against dv.
-    floor = torch.linalg.vector_norm(exact[3]).item()
+    floor = torch.linalg.vector_norm(exact["dv"]).item()
     error, allowed = {}, {}
-    for i, name in enumerate(("out", "dq", "dk", "dv")):
-        least = floor if i else 0.0
-        error[name] = math.inf if stray and i < 2 else relative_error(got[i], exact[i], least)
-        allowed[name] = KERNEL_ERROR_FACTOR * relative_error(eager[i], exact[i], least)
+    for name, value in got.items():
+        least = floor if name.startswith("d") else 0.0
+        error[name] = math.inf if strays.get(name) else relative_error(value, exact[name], least)
+        allowed[name] = KERNEL_ERROR_FACTOR * relative_error(eager[name], exact[name], least)
         allowed[name] += _ATTENTION_FLOOR * torch.finfo(dtype).eps
     return Verdict(error=error, allowed=allowed)
 
@@ -128,11 +138,24 @@ def _chosen_rows(seq_len: int, device: torch.device) -> Tensor:
     return torch.cat([ends, inner]).sort().values.to(device)
 
 
-def _rows_of_attention(qkv: Sequence[Tensor], rows: Tensor, dout: Tensor, dtype: torch.dtype) -> list[Tensor]:
-    """out and dq of some rows, and dk and dv, when only those rows have an incoming gradient."""
+def _hidden_keys(case: OpCase, rows: Tensor) -> Tensor | None:
+    """Keys [rows, T] of other clips than the query's; None where it sees all."""
+    if case.op != "attention_clips":
+        return None
+    ends = torch.tensor([end for _, end in plain_ops.clips(case.seq_len)], device=rows.device)
+    clip = torch.searchsorted(ends, torch.arange(case.seq_len, device=rows.device), right=True)
+    return clip[rows].unsqueeze(1) != clip.unsqueeze(0)
+
+
+def _rows_of_attention(
+    qkv: Sequence[Tensor], rows: Tensor, hidden: Tensor | None, douts: Sequence[Tensor], dtype: torch.dtype
+) -> dict[str, Tensor]:
+    """out, lse and dq of some rows, and dk and dv, when only those rows have incoming gradients."""
     q, k, v = (t.to(dtype).requires_grad_() for t in (qkv[0][:, rows], qkv[1], qkv[2]))
-    (out,) = plain_attention(q, k, v)
-    return [out.detach(), *torch.autograd.grad(out, (q, k, v), dout[:, rows].to(dtype))]
+    outs = plain_ops.attention_with_lse(q, k, v, hidden)
+    chosen = [dout.index_select(dim, rows).to(dtype) for dim, dout in zip((1, 2), douts, strict=False)]
+    dq, dk, dv = torch.autograd.grad(outs[: len(chosen)], (q, k, v), chosen)
+    return {"out": outs[0].detach(), "lse": outs[1].detach(), "dq": dq, "dk": dk, "dv": dv}
 
 
 class _Sums:
@@ -172,16 +195,20 @@ def _check_rows(
     op = OPS[case.op]
     in_dims, out_dims = op.row_dims[: len(inputs)], op.row_dims[len(inputs) :]
     largest = max(t.numel() for t in (*inputs.values(), *outs))
-    step = max(1, min(case.seq_len, _BLOCK_ELEMENTS * case.seq_len // largest))
+    units = op.units(case)
+    step = max(1, min(units, _BLOCK_ELEMENTS * units // largest))
     sums = {name: _Sums() for name in [*names, *(f"d{name}" for name in inputs if grads)]}
     # Gradients of shared inputs, exact and in the dtype, summed over blocks.
     totals: dict[str, tuple[Tensor, Tensor]] = {}
     plain = op.plain(case)
-    for start in range(0, case.seq_len, step):
-        size = min(step, case.seq_len - start)
+    for start in range(0, units, step):
+        size = min(step, units - start)
 
         def block(tensor: Tensor, dim: int | None, start: int = start, size: int = size) -> Tensor:
-            return tensor if dim is None else tensor.narrow(dim, start, size)
+            if dim is None:
+                return tensor
+            per = 1 if tensor.shape[dim] == units else op.unit
+            return tensor.narrow(dim, per * start, min(per * size, tensor.shape[dim] - per * start))
 
         parts = [block(t.detach(), dim) for t, dim in zip(inputs.values(), in_dims, strict=True)]
         dparts = [block(d, dim) for d, dim in zip(douts, out_dims, strict=False)]

@@ -19,7 +19,9 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from longreel import kernels
-from longreel.bench.ops import ADALN_EPS, DTYPES, OPS, OpCase, Outputs
+from longreel.bench import plain_ops
+from longreel.bench.ops import ATTENTION_OPS, DTYPES, OPS, OpCase, scores_of
+from longreel.bench.plain_ops import ADALN_EPS, Outputs
 from longreel.kernels.attention import PROVIDERS as ATTENTION_PROVIDERS
 from longreel.kernels.attention import resolve_attention_provider
 from longreel.kernels.pointwise import PROVIDERS as POINTWISE_PROVIDERS
@@ -36,11 +38,17 @@ _SDPA = {
     "sdpa-efficient": SDPBackend.EFFICIENT_ATTENTION,
 }
 ATTENTION_PEERS = ("eager", "compiled", *_SDPA, "flex", "flash-attn-2", "flash-attn-3", "flash-attn-4")
-_ATTENTION_OPS = ("attention", "attention_packed")
 # What the kernels' own lists hold besides kernels: the specification, and peers that are called directly here.
 _SPECIFICATION = "torch"
+# Cases of a row of modulation per frame, and the op that they call with offsets.
+_OF_FRAMES = {"adaln_frames": "adaln_modulate", "gated_adaln_frames": "gated_residual_adaln"}
 # What a provider takes over from another as it is: timed once, under the other's name.
-_SAME_AS = {("triton-atomic", "forward"): "triton", ("triton-hopper", "backward"): "triton"}
+_SAME_AS = {
+    ("triton-atomic", "forward"): "triton",
+    ("triton-hopper", "backward"): "triton",
+    ("triton-hopper-atomic", "forward"): "triton-hopper",
+    ("triton-hopper-atomic", "backward"): "triton-atomic",
+}
 
 
 class Unavailable(Exception):
@@ -51,7 +59,7 @@ def kernel_providers(op: str) -> tuple[str, ...]:
     """This project's kernels of an op, as kernels/ lists them."""
     if op in ("clone", "matmul"):
         return ()
-    known = ATTENTION_PROVIDERS if op in _ATTENTION_OPS else POINTWISE_PROVIDERS
+    known = ATTENTION_PROVIDERS if op in ATTENTION_OPS else POINTWISE_PROVIDERS
     return tuple(name for name in known if name != _SPECIFICATION and name not in _SDPA)
 
 
@@ -59,7 +67,7 @@ def providers_of(op: str) -> tuple[str, ...]:
     """Everything that is measured for an op by default: our kernels, then the peers."""
     if op in ("clone", "matmul"):
         return ("eager",)
-    if op in _ATTENTION_OPS:
+    if op in ATTENTION_OPS:
         return (*kernel_providers(op), *ATTENTION_PEERS)
     peers = ("eager", "compiled", "liger") if op == "adaln_modulate" else ("eager", "compiled")
     return (*kernel_providers(op), *peers)
@@ -87,15 +95,17 @@ def build(case: OpCase, provider: str, device: torch.device) -> Provider:
     """
     if provider in ("eager", "compiled"):
         return _plain(case, provider)
-    if case.op in _ATTENTION_OPS:
+    if case.op in ATTENTION_OPS:
         attend = _attention(case, provider, device)
-        if case.op == "attention" or provider in _ours(case.op):
+        if provider in _ours(case.op):
             return attend
-        return lambda qkv: attend(*qkv.unbind(2))
+        if case.op == "attention_clips":
+            return plain_ops.by_clip(attend)
+        return attend if case.op != "attention_packed" else lambda qkv: attend(*qkv.unbind(2))
     if provider in _ours(case.op):
         if provider == "triton":
             _or_unavailable(require_triton, device)
-        return _pointwise(case, provider)
+        return _pointwise(case, provider, device)
     if provider == "liger" and case.op == "adaln_modulate":
         return _liger(case, device)
     raise Unavailable(f"there is no {provider} for {case.op}")
@@ -115,8 +125,8 @@ def _or_unavailable(check: Callable[..., Any], *arguments: Any) -> Any:
 
 
 def _plain(case: OpCase, provider: str) -> Provider:
-    if case.op in _ATTENTION_OPS:
-        scores = case.batch * case.num_heads * case.seq_len**2 * case.element_size
+    if case.op in ATTENTION_OPS:
+        scores = scores_of(case) * case.element_size
         if scores > MAX_SCORES_BYTES:
             raise Unavailable(f"its scores alone take {scores / 2**30:,.0f} GiB; tried up to 16 GiB")
     plain = OPS[case.op].plain(case)
@@ -127,7 +137,12 @@ def _plain(case: OpCase, provider: str) -> Provider:
 def _attention(case: OpCase, provider: str, device: torch.device) -> Provider:
     if provider in _ours(case.op):
         _or_unavailable(resolve_attention_provider, provider, device, DTYPES[case.dtype])
-        return functools.partial(getattr(kernels, case.op), provider=provider)
+        if case.op == "attention_packed":
+            return functools.partial(kernels.attention_packed, provider=provider)
+        if case.op == "attention_clips":
+            offsets = torch.tensor(plain_ops.clip_bounds(case.seq_len), device=device)
+            return functools.partial(kernels.attention, cu_seqlens_q=offsets, cu_seqlens_k=offsets, provider=provider)
+        return functools.partial(kernels.attention, provider=provider)
     if provider not in ATTENTION_PEERS:
         raise Unavailable(f"there is no {provider} for {case.op}")
     if device.type != "cuda" and provider != "sdpa-flash":
@@ -135,6 +150,8 @@ def _attention(case: OpCase, provider: str, device: torch.device) -> Provider:
     if provider in _SDPA:
         return functools.partial(_sdpa, _SDPA[provider])
     if provider == "flex":
+        if case.op == "attention_clips":
+            raise Unavailable("flex compiles anew for every length, and a call per clip has four")
         return _flex()
     return _flash_attn(provider)
 
@@ -186,15 +203,23 @@ def _import(name: str, provider: str, distribution: str) -> ModuleType:
         raise Unavailable(f"{provider} cannot be imported: {error}") from None
 
 
-def _pointwise(case: OpCase, provider: str) -> Provider:
-    if case.op == "sp_pack_heads":
-        return lambda x, bias: (kernels.pack_heads(x, num_ranks=case.sp_degree, bias=bias, provider=provider),)
-    if case.op == "sp_unpack_heads":
-        return lambda packed: (kernels.unpack_heads(packed, provider=provider),)
-    function = getattr(kernels, case.op)
+def _pointwise(case: OpCase, provider: str, device: torch.device) -> Provider:
+    ranks = case.sp_degree
+    layouts: dict[str, Provider] = {
+        "sp_pack_heads": lambda x, bias: (kernels.pack_heads(x, num_ranks=ranks, bias=bias, provider=provider),),
+        "sp_unpack_heads": lambda packed: (kernels.unpack_heads(packed, provider=provider),),
+        "sp_pack_tokens": lambda x: (kernels.pack_tokens(x, num_ranks=ranks, provider=provider),),
+        "sp_unpack_tokens": lambda p: (kernels.unpack_tokens(p, tokens=case.seq_len, provider=provider),),
+    }
+    if case.op in layouts:
+        return layouts[case.op]
+    function = getattr(kernels, _OF_FRAMES.get(case.op, case.op))
+    options: dict[str, Any] = {"provider": provider}
+    if case.op in _OF_FRAMES:
+        options["cu_seqlens"] = torch.tensor(plain_ops.frame_bounds(case.seq_len), device=device)
 
     def run(*inputs: Tensor) -> Outputs:
-        found = function(*inputs, provider=provider)
+        found = function(*inputs, **options)
         return found if isinstance(found, tuple) else (found,)
 
     return run

@@ -13,7 +13,7 @@ from longreel.kernels.triton_rows_tuning import RowKernel
 
 ATTENTION_KERNELS: tuple[Kernel, ...] = ("forward", "dkdv", "dq", "fused")
 ROW_KERNELS: tuple[RowKernel, ...] = get_args(RowKernel)
-_PORTABLE, _HOPPER = "triton", "triton-hopper"
+_PORTABLE, _HOPPER, _ATOMIC = "triton", "triton-hopper", "triton-atomic"
 # After all others, as the one most likely to take the device down with it.
 _LAST: tuple[Kernel, ...] = ("hopper",)
 # What launches a kernel over rows, by the name that stands before its direction.
@@ -46,12 +46,8 @@ class Target:
         """The provider that launches the kernel, as kernels/ lists them; None where no provider does."""
         if self.kernel in ROW_KERNELS:
             return _PORTABLE
-        known = providers.kernel_providers("attention")
-        if self.kernel == "fused":
-            others = [name for name in known if name not in (_PORTABLE, _HOPPER)]
-            return others[0] if len(others) == 1 else None
-        name = _HOPPER if self.kernel == "hopper" else _PORTABLE
-        return name if name in known else None
+        name = {"fused": _ATOMIC, "hopper": _HOPPER}.get(self.kernel, _PORTABLE)
+        return name if name in providers.kernel_providers("attention") else None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

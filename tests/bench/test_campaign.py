@@ -16,6 +16,7 @@ from longreel.bench.campaign_steps import BUDGETS, STEPS
 from longreel.bench.campaign_validate import gpu_parts
 from longreel.bench.micro_sweep import load
 from longreel.bench.op_estimate import Rates, fit
+from longreel.bench.ops import OPS
 from longreel.bench.tiles import candidates, listed_width, read_tiles, tiles_row, use_tiles
 from longreel.kernels import triton_attention_tuning as tuning
 from longreel.kernels import triton_rows_tuning as rows_tuning
@@ -131,6 +132,15 @@ def test_hopper_plan_measures_what_matters_first():
     assert {4096, 819_200} <= attention
     ops = {case.op for p in everything for case in p.cases}
     assert {"adaln_modulate", "bias_gelu", "sp_pack_heads", "attention_packed"} <= ops
+    # Packed clips, captions, a row of modulation per frame, tokens between ranks.
+    assert ops == set(OPS) - {"clone", "matmul"}
+    # All that the goals are about is in the steps that nine minutes hold, both passes: 65,536 against 819,200 too.
+    for plans in (plan.micro, plan.micro_after):
+        found = {(c.seq_len, d) for p in plans for c in p.cases if c.op == "attention" for d in p.directions_of(c)}
+        assert {(n, d) for n in (32_768, 65_536) for d in ("forward", "backward", "both")} <= found
+        assert {(819_200, "forward"), (819_200, "both")} <= found
+    backward = [p for p in plan.micro_more if "backward" in p.directions]
+    assert any(c.seq_len == 819_200 and c.op == "attention" for p in backward for c in p.cases)
     assert any("flex" in p.providers for p in everything)
     assert {case.op for p in plan.micro for case in p.cases} >= {"adaln_modulate", "bias_gelu", "sp_pack_heads"}
 

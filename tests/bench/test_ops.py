@@ -6,8 +6,12 @@ import pytest
 import torch
 
 from longreel.bench import op_gate, providers
-from longreel.bench.ops import OPS, OpCase, make_inputs, work_of
+from longreel.bench.micro_sweep import sweep_cases
+from longreel.bench.ops import ATTENTION_OPS, OPS, TEXT_TOKENS, OpCase, make_inputs, work_of
+from longreel.bench.plain_ops import FRAME_TOKENS, clip_bounds
+from longreel.kernels import attention
 from longreel.kernels.attention import attention_flops
+from longreel.kernels.numerics import relative_error
 
 CPU = torch.device("cpu")
 SMALL = {"dtype": "fp32", "num_heads": 4, "head_dim": 8}
@@ -21,7 +25,10 @@ def small_case(op: str, seq_len: int = 37, **changes: object) -> OpCase:
 def test_gate_passes_what_is_right(op, monkeypatch):
     # Several blocks of tokens, the last one short.
     monkeypatch.setattr(op_gate, "_BLOCK_ELEMENTS", 4096)
-    case = small_case(op, batch=2)
+    case = small_case(op, batch=1 if OPS[op].packs else 2)
+    if OPS[op].unit > 1:
+        # Whole frames and a short one.
+        case = small_case(op, seq_len=2 * FRAME_TOKENS + 37)
     for provider in {*providers.providers_of(op)} & {"eager", "sdpa-flash"} | (
         {"torch"} if OPS[op].differentiable else set()
     ):
@@ -31,6 +38,84 @@ def test_gate_passes_what_is_right(op, monkeypatch):
         inputs = 3 if op.startswith("attention") else len(OPS[op].shapes(case))
         num_grads = inputs if OPS[op].differentiable else 0
         assert sum(name.startswith("d") for name in verdict.error) == num_grads
+
+
+@pytest.mark.parametrize("op", ATTENTION_OPS)
+@pytest.mark.parametrize("seq_len", [37, 300], ids=["every-row", "chosen-rows"])
+def test_gate_holds_the_lse_that_attention_returns(op, seq_len, monkeypatch):
+    monkeypatch.setattr(op_gate, "MAX_FULL_ROWS", 64)
+    monkeypatch.setattr(op_gate, "NUM_ROWS", 16)
+    case = small_case(op, seq_len=seq_len)
+    right, inputs = providers.build(case, "torch", CPU), make_inputs(case, CPU)
+
+    def check(change_lse):
+        def function(*leaves):
+            out, lse = right(*leaves)
+            return out, change_lse(lse)
+
+        verdict = op_gate.check(case, function, inputs, is_ours=True)
+        return {name for name, error in verdict.error.items() if not error <= verdict.allowed[name]}
+
+    assert check(lambda lse: lse) == set()
+    assert check(lambda lse: torch.full_like(lse, 12345.0, requires_grad=True) + 0 * lse) >= {"lse"}
+    assert check(lambda lse: lse + 1e-4) == {"lse"}
+    # Right to look at, with a gradient that is 1 % too large, or missing.
+    assert check(lambda lse: lse + 0.01 * (lse - lse.detach())) == {"dq", "dk"}
+    assert check(lambda lse: lse.detach() + 0 * lse) == {"dq", "dk"}
+
+    def unwritten(lse):
+        mask = torch.ones_like(lse)
+        mask[..., next(i for i in range(1, seq_len) if i not in op_gate._chosen_rows(seq_len, CPU))] = float("nan")
+        return lse * mask
+
+    if seq_len > 64:
+        assert "lse" in check(unwritten)
+
+
+class Shifted(torch.autograd.Function):
+    """Its input, with something added to the gradient."""
+
+    @staticmethod
+    def forward(ctx, x, delta):
+        ctx.delta = delta
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad + ctx.delta, None
+
+
+# The bar in numbers of its own: twice eager's error, and of eps two in attention, one elsewhere; peers four times that.
+@pytest.mark.parametrize(("is_ours", "slack"), [(True, 1.0), (False, 4.0)], ids=["ours", "peer"])
+@pytest.mark.parametrize(("op", "floor", "shared"), [("attention", 2.0, "v"), ("bias_gelu", 1.0, "x")])
+def test_gate_opens_just_inside_its_bar_and_not_just_outside(op, floor, shared, is_ours, slack):
+    case = small_case(op)
+    plain, inputs = OPS[op].plain(case), make_inputs(case, CPU)
+
+    def run(dtype):
+        leaves = [t.detach().to(dtype).requires_grad_() for t in inputs.values()]
+        (out,) = plain(*leaves)
+        (dout,) = op_gate.incoming([out.float()])
+        return out.detach(), torch.autograd.grad(out, leaves, dout.to(dtype))[list(inputs).index(shared)]
+
+    exact, eager = run(torch.float64), run(torch.float32)
+    bars = [slack * (2 * relative_error(e, x) + floor * 2**-23) for e, x in zip(eager, exact, strict=True)]
+    for i, name in enumerate(("out", f"d{shared}")):
+        for part, passes in ((0.9, True), (1.1, False)):
+            noise = torch.randn(exact[i].shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+            delta = part * bars[i] * exact[i].norm() * noise / noise.norm()
+
+            def off(*leaves, i=i, delta=delta):
+                # In fp64, so that what is added is all of the error.
+                wide = {n: t.double() for n, t in zip(inputs, leaves, strict=True)}
+                if i:
+                    wide[shared] = Shifted.apply(wide[shared], delta)
+                out = plain(*wide.values())[0]
+                return ((out if i else out + delta).float(),)
+
+            verdict = op_gate.check(case, off, inputs, is_ours=is_ours)
+            assert (verdict.error[name] <= verdict.allowed[name]) == passes, (name, part)
+            assert (verdict.reason is None) == passes
 
 
 @pytest.mark.parametrize("op", OPS)
@@ -91,6 +176,28 @@ def test_long_attention_is_held_at_chosen_rows(monkeypatch):
     assert all(error[name] > 0.01 for name in ("out", "dq", "dk", "dv"))
 
 
+def test_clips_do_not_see_each_other():
+    case = small_case("attention_clips", seq_len=50)
+    q, k, v = make_inputs(case, CPU).values()
+    (out,) = OPS["attention_clips"].plain(case)(q, k, v)
+    bounds = torch.tensor(clip_bounds(50))
+    torch.testing.assert_close(out, attention(q, k, v, cu_seqlens_q=bounds, cu_seqlens_k=bounds)[0])
+    whole = op_gate.check(case, lambda *qkv: attention(*qkv), {"q": q, "k": k, "v": v}, is_ours=False)
+    assert whole.reason is not None
+
+
+def test_layout_changes_of_tokens_are_measured_where_they_move_something():
+    ops = ["sp_pack_tokens", "sp_unpack_tokens", "adaln_frames", "attention_clips", "bias_gelu"]
+    cases = sweep_cases(ops, seq_lens=[64], head_dims=[8], num_heads=2, model_heads=4, dtypes=["fp32"])
+    assert [case.batch for case in cases] == [2, 2, 1, 1, 1]
+    for case in cases[:2]:
+        inputs = make_inputs(case, CPU)
+        (out,) = providers.build(case, "torch", CPU)(*inputs.values())
+        assert out.untyped_storage().data_ptr() != next(iter(inputs.values())).untyped_storage().data_ptr()
+    with pytest.raises(ValueError, match="adaln_frames is about one packed sequence: batch must be 1, got 2"):
+        small_case("adaln_frames", batch=2)
+
+
 def test_work_is_counted_from_shapes():
     case = OpCase(op="attention", dtype="bf16", seq_len=1000, num_heads=2, head_dim=72)
     shape = (1, 1000, 2, 72)
@@ -99,6 +206,15 @@ def test_work_is_counted_from_shapes():
     rows = OpCase(op="adaln_modulate", dtype="bf16", seq_len=1000, num_heads=16, head_dim=72)
     assert work_of(rows, "forward")["bytes_moved"] == 2 * 1000 * 1152 * 2
     assert work_of(rows, "backward")["bytes_moved"] == 3 * 1000 * 1152 * 2
+    clips = OpCase(op="attention_clips", dtype="bf16", seq_len=1000, num_heads=2, head_dim=72)
+    pairs = 142**2 + 358**2 + 300**2 + 200**2
+    assert work_of(clips, "forward")["flops"] == 4 * 2 * pairs * 72
+    text = OpCase(op="attention_text", dtype="bf16", seq_len=1000, num_heads=2, head_dim=72)
+    assert work_of(text, "backward")["flops"] == attention_flops(shape, (1, TEXT_TOKENS, 2, 72), products=5)
+    assert text.shape()["kv_len"] == TEXT_TOKENS
+    # One rank of eight has two of sixteen heads, of q, k and v: read and written.
+    tokens = OpCase(op="sp_unpack_tokens", dtype="bf16", seq_len=1000, num_heads=16, head_dim=72, batch=2)
+    assert work_of(tokens, "forward")["bytes_moved"] == 2 * (2 * 1000 * 3 * 2 * 72) * 2
     wide = OpCase(op="bias_gelu", dtype="fp32", seq_len=1000, num_heads=16, head_dim=72)
     assert work_of(wide, "forward")["bytes_moved"] == 2 * 1000 * 4608 * 4
 

@@ -37,7 +37,8 @@ def case_of(op: str) -> OpCase:
         return OpCase(op=op, dtype=SIZES["dtype"], seq_len=SIZES["matmul"], num_heads=1, head_dim=SIZES["matmul"])
     attends = op.startswith("attention")
     tokens, heads = SIZES["attention" if attends else "tokens"], 2 if attends else SIZES["heads"]
-    return OpCase(op=op, dtype=SIZES["dtype"], seq_len=tokens, num_heads=heads, head_dim=72)
+    batch = OPS[op].least_batch
+    return OpCase(op=op, dtype=SIZES["dtype"], seq_len=tokens, num_heads=heads, head_dim=72, batch=batch)
 
 
 POINTS = [
