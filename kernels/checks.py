@@ -2,22 +2,16 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakTensorKeyDictionary
 
 MAX_HEAD_DIM = 128
 TRITON_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 # What the specifications compute in: every op refuses the rest, whoever computes it.
 DTYPES = (*TRITON_DTYPES, torch.float64)
-
-# Offsets on a device that were read and found right, with their version and length: reading waits for the device, so
-# it happens once per tensor and not once per layer.
-_checked: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
 def check_tensor(name: str, value: Any, dims: str | None = None) -> None:
@@ -31,7 +25,7 @@ def check_tensor(name: str, value: Any, dims: str | None = None) -> None:
         ValueError: another dtype, layout or number of dims.
     """
     if not isinstance(value, Tensor):
-        raise TypeError(f"{name} must be a tensor, got {_shown(value)}")
+        raise TypeError(f"{name} must be a tensor, got {shown(value)}")
     if value.dtype not in DTYPES:
         raise ValueError(f"{name} has dtype {value.dtype}; it must be one of {', '.join(str(d) for d in DTYPES)}")
     if value.layout is not torch.strided:
@@ -65,7 +59,7 @@ def check_last_dim(name: str, tensor: Tensor) -> None:
 def check_number(name: str, value: Any, minimum: float = -math.inf) -> None:
     """Refuse what is no finite number, at least minimum: TypeError for another type, ValueError for the value."""
     if isinstance(value, bool) or not isinstance(value, int | float | torch.SymInt | torch.SymFloat):
-        raise TypeError(f"{name} must be a number, got {_shown(value)}")
+        raise TypeError(f"{name} must be a number, got {shown(value)}")
     if not math.isfinite(value) or value < minimum:
         at_least = "" if minimum == -math.inf else f" and at least {minimum:g}"
         raise ValueError(f"{name} must be finite{at_least}, got {value}")
@@ -74,7 +68,7 @@ def check_number(name: str, value: Any, minimum: float = -math.inf) -> None:
 def check_count(name: str, value: Any, minimum: int) -> None:
     """Refuse what is no integer (TypeError), at least minimum (ValueError)."""
     if isinstance(value, bool) or not isinstance(value, int | torch.SymInt):
-        raise TypeError(f"{name} must be an int, got {_shown(value)}")
+        raise TypeError(f"{name} must be an int, got {shown(value)}")
     if value < minimum:
         raise ValueError(f"{name} must be at least {minimum}, got {value}")
 
@@ -92,43 +86,6 @@ def check_triton_dtype(name: str, dtype: torch.dtype) -> None:
         raise ValueError(f"{name} has dtype {dtype}; provider 'triton' computes in {names}; use provider 'torch'")
 
 
-def check_cu_seqlens(name: str, cu_seqlens: Tensor, length: int, device: torch.device, rows: int | None = None) -> None:
-    """Refuse what is no integer vector on device that starts at 0, never falls and ends at length.
-
-    The values of a tensor on a device are read, which waits for it, the first time the tensor is seen; later calls
-    look at its version only.
-
-    Args:
-        rows: number of segments there must be, where another argument fixes it.
-
-    Raises:
-        TypeError: it is no tensor.
-        ValueError: dtype, dims, device or values do not fit.
-    """
-    if not isinstance(cu_seqlens, Tensor):
-        raise TypeError(f"{name} must be an int32 or int64 tensor of N + 1 offsets, got {_shown(cu_seqlens)}")
-    if cu_seqlens.dim() != 1 or cu_seqlens.numel() < 2 or cu_seqlens.dtype not in (torch.int32, torch.int64):
-        raise ValueError(
-            f"{name} must be an int32 or int64 vector of N + 1 offsets, got {cu_seqlens.dtype} {list(cu_seqlens.shape)}"
-        )
-    if cu_seqlens.device != device:
-        raise ValueError(f"{name} is on {cu_seqlens.device}, the tensor it splits on {device}; give it there too")
-    if rows is not None and cu_seqlens.numel() != rows + 1:
-        raise ValueError(f"{name} has {cu_seqlens.numel()} offsets for {rows} segments; it needs {rows + 1}")
-    # Traced and fake tensors have no values to read.
-    if torch.compiler.is_compiling() or isinstance(cu_seqlens, torch._subclasses.FakeTensor):
-        return
-    remembered = cu_seqlens.device.type != "cpu" and not cu_seqlens.is_inference()
-    seen = (cu_seqlens._version, length) if remembered else None
-    if seen is not None and _checked.get(cu_seqlens) == seen:
-        return
-    bounds = cu_seqlens.tolist()
-    if bounds[0] != 0 or bounds[-1] != length or any(b < a for a, b in itertools.pairwise(bounds)):
-        raise ValueError(f"{name} must start at 0, never fall and end at the length {length}, got {bounds}")
-    if seen is not None:
-        _checked[cu_seqlens] = seen
-
-
 def check_rows(name: str, x: Tensor) -> None:
     """As check_tensor, and ValueError for rows of no channels: they have no mean."""
     check_tensor(name, x)
@@ -136,31 +93,7 @@ def check_rows(name: str, x: Tensor) -> None:
         raise ValueError(f"{name} must be [..., C] with C at least 1, got {list(x.shape)}")
 
 
-def check_modulation(rows: dict[str, Tensor], x: Tensor, cu_seqlens: Tensor | None) -> None:
-    """Refuse x unless it is [B, S, C], and rows unless each has one of C per sample (or per segment of one sequence).
-
-    Args:
-        rows: by argument name.
-
-    Raises:
-        TypeError: no tensor.
-        ValueError: dtype, device, dims or offsets do not fit.
-    """
-    check_tensor("x", x, "[B, S, C]")
-    check_rows("x", x)
-    expected = [x.shape[0], x.shape[2]]
-    if cu_seqlens is not None:
-        if x.shape[0] != 1:
-            raise ValueError(f"cu_seqlens packs sequences into batch 1, but x has batch {x.shape[0]}")
-        check_cu_seqlens("cu_seqlens", cu_seqlens, x.shape[1], x.device)
-        expected[0] = cu_seqlens.numel() - 1
-    for name, value in rows.items():
-        check_same(name, value, "x", x)
-        if list(value.shape) != expected:
-            raise ValueError(f"{name} must be {expected} for x {list(x.shape)}, got {list(value.shape)}")
-
-
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
     """Type and value of what was given, cut where it is long."""
     text = f"{type(value).__name__} {value!r}"
     return text if len(text) <= 80 else text[:77] + "..."

@@ -17,13 +17,13 @@ from torch import Tensor
 from longreel.kernels import reference
 from longreel.kernels.checks import (
     TRITON_DTYPES,
-    check_modulation,
     check_number,
     check_rows,
     check_same,
     check_shape,
 )
 from longreel.kernels.memory_bound import count_no_flops
+from longreel.kernels.offsets import check_modulation
 from longreel.kernels.triton_common import require_triton
 
 PROVIDERS = ("torch", "triton")
@@ -229,7 +229,7 @@ def adaln_modulate(
         TypeError: an argument of another type.
         ValueError: shapes, dtypes, devices or offsets that do not fit, or a provider that cannot run.
     """
-    check_modulation({"shift": shift, "scale": scale}, x, cu_seqlens)
+    cu_seqlens = check_modulation({"shift": shift, "scale": scale}, x, cu_seqlens)
     check_number("eps", eps, minimum=0.0)
     return adaln_modulate_op(x, shift, scale, eps, cu_seqlens, resolve_pointwise_provider(provider, x))[0]
 
@@ -253,7 +253,7 @@ def gated_residual(
         TypeError: an argument of another type.
         ValueError: shapes, dtypes, devices or offsets that do not fit, or a provider that cannot run.
     """
-    check_modulation({"gate": gate}, x, cu_seqlens)
+    cu_seqlens = check_modulation({"gate": gate}, x, cu_seqlens)
     check_shape("y", y, "x", x)
     return gated_residual_op(x, y, gate, cu_seqlens, resolve_pointwise_provider(provider, x))
 

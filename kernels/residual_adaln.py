@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from longreel.kernels import reference
-from longreel.kernels.checks import check_modulation, check_number, check_shape
+from longreel.kernels.checks import check_number, check_shape
 from longreel.kernels.memory_bound import count_no_flops
+from longreel.kernels.offsets import check_modulation
 from longreel.kernels.pointwise import resolve_pointwise_provider
 
 
@@ -121,7 +122,7 @@ def gated_residual_adaln(
         TypeError: an argument of another type.
         ValueError: shapes, dtypes, devices or offsets that do not fit, or a provider that cannot run.
     """
-    check_modulation({"gate": gate, "shift": shift, "scale": scale}, x, cu_seqlens)
+    cu_seqlens = check_modulation({"gate": gate, "shift": shift, "scale": scale}, x, cu_seqlens)
     check_shape("y", y, "x", x)
     check_number("eps", eps, minimum=0.0)
     provider = resolve_pointwise_provider(provider, x)

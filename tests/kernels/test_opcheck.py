@@ -83,6 +83,7 @@ def arguments(name: str) -> list[tuple[Any, ...]]:
         "sp_pack_heads_backward": [(plain(*packed_heads),)],
         "sp_unpack_heads": [(tensor(*packed_heads),), (tensor(1, 2, 3, 3, 2, 8),)],
         "sp_pack_tokens": [(tensor(2, 5, 3, 2, 8), 2, 3), (tensor(1, 4, 3, 2, 8), 2, 2)],
+        "checked_offsets": [(cu, 5), (torch.tensor([0, 9, 2, 9, 5])[::2], 5)],
         "sp_unpack_tokens": [(tensor(*packed_heads), 5), (tensor(1, 1, 3, 3, 2, 8), 3)],
     }
     return cases[name]
