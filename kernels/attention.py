@@ -18,7 +18,6 @@ from torch.utils.flop_counter import register_flop_formula
 
 from longreel.kernels import reference, sdpa
 from longreel.kernels.checks import (
-    check_cu_seqlens,
     check_head_dim,
     check_last_dim,
     check_number,
@@ -26,8 +25,11 @@ from longreel.kernels.checks import (
     check_tensor,
     check_triton_dtype,
 )
+from longreel.kernels.offsets import check_cu_seqlens
 from longreel.kernels.triton_common import require_triton
 
+# Largest softmax_scale either way: scores, and what a kernel makes of them in fp32, stay finite for products to 1e20.
+MAX_SCALE = 1e18
 PROVIDERS = ("torch", "sdpa-flash", "triton", "triton-atomic", "triton-hopper")
 
 
@@ -57,7 +59,7 @@ def resolve_attention_provider(provider: str, device: torch.device, dtype: torch
             f"attention provider 'sdpa-flash' has no {dtype} on CUDA; use precision bf16, or provider torch or auto"
         )
     if provider.startswith("triton"):
-        require_triton(device)
+        require_triton(device, provider)
     return provider
 
 
@@ -228,6 +230,8 @@ def _scale(softmax_scale: float | None, head_dim: int) -> float:
     if softmax_scale is None:
         return head_dim**-0.5
     check_number("softmax_scale", softmax_scale)
+    if abs(softmax_scale) > MAX_SCALE:
+        raise ValueError(f"softmax_scale must be at most {MAX_SCALE:g} either way, got {softmax_scale}")
     return float(softmax_scale)
 
 
@@ -271,8 +275,9 @@ def attention(
     if cu_seqlens_q is not None and cu_seqlens_k is not None:
         if q.shape[0] != 1:
             raise ValueError(f"cu_seqlens packs sequences into batch 1, but q has batch {q.shape[0]}")
-        check_cu_seqlens("cu_seqlens_q", cu_seqlens_q, q.shape[1], q.device)
-        check_cu_seqlens("cu_seqlens_k", cu_seqlens_k, k.shape[1], q.device, rows=cu_seqlens_q.numel() - 1)
+        cu_seqlens_q = check_cu_seqlens("cu_seqlens_q", cu_seqlens_q, q.shape[1], q.device)
+        num_segments = cu_seqlens_q.numel() - 1
+        cu_seqlens_k = check_cu_seqlens("cu_seqlens_k", cu_seqlens_k, k.shape[1], q.device, num_segments)
     scale = _scale(softmax_scale, q.shape[-1])
     provider = resolve_attention_provider(provider, q.device, q.dtype)
     if provider.startswith("triton"):
@@ -308,7 +313,7 @@ def attention_packed(
     if cu_seqlens is not None:
         if qkv.shape[0] != 1:
             raise ValueError(f"cu_seqlens packs sequences into batch 1, but qkv has batch {qkv.shape[0]}")
-        check_cu_seqlens("cu_seqlens", cu_seqlens, qkv.shape[1], qkv.device)
+        cu_seqlens = check_cu_seqlens("cu_seqlens", cu_seqlens, qkv.shape[1], qkv.device)
     scale = _scale(softmax_scale, qkv.shape[-1])
     provider = resolve_attention_provider(provider, qkv.device, qkv.dtype)
     if provider.startswith("triton"):

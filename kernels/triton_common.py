@@ -28,8 +28,11 @@ def interpreting() -> bool:
     return bool(knobs.runtime.interpret)
 
 
-def require_triton(device: torch.device) -> None:
+def require_triton(device: torch.device, provider: str = "triton") -> None:
     """Check that Triton kernels can run on tensors of this device. Traced code is checked when it launches.
+
+    Args:
+        provider: the name that was asked for, which the message repeats; `triton-hopper` is not interpreted.
 
     Raises:
         ValueError: Triton is not installed, or the device is not CUDA and the interpreter is off; the message says
@@ -39,14 +42,18 @@ def require_triton(device: torch.device) -> None:
         return
     if not _found():
         raise ValueError(
-            "provider 'triton' is missing: the package triton is not installed; pip install 'triton>=3.6', or name "
-            "provider torch (of attention in half precision also sdpa-flash)"
+            f"provider {provider!r} is missing: the package triton is not installed; pip install 'triton>=3.6', or "
+            "name provider torch (of attention in half precision also sdpa-flash)"
         )
     if device.type == "cuda" or (device.type == "cpu" and interpreting()):
         return
+    if provider == "triton-hopper":
+        raise ValueError(
+            f"provider 'triton-hopper' needs a Hopper GPU, got tensors on {device}; use provider torch or auto here"
+        )
     raise ValueError(
-        f"provider 'triton' needs a CUDA device, got tensors on {device}; set TRITON_INTERPRET=1 before Python starts "
-        "to interpret the kernels on the CPU"
+        f"provider {provider!r} needs a CUDA device, got tensors on {device}; set TRITON_INTERPRET=1 before Python "
+        "starts to interpret the kernels on the CPU, or use provider torch or auto"
     )
 
 

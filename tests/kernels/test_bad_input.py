@@ -121,6 +121,13 @@ def faults() -> list[Any]:
                 values = NUMBER_FAULTS if name in NUMBERS else COUNT_FAULTS
                 if name == "eps":
                     values = [*values, (-1e-6, ValueError, "must be finite and at least 0, got -1e-06")]
+                if name == "softmax_scale":
+                    too_far = "must be at most 1e\\+18 either way, got "
+                    values = [
+                        *values,
+                        (1e38, ValueError, too_far + "1e\\+38"),
+                        (-3e38, ValueError, too_far + "-3e\\+38"),
+                    ]
                 listed = {repr(v): (lambda _, v=v: v, *rest) for v, *rest in values}
             if name not in OPTIONAL and (op, name) != ("pack_heads", "bias"):
                 listed = listed | {"None": (lambda _: None, TypeError, "must be an? [a-z]+, got NoneType None")}
@@ -201,6 +208,33 @@ EMPTY: dict[str, list[Arguments]] = {
         {"packed": randn(2, 2, 0, 3, 2, 8), "tokens": 0},
     ],
 }
+
+
+# The last offset is wrong, the first, and one between.
+WRONG_OFFSETS = [[0, 2, 2, 3], [0, 2, 2, 9], [1, 2, 2, 5], [0, 4, 2, 5]]
+
+
+@pytest.mark.parametrize("op", [op for op, make in RIGHT.items() if OFFSETS & make().keys()])
+def test_wrong_offsets_are_refused_in_compiled_code(op):
+    arguments = RIGHT[op]()
+    names = sorted(OFFSETS & arguments.keys())
+    rest = {name: value for name, value in arguments.items() if name not in names}
+
+    def run(*given: Tensor) -> Any:
+        return call(op, rest | dict(zip(names, given, strict=True)))
+
+    compiled = torch.compile(run, backend="aot_eager", fullgraph=True)
+    right = [offsets() for _ in names]
+    got, want = compiled(*right), run(*right)
+    for a, b in zip(*((t,) if isinstance(t, Tensor) else t for t in (got, want)), strict=True):
+        assert torch.equal(a, b)
+    for index, name in enumerate(names):
+        for bounds in WRONG_OFFSETS:
+            given = [torch.tensor(bounds) if i == index else t for i, t in enumerate(right)]
+            with pytest.raises(
+                ValueError, match=re.escape(f"{name} must start at 0, never fall and end at the length 5, got {bounds}")
+            ):
+                compiled(*given)
 
 
 def empty_by(op: str, provider: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from longreel.kernels import attention
 from longreel.kernels.triton_common import interpreting, require_triton
 
 triton = pytest.importorskip("triton")
@@ -35,6 +36,15 @@ def test_cpu_without_interpreter_is_refused_with_the_reason():
     require_triton(torch.device("cuda"))
     with pytest.raises(ValueError, match="needs a CUDA device, got tensors on cpu; set TRITON_INTERPRET=1"):
         require_triton(torch.device("cpu"))
+
+
+def test_the_message_names_the_provider_that_was_asked_for():
+    q = torch.randn(1, 8, 2, 72).bfloat16()
+    with pytest.raises(ValueError, match=r"provider 'triton-atomic' needs a CUDA device, .* or use provider torch"):
+        attention(q, q, q, provider="triton-atomic")
+    with pytest.raises(ValueError, match="provider 'triton-hopper' needs a Hopper GPU, got tensors on cpu") as raised:
+        attention(q, q, q, provider="triton-hopper")
+    assert "TRITON_INTERPRET" not in str(raised.value)
 
 
 def test_compiles_without_a_gpu(compile_kernel):
