@@ -1,7 +1,7 @@
 """The few instructions of PTX that the polynomial exponentials are made of, on tensors of fp32.
 
-As PTX defines them: max drops a NaN and max.NaN does not, ex2 flushes what is subnormal, a NaN that arithmetic makes has
-the bits 7fffffff, integers wrap.
+As PTX defines them: max drops a NaN and max.NaN does not, ex2 flushes what is subnormal, a NaN that arithmetic makes
+has the bits 7fffffff, integers wrap.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def run_ptx(text: str, values: list[Tensor]) -> list[Tensor]:
 
 
 def exp2_mixed(x: Tensor, poly: int) -> Tensor:
-    """As triton_attention_exp.exp2_mixed, poly of every 8 columns as polynomials; on a GPU a thread's 8 lie elsewhere."""
+    """As triton_attention_exp.exp2_mixed, poly of every 8 columns as polynomials; a GPU's thread has others."""
     from longreel.kernels.triton_attention_exp import exp2_assembly
 
     if not poly:

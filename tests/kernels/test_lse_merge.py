@@ -109,6 +109,29 @@ def test_far_apart_lses_neither_overflow_nor_lose_the_smaller_gradient():
     assert relative_error(grad, dout / (1 + torch.tensor(30.0, dtype=torch.float64).exp())) < 1e-13
 
 
+def small_sides(provider: str, dtype: torch.dtype) -> float:
+    """Largest error of the merge of lses 9 to 16 apart, the larger of which is near 0."""
+    gap = torch.linspace(9.0, 16.0, 36, dtype=dtype)
+    large = torch.linspace(-1e-5, 1e-5, 36, dtype=dtype)
+    out = torch.zeros(1, 36, 1, 8, dtype=dtype)
+    lses = large.view(1, 1, -1), (large - gap).view(1, 1, -1)
+    want = torch.logaddexp(*(t.double() for t in lses))
+    worst = 0.0
+    for sides in (lses, lses[::-1]):
+        lse = merge_attention(out, sides[0], out, sides[1], provider=provider)[1].double()
+        worst = max(worst, (lse - want).abs().max().item())
+    return worst
+
+
+def test_what_a_far_smaller_side_adds_to_an_lse_near_zero_is_exact():
+    # It adds 1e-4 to 1e-7, of which log(1 + it) would lose up to half an ulp of 1, 6e-8.
+    assert small_sides("torch", torch.float32) < 1e-10 and small_sides("torch", torch.float64) < 1e-16
+
+
+def test_what_a_far_smaller_side_adds_is_exact_by_triton(run_interpreted):
+    assert run_interpreted(small_sides, "triton", torch.float32) < 1e-8
+
+
 def test_whatever_lies_where_no_key_was_seen_is_not_read():
     out1, lse1, out2, lse2 = partials(1, 4, 2, 8)
     clean = with_grads(merge_attention, [out1, lse1, out2, lse2])

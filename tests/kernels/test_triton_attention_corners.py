@@ -222,6 +222,52 @@ def test_rows_beyond_two_to_the_31_elements(run_interpreted, provider):
     run_interpreted(check_far_rows, provider)
 
 
+def check_far_results(atomic: bool) -> None:
+    """What is written, and what backward reads of it, has rows as far apart as check_far_rows' inputs."""
+    from longreel.kernels.triton_attention import backward_into
+    from longreel.kernels.triton_attention_plan import plan_forward
+
+    torch.manual_seed(0)
+    step = 2**30 + 2**29
+
+    def far() -> Tensor:
+        return torch.empty(2 * step + 8, dtype=torch.float16).as_strided((1, 3, 1, 8), (0, step, 8, 1))
+
+    qkv = [torch.randn(1, 3, 1, 8).half() for _ in range(3)]
+    upstream = torch.randn(1, 3, 1, 8).half()
+    results = []
+    for make in (far, lambda: torch.empty(1, 3, 1, 8, dtype=torch.float16)):
+        out, dout, *grads = (make() for _ in range(5))
+        dout.copy_(upstream)
+        lse = torch.empty(1, 1, 3)
+        plan_forward(*qkv, out, lse, 0.3, None, None).run()
+        backward_into(grads, dout, None, qkv, out, lse, 0.3, None, None, atomic=atomic)
+        results.append([out, lse, *grads])
+    for there, here in zip(*results, strict=True):
+        assert torch.equal(there, here) and here.isfinite().all()
+
+
+@pytest.mark.parametrize("atomic", [False, True], ids=["deterministic", "atomic"])
+def test_results_beyond_two_to_the_31_elements(run_interpreted, atomic):
+    run_interpreted(check_far_results, atomic)
+
+
+def check_largest_scale(provider: str) -> None:
+    from longreel.kernels.attention import MAX_SCALE
+
+    q, k, v = (t.detach() for t in cases.make((20, 37, 37), 1, 1, 8, torch.float32))
+    for scale in (MAX_SCALE, -MAX_SCALE):
+        with cases.conditions(cases.SMALL):
+            out, lse = attention(q, k, v, softmax_scale=scale, provider=provider)
+        # One key has all the weight.
+        want_out, want_lse = cases.definition(q.double(), k.double(), v.double(), scale)
+        assert relative_error(out, want_out) < 1e-6 and relative_error(lse, want_lse) < 1e-6
+
+
+def test_largest_scale(run_interpreted):
+    run_interpreted(check_largest_scale, "triton")
+
+
 def check_op() -> None:
     tensors = cases.make((5, 3, 3), 2, 1, 8, torch.float32)
     opcheck(attention_op, (*tensors, 0.3, None, None, "triton"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import math
 import sys
 from pathlib import Path
@@ -116,6 +117,49 @@ def test_gpu_packed_projection_beyond_two_to_the_31_elements():
             exact = reference.attention_fwd(q[:, rows][pick].float(), k[pick], v[pick], 72**-0.5, None, None)
             assert relative_error(out[:, rows][pick], exact[0]) < 2e-2
             assert relative_error(lse[:, head : head + 1, rows], exact[1]) < 1e-4
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("provider", ["triton", "triton-atomic", "triton-hopper"])
+def test_gpu_rows_spread_beyond_two_to_the_31_elements(provider):
+    # Every twelfth row of 2.8e9 elements, read and, of the gradients, written: short enough for all of backward.
+    if provider == "triton-hopper" and torch.cuda.get_device_capability()[0] != 9:
+        pytest.skip("the kernel is for Hopper GPUs")
+    check_spread_rows(provider, torch.device("cuda"), 819_200, 16)
+
+
+def check_spread_rows(provider: str, device: torch.device, length: int, heads: int) -> None:
+    from longreel.kernels.triton_attention import backward_into
+
+    torch.manual_seed(0)
+    shape, scale = (1, length, 3, heads, 72), 72**-0.5
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float16
+    qkv, dqkv = (torch.zeros(shape, device=device, dtype=dtype)[:, 5::12] for _ in range(2))
+    qkv.normal_()
+    out, lse = attention_packed(qkv, provider=provider)
+    dout, dlse = torch.randn_like(out), torch.randn_like(lse)
+    upstream = dout, dlse, qkv.unbind(2), out, lse, scale, None, None
+    backward_into(dqkv.unbind(2), *upstream, atomic=provider == "triton-atomic")
+    for rows, head in itertools.product((slice(0, 4), slice(-4, None)), (0, heads - 1)):
+        one = slice(head, head + 1)
+        q, k, v, dq, dk, dv = (t[:, :, one] for t in (*qkv.unbind(2), *dqkv.unbind(2)))
+        exact = reference.attention_fwd(q[:, rows].float(), k, v, scale, None, None)
+        assert relative_error(out[:, rows, one], exact[0]) < 2e-2
+        assert relative_error(lse[:, one, rows], exact[1]) < 1e-4
+        # A query's gradient is that of it alone, and so is a key's where the lse is that of all keys.
+        whole = dout[:, :, one].float(), dlse[:, one], out[:, :, one], lse[:, one]
+        some = dout[:, rows, one].float(), dlse[:, one, rows], out[:, rows, one], lse[:, one, rows]
+        by_query = reference.attention_bwd(some[0], some[1], q[:, rows].float(), k, v, *some[2:], scale, None, None)
+        by_key = reference.attention_bwd(
+            *whole[:2], q, k[:, rows].float(), v[:, rows].float(), *whole[2:], scale, None, None
+        )
+        for got, want in ((dq, by_query[0]), (dk, by_key[1]), (dv, by_key[2])):
+            assert relative_error(got[:, rows], want) < 2e-2
+
+
+def test_spread_rows_interpreted(run_interpreted):
+    for provider in ("triton", "triton-atomic"):
+        run_interpreted(check_spread_rows, provider, torch.device("cpu"), 700, 2)
 
 
 @pytest.mark.gpu

@@ -218,6 +218,35 @@ def large_values() -> tuple[float, float, bool]:
     return relative_error(dx, want[1]), relative_error(got, F.layer_norm(far.double(), (40,), eps=1e-6)), gelu_is_right
 
 
+def eps_errors(eps: float) -> list[float]:
+    """Errors of adaLN alone and after a gated residual, of rows whose variance eps is not small beside."""
+    torch.manual_seed(0)
+    x, y, gate, shift, scale = (torch.randn(shape) for shape in [(2, 3, 40)] * 2 + [(2, 40)] * 3)
+
+    def definition(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+        return F.layer_norm(x, (40,), eps=eps) * (1 + scale.unsqueeze(1)) + shift.unsqueeze(1)
+
+    def fused_definition(x: Tensor, y: Tensor, gate: Tensor, shift: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+        z = x + gate.unsqueeze(1) * y
+        return z, definition(z, shift, scale)
+
+    pairs = []
+    for op, by_hand, given in (
+        (adaln_modulate, definition, [0.3 * x, shift, scale]),
+        (gated_residual_adaln, fused_definition, [0.3 * x, 0.3 * y, gate, shift, scale]),
+    ):
+        want = with_grads(by_hand, [t.double() for t in given])
+        for provider in ("torch", "triton"):
+            got = with_grads(lambda *t, op=op, p=provider: op(*t, eps=eps, provider=p), given)
+            pairs += [relative_error(a, b) for a, b in zip(got, want, strict=True)]
+    return pairs
+
+
+@pytest.mark.parametrize("eps", [0.1, 0.0])
+def test_eps_is_the_one_that_was_given(run_interpreted, eps):
+    assert max(run_interpreted(eps_errors, eps)) < 1e-6
+
+
 def test_large_values(run_interpreted):
     slope, normed, gelu_is_right = run_interpreted(large_values)
     assert slope < 1e-6 and gelu_is_right
