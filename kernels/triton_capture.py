@@ -8,6 +8,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from longreel.kernels import triton_common
 
 
@@ -58,10 +60,13 @@ def _recording(launches: list[CapturedLaunch]) -> Iterator[None]:
 
     run, check = JITFunction.run, triton_common.require_triton
     JITFunction.run = record
-    # Meta tensors are on no device that Triton knows.
-    triton_common.require_triton = lambda device: None
+    triton_common.require_triton = _on_any_device
     try:
         yield
     finally:
         JITFunction.run = run
         triton_common.require_triton = check
+
+
+def _on_any_device(device: torch.device, provider: str = "triton") -> None:
+    """In place of require_triton: meta tensors are on no device that Triton knows."""
