@@ -40,24 +40,22 @@ class Rooflines:
 
 
 class Peers:
-    """The fastest record that is not ours, at each point."""
+    """The records that are not ours, at each point."""
 
     def __init__(self, records: Iterable[OpRecord]) -> None:
-        self._best: dict[Point, OpRecord] = {}
+        self._at: defaultdict[Point, dict[str, OpRecord]] = defaultdict(dict)
         for record in records:
             if not record.is_ours and record.rate:
-                known = self._best.get(point_of(record))
-                if known is None or (known.rate or 0.0) < record.rate:
-                    self._best[point_of(record)] = record
+                self._at[point_of(record)][record.provider] = record
 
     def best(self, record: OpRecord) -> OpRecord | None:
-        """The best peer at the record's point."""
-        return self._best.get(point_of(record))
+        """The fastest peer at the record's point."""
+        return max(self._at.get(point_of(record), {}).values(), key=lambda r: r.rate or 0.0, default=None)
 
-    def speedup(self, record: OpRecord) -> float | None:
-        """Rate over the best peer's, above 1 is faster; None without either."""
-        best = self.best(record)
-        return None if best is None or not best.rate or not record.rate else record.rate / best.rate
+    def speedup(self, record: OpRecord, provider: str | None = None) -> float | None:
+        """Rate over that of the peer of this name, or of the best one; above 1 is faster; None without either."""
+        peer = self.best(record) if provider is None else self._at.get(point_of(record), {}).get(provider)
+        return None if peer is None or not peer.rate or not record.rate else record.rate / peer.rate
 
 
 def groups(records: Iterable[OpRecord]) -> dict[tuple[str, ...], list[OpRecord]]:

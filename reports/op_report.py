@@ -20,8 +20,10 @@ from longreel.reports import embed, formatting
 from longreel.reports.op_compare import ROOFLINE_OPS, Peers, Rooflines, groups
 from longreel.reports.op_figures import draw_rates, rate_unit
 from longreel.reports.op_gaps import Gap, gaps
+from longreel.reports.op_goals import HEADINGS as GOAL_HEADINGS
+from longreel.reports.op_goals import goal_rows
 from longreel.reports.op_records import DIRECTIONS, OpRecord
-from longreel.reports.op_summary import HEADINGS, duels
+from longreel.reports.op_summary import HEADINGS, NAMED_PEERS, duels
 from longreel.reports.op_tuning import HEADINGS as TUNING_HEADINGS
 from longreel.reports.op_tuning import is_tuning, tuning_rows
 from longreel.reports.provenance import origins
@@ -63,9 +65,20 @@ CSV_FIELDS = {
     "commit": "provenance.commit",
     "source": "provenance.source",
 }
+# Computed: rate over that of each peer that the goals name.
+CSV_NAMED = {f"speedup_{name.replace('-', '_')}": name for name in NAMED_PEERS}
 # Computed: useful FLOP/s or bytes/s, fraction of the run's roofline, rate over the best peer's, largest relative error
 # and the part of its bar that the worst result uses, median SM clock, number of samples.
-CSV_DERIVED = ("rate", "roofline_fraction", "speedup", "error", "error_of_allowed", "sm_clock_mhz", "num_samples")
+CSV_DERIVED = (
+    "rate",
+    "roofline_fraction",
+    "speedup",
+    *CSV_NAMED,
+    "error",
+    "error_of_allowed",
+    "sm_clock_mhz",
+    "num_samples",
+)
 
 DEFAULT_TITLE = "Longreel kernels"
 
@@ -128,6 +141,8 @@ def render(records: Sequence[OpRecord], *, title: str = DEFAULT_TITLE, source_fi
         num_records=len(points),
         statuses=Counter(r.status for r in points).most_common(),
         sections=sections,
+        goal_headings=GOAL_HEADINGS,
+        goals=goal_rows(points),
         headings=HEADINGS,
         duels=[duel.words() for duel in duels(points)],
         columns=_COLUMNS,
@@ -156,6 +171,7 @@ def _derived(points: Sequence[OpRecord]) -> list[dict[str, float | int | None]]:
             "rate": r.rate,
             "roofline_fraction": rooflines.fraction(r),
             "speedup": peers.speedup(r),
+            **{column: peers.speedup(r, name) for column, name in CSV_NAMED.items()},
             "error": r.worst_error,
             "error_of_allowed": max((e / r.allowed[n] for n, e in r.error.items() if r.allowed.get(n)), default=None),
             "sm_clock_mhz": statistics.median(clocks) if (clocks := r.readings.get("sm_clock_mhz")) else None,

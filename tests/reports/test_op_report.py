@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import re
 from typing import Any
 
 import pytest
@@ -113,7 +114,13 @@ def test_summary_sets_our_best_against_the_best_peer():
     records = [*some_records(), op_record(provider="triton-hopper", median_s=1.6e-3)]
     records.append(op_record(provider="triton-hopper", median_s=1e-4, config={"label": "tune forward 80 long"}))
     lines = summary_lines(records)
-    assert len(lines) == 3
+    assert lines[3] == ""
+    assert lines[4] == "Goals for one H200, measured on a GPU:"
+    head = re.split(r"  +", lines[0])
+    first = dict(zip(head, re.split(r"  +", lines[1]), strict=True))
+    assert (first["Over sdpa-flash"], first["Over sdpa-cudnn"], first["Speed-up"]) == ("3.12×", "2.50×", "2.50×")
+    second = dict(zip(head, re.split(r"  +", lines[2]), strict=True))
+    assert (second["Over sdpa-flash"], second["Over sdpa-cudnn"]) == ("–", "1.80×")
     assert "triton-hopper" in lines[1]
     assert "2.50×" in lines[1]
     assert lines[1].endswith("sdpa-cudnn  measured, a GPU")
@@ -161,9 +168,13 @@ def test_page_and_csv(tmp_path):
     page = write_op_report(tmp_path, some_records(), source_files=["records.jsonl"]).read_text()
     assert "<b>error</b> at 4,096 tokens: it was error" in page
     assert page.count('role="img"') == 1
-    assert page.count("2.00×") == 2
+    # Against cuDNN by name and as the best peer among the duels, and in the table of all.
+    assert page.count("2.00×") == 3
+    assert "Goals for one H200, measured on a GPU" in page
+    assert "<td>attention backward, deterministic</td>" in page
     assert "SwPowerCap" in page
     rows = list(csv.DictReader(io.StringIO(csv_text(some_records()))))
     assert [float(row["speedup"]) for row in rows if row["provider"] == "triton"] == pytest.approx([2.0, 1.8])
+    assert [float(row["speedup_sdpa_flash"] or 0) for row in rows if row["provider"] == "triton"] == [2.5, 0]
     assert rows[1]["sm_clock_mhz"] == "1980"
     assert float(rows[1]["error_of_allowed"]) == pytest.approx(0.25)
