@@ -72,6 +72,31 @@ def test_gate_holds_the_lse_that_attention_returns(op, seq_len, monkeypatch):
         assert "lse" in check(unwritten)
 
 
+@pytest.mark.parametrize("longest", [64, 16], ids=["alone-too", "together"])
+def test_a_backward_that_is_wrong_without_a_gradient_of_lse_is_caught_where_it_is_run(longest, monkeypatch):
+    monkeypatch.setattr(op_gate, "MAX_ALONE", longest)
+    case = small_case("attention", seq_len=37)
+    right, inputs = providers.build(case, "torch", CPU), make_inputs(case, CPU)
+    ran = []
+
+    class Forgets(torch.autograd.Function):
+        """Right with a gradient of lse, 1 % off without."""
+
+        @staticmethod
+        def forward(ctx, out, lse):
+            ctx.set_materialize_grads(False)
+            return out.clone(), lse.clone()
+
+        @staticmethod
+        def backward(ctx, dout, dlse):
+            ran.append(dlse is not None)
+            return dout if dlse is not None else 1.01 * dout, dlse
+
+    verdict = op_gate.check(case, lambda *qkv: Forgets.apply(*right(*qkv)), inputs, is_ours=True)
+    assert ran == ([False, True] if longest == 64 else [True])
+    assert (verdict.reason is None) == (longest == 16)
+
+
 class Shifted(torch.autograd.Function):
     """Its input, with something added to the gradient."""
 
