@@ -1,4 +1,8 @@
-"""Ops of the DiT: each a custom op `longreel::<op>` with an eager specification in longreel.kernels.reference."""
+"""Ops of the DiT: each a custom op `longreel::<op>` with an eager specification in longreel.kernels.reference.
+
+They are differentiable once, in reverse mode. A tensor with a tangent of forward mode (torch.func.jvp, jacfwd, hessian)
+is refused by the functions here; torch.ops.longreel.<op>, called directly, would return results without a tangent.
+"""
 
 from longreel.kernels.attention import attention, attention_packed, resolve_attention_provider
 from longreel.kernels.lse_merge import merge_attention

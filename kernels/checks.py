@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.forward_ad import unpack_dual
 
 MAX_HEAD_DIM = 128
 TRITON_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -22,7 +23,8 @@ def check_tensor(name: str, value: Any, dims: str | None = None) -> None:
 
     Raises:
         TypeError: it is no tensor.
-        ValueError: another dtype, layout or number of dims.
+        ValueError: another dtype, layout or number of dims, or a tangent of forward-mode differentiation, which the
+            ops would drop.
     """
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a tensor, got {shown(value)}")
@@ -32,6 +34,11 @@ def check_tensor(name: str, value: Any, dims: str | None = None) -> None:
         raise ValueError(f"{name} has layout {value.layout}; it must be dense: give {name}.to_dense()")
     if dims is not None and value.dim() != dims.count(",") + 1:
         raise ValueError(f"{name} must be {dims}, got {list(value.shape)}")
+    if unpack_dual(value).tangent is not None:
+        raise ValueError(
+            f"{name} has a tangent of forward-mode differentiation, and the ops have reverse mode only: use "
+            "torch.autograd.grad or torch.func.vjp"
+        )
 
 
 def check_same(name: str, tensor: Tensor, ref_name: str, ref: Tensor) -> None:

@@ -159,6 +159,25 @@ def test_a_wrong_argument_is_named(op, name, spoil, error, says):
     assert re.search(rf"\b{name}\b", str(raised.value))
 
 
+def tensors_of(op: str) -> list[Any]:
+    return [(op, name) for name, value in RIGHT[op]().items() if isinstance(value, Tensor) and name not in OFFSETS]
+
+
+@pytest.mark.parametrize(("op", "name"), [pair for op in RIGHT for pair in tensors_of(op)])
+def test_forward_mode_differentiation_is_refused(op, name):
+    arguments = RIGHT[op]()
+    value = arguments[name]
+
+    def run(x: Tensor) -> Any:
+        return call(op, arguments | {name: x})
+
+    with pytest.raises(ValueError, match=f"{name} has a tangent of forward-mode differentiation, .* reverse mode only"):
+        torch.func.jvp(run, (value,), (torch.ones_like(value),))
+    # Within a dual level, what has no tangent passes.
+    with torch.autograd.forward_ad.dual_level():
+        run(value)
+
+
 @pytest.mark.parametrize("op", ["adaln_modulate", "gated_residual", "gated_residual_adaln", "bias_gelu"])
 def test_rows_without_channels_are_refused(op):
     arguments = {n: t[..., :0] if isinstance(t, Tensor) and n not in OFFSETS else t for n, t in RIGHT[op]().items()}
