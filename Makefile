@@ -6,13 +6,14 @@ STAMP := .venv/.installed
 COLOSSALAI := .venv/.installed-colossalai
 TRITON36 := .venv/triton-3.6.0
 
-.PHONY: help setup setup-browser setup-colossalai setup-triton36 sweep benchmark test lint types layers smoke unit slow clean
+.PHONY: help setup setup-browser setup-colossalai setup-triton36 sweep benchmark test lint types layers smoke unit slow slow-codegen clean
 
 help:
 	@echo "make sweep             benchmark what this machine can run, predict 8xH800, write out/quick/report.html"
 	@echo "make benchmark         time every op against its peers; on a GPU at a DiT's sizes, else small"
 	@echo "make test              lint, types, import layers, a smoke sweep, tests"
 	@echo "make slow              the tests that take minutes"
+	@echo "make slow-codegen      those of them that compile the kernels, with triton 3.6.0 too"
 	@echo "make setup             virtual environment in .venv (the others call it)"
 	@echo "make setup-browser     Debian's Chromium, for the tests of the report (needs root)"
 	@echo "make setup-colossalai  ColossalAI in that environment, for --engine colossalai and its tests"
@@ -76,6 +77,9 @@ unit: setup
 
 slow: setup
 	$(BIN)/pytest -m slow
+
+slow-codegen: setup setup-triton36
+	$(BIN)/pytest -m slow -n 2 tests/bench/test_codegen.py tests/kernels/test_triton_attention_codegen.py
 
 clean:
 	rm -rf .venv out
