@@ -18,8 +18,8 @@ from longreel.bench.tune_plans import TunePlan
 from longreel.kernels.triton_attention_tuning import length_class
 
 # Assumed: GPU tests that run at a time, in parallel (most of it compilation), and those that run one by one.
-NUM_TESTS, TEST_S = 304, 2.0
-NUM_LARGE_TESTS, LARGE_TEST_S = 8, 4.0
+NUM_TESTS, TEST_S = 330, 2.0
+NUM_LARGE_TESTS, LARGE_TEST_S = 12, 4.0
 # Starting Python, importing torch, making a CUDA context, collecting: once per pytest run and worker.
 _START_S = 8.0
 # A candidate's compilation, gate and samples; the decision about the best one is timed without compiling.
