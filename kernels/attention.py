@@ -26,6 +26,7 @@ from longreel.kernels.checks import (
     check_triton_dtype,
 )
 from longreel.kernels.offsets import check_cu_seqlens
+from longreel.kernels.padding import end_to_end, padded_segments
 from longreel.kernels.triton_common import require_triton
 
 # Largest softmax_scale either way: scores, and what a kernel makes of them in fp32, stay finite for products to 1e20.
@@ -243,6 +244,7 @@ def attention(
     softmax_scale: float | None = None,
     cu_seqlens_q: Tensor | None = None,
     cu_seqlens_k: Tensor | None = None,
+    kv_lengths: Tensor | None = None,
     provider: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """Non-causal attention and its log-sum-exp, both differentiable.
@@ -252,6 +254,10 @@ def attention(
         k, v: [B, T, H, D]; T may differ from S and may be 0 (out 0, lse -inf, gradients 0).
         softmax_scale: factor of the scores, D ** -0.5 when None.
         cu_seqlens_q, cu_seqlens_k: [N + 1] offsets of packed sequences (B = 1), both or none.
+        kv_lengths: [B] keys that each sample has, 0 to T, of a batch padded at the end; None: all T. Keys and values
+            behind weigh nothing, whatever they are, and their gradients are 0. Not together with cu_seqlens.
+            Rows of padding among the queries are as others: drop them, or their gradient. Inputs whose samples do
+            not lie end to end are copied; a FLOP counter takes the batch for one sequence, as any packed one.
         provider: see resolve_attention_provider; `triton` computes in bf16, fp16 and fp32.
 
     Returns:
@@ -266,6 +272,8 @@ def attention(
         check_same(name, tensor, "q", q)
         check_last_dim(name, tensor)
     check_head_dim("q", q.shape[-1])
+    if kv_lengths is not None and (cu_seqlens_q is not None or cu_seqlens_k is not None):
+        raise ValueError("kv_lengths is for padded batches, cu_seqlens for packed ones: give one or the other")
     if k.shape != v.shape:
         raise ValueError(f"k {list(k.shape)} and v {list(v.shape)} must have one shape")
     if (k.shape[0], *k.shape[2:]) != (q.shape[0], *q.shape[2:]):
@@ -282,7 +290,11 @@ def attention(
     provider = resolve_attention_provider(provider, q.device, q.dtype)
     if provider.startswith("triton"):
         check_triton_dtype("q", q.dtype)
-    return attention_op(q, k, v, scale, cu_seqlens_q, cu_seqlens_k, provider)
+    if kv_lengths is None or not q.shape[0]:
+        return attention_op(q, k, v, scale, cu_seqlens_q, cu_seqlens_k, provider)
+    segments = padded_segments(kv_lengths, q, k)
+    out, lse = attention_op(*(end_to_end(x) for x in (q, k, v)), scale, *segments, provider)
+    return out.view(q.shape), lse[0].unflatten(1, q.shape[:2]).transpose(0, 1)
 
 
 def attention_packed(
