@@ -48,6 +48,14 @@ def test_a_part_that_passed_is_remembered_before_the_step_ends(campaign_in, tmp_
     assert (outcome.status, outcome.summary) == ("done", "3 tests passed, 0 failed")
 
 
+def test_the_step_says_how_many_were_skipped_and_why_it_failed(campaign_in, monkeypatch):
+    nothing = {"status": "failed", "passed": 0, "failed": 0, "skipped": 2, "reason": "0 tests passed, at least 1 must"}
+    monkeypatch.setattr(campaign_steps, "run_part", lambda *_: nothing)
+    outcome = campaign_steps.validate(campaign_in("a"), time.monotonic() + 60.0)
+    assert outcome.status == "failed"
+    assert outcome.summary == "0 tests passed, 0 failed, 2 skipped; 0 tests passed, at least 1 must"
+
+
 HANGING = """
 import subprocess, sys, time
 from pathlib import Path
