@@ -1,15 +1,23 @@
-"""The device mesh of a run: a dp x sp grid, and the same ranks as one axis for the sharding engine."""
+"""The device mesh of a run: a dp x sp grid, and the same ranks as one axis for the sharding engine.
+
+An SP group is never the default process group, even where it holds the same ranks: collectives of one group queue
+behind each other, so the engine's gathers would wait for the strategy's exchanges.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import os
+import socket
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 
+import torch
 import torch.distributed as dist
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh
 
-from longreel.parallel.comm import group_size, over_ranks
+from longreel.parallel.comm import is_fake, over_ranks, world
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -55,13 +63,16 @@ class ParallelMesh:
 
 
 def nodes_of_ranks() -> list[int]:
-    """The node of every rank of the default process group, as torchrun's GROUP_RANK says; one node without it.
+    """The node of every rank of the default process group: torchrun's GROUP_RANK, or the host where a rank has none.
 
-    Every rank calls it.
+    Launchers that set RANK only (srun, mpirun) leave host names to tell nodes by, numbered as they first appear;
+    containers on several machines must not all have the same one then. Every rank calls it.
     """
-    world = dist.group.WORLD
-    assert world is not None
-    return [int(node) for node in over_ranks(float(os.environ.get("GROUP_RANK", 0)), world.group_name)]
+    told = [int(node) for node in over_ranks(float(os.environ.get("GROUP_RANK", -1)), world())]
+    # 48 bits: exact in the fp64 numbers that ranks exchange.
+    host = hashlib.blake2b(socket.gethostname().encode(), digest_size=6).digest()
+    hosts = over_ranks(float(int.from_bytes(host, "big")), world())
+    return told if min(told) >= 0 else [list(dict.fromkeys(hosts)).index(host) for host in hosts]
 
 
 def build_mesh(
@@ -105,15 +116,37 @@ def build_mesh(
             f"ulysses_degree {ulysses_degree} puts ranks of different nodes into one all-to-all; degrees that stay "
             f"inside a node: {', '.join(map(str, fits))}; rings go across nodes"
         )
-    grid = init_device_mesh(device_type, (world_size // sp_degree, sp_degree), mesh_dim_names=("dp", "sp"))
-    flat = init_device_mesh(device_type, (world_size,), mesh_dim_names=("dp_sp",))
+    default = dist.group.WORLD
+    assert default is not None
+    ranks = torch.arange(world_size).view(-1, sp_degree)
+    sp = _subgroup(ranks.tolist(), device_type, "sp")
+    dp = _subgroup(ranks.T.tolist(), device_type, "dp") if sp_degree > 1 else default
     groups = {}
     if ulysses_degree is not None:
-        shape = world_size // sp_degree, sp_degree // ulysses_degree, ulysses_degree
-        hybrid = init_device_mesh(device_type, shape, mesh_dim_names=("dp", "ring", "ulysses"))
-        groups = {f"{axis}_group": hybrid[axis].get_group().group_name for axis in ("ulysses", "ring")}
-        groups = {name: group for name, group in groups.items() if group_size(group) > 1}
-    return ParallelMesh(grid=grid, flat=flat, **groups)
+        hybrid = ranks.view(-1, sp_degree // ulysses_degree, ulysses_degree)
+        for axis, members in (("ulysses", hybrid.flatten(0, 1)), ("ring", hybrid.mT.flatten(0, 1))):
+            size = members.shape[1]
+            if size > 1:
+                group = sp if size == sp_degree else _subgroup(members.tolist(), device_type, axis)
+                groups[f"{axis}_group"] = group.group_name
+    return ParallelMesh(
+        grid=DeviceMesh.from_group([dp, sp], device_type, mesh=ranks, mesh_dim_names=("dp", "sp")),
+        flat=DeviceMesh.from_group(default, device_type, mesh_dim_names=("dp_sp",)),
+        **groups,
+    )
+
+
+def _subgroup(members: list[list[int]], device_type: str, axis: str) -> dist.ProcessGroup:
+    """This rank's group out of those that the ranks fall into, with the time limit of the default group."""
+    default = dist.group.WORLD
+    assert default is not None
+    # PyTorch gives a group its own default, 30 minutes on gloo; a fake group has no options and no limit.
+    timeout: timedelta | None = None
+    if not is_fake(world()):
+        timeout = default._get_backend(torch.device(device_type)).options._timeout
+    group, _ = dist.new_subgroups_by_enumeration(members, timeout=timeout, group_desc=axis)
+    assert group is not None
+    return group
 
 
 def _inside_nodes(nodes: Sequence[int], degree: int) -> bool:

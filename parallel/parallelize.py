@@ -133,10 +133,10 @@ class ParallelDiT:
             ValueError: the configuration does not take this batch, the sequence has fewer tokens than ranks, or (on
                 every rank of the SP group) its ranks pack different clips.
         """
+        if isinstance(batch, PackedBatch):
+            self._check_packed(batch)
         grids = [self.model_config.grid(*size) for size in _sizes(batch)]
         rows = self._rows(batch.text, [math.prod(grid) for grid in grids])
-        if isinstance(batch, PackedBatch):
-            self._check_packed(rows, grids, batch)
         # One sample of a packed batch after the other, or all samples of the other kind at once.
         noised, targets = [], []
         for i, clip in enumerate(rows.clips):
@@ -204,14 +204,23 @@ class ParallelDiT:
         check_ranks(rows.lengths.valid, self.mesh.sp_degree)
         return rows
 
-    def _check_packed(self, rows: Rows, grids: list[tuple[int, int, int]], batch: PackedBatch) -> None:
+    def _check_packed(self, batch: PackedBatch) -> None:
+        """ValueError on every rank of the SP group if its ranks pack different clips.
+
+        What is compared is the batch as it came: a rank that looked at its own sizes first would raise alone, and leave
+        the others waiting.
+        """
         if self.model_config.cross_layout == "published":
             raise ValueError("cross_layout 'published' takes no packed batch; use cross_layout 'replicated'")
-        group, device = self.mesh.sp_group, batch.timestep.device
-        check_agreement("cu_seqlens of the packed clips", rows.lengths.offsets, group, device)
-        # Equal lengths may still be clips of other shapes: their positions would differ.
         check_agreement(
-            "patches (t, h, w) of the packed clips", [size for grid in grids for size in grid], group, device
+            "cu_seqlens of the packed clips (their number, [T, H, W, C_in] of each, text [N, L, text_dim], labels [N])",
+            [
+                len(batch.latents),
+                *(size for clip in batch.latents for size in clip.shape),
+                *(size for beside in (batch.text, batch.labels) if beside is not None for size in beside.shape),
+            ],
+            self.mesh.sp_group,
+            batch.timestep.device,
         )
 
     def _forward(

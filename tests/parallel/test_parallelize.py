@@ -83,34 +83,53 @@ def test_packed_clips_and_the_published_layout_exclude_each_other(run_distribute
         run_distributed(cases.parity, 2, *arguments)
 
 
-def packed_differently(shape: tuple[int, ...]) -> str:
-    """What a rank says when rank 1 holds a clip of another shape than the rest."""
+def packed_differently(by_rank: list[list[tuple[int, ...]]], num_text: list[int | None]) -> str:
+    """What a rank says that packs zeros of the shapes, and as many text tokens, at its place."""
     mesh = build_mesh(sp_degree=dist.get_world_size())
     spread = ParallelDiT(
         cases.randomised_dit(cases.tiny_config("adaln"), torch.float64), mesh, cases.fp64("ring", mesh.sp_degree)
     )
-    clips = tuple(torch.zeros(size) for size in ((2, 4, 4, 4), shape if mesh.sp_rank == 1 else (2, 6, 4, 4)))
+    clips, tokens = tuple(torch.zeros(shape) for shape in by_rank[mesh.sp_rank]), num_text[mesh.sp_rank]
     batch = PackedBatch(
         latents=clips,
         noise=clips,
-        timestep=torch.zeros(2),
-        text=torch.zeros(2, cases.TEXT_TOKENS, 16),
-        global_samples=2,
+        timestep=torch.zeros(len(clips)),
+        text=None if tokens is None else torch.zeros(len(clips), tokens, 16),
+        global_samples=len(clips),
     )
-    with pytest.raises(ValueError, match="of the packed clips differ") as caught:
+    with pytest.raises(ValueError, match="of the packed clips") as caught:
         spread.loss(batch)
     return str(caught.value)
 
 
 def test_ranks_that_pack_other_clips_all_say_so(run_distributed):
-    said = set(run_distributed(packed_differently, 4, (2, 8, 4, 4)))
+    first, second, taller = (2, 4, 4, 4), (2, 6, 4, 4), (2, 8, 4, 4)
+    said = set(
+        run_distributed(packed_differently, 4, [[first, other] for other in (second, taller, second, second)], [6] * 4)
+    )
     assert said == {
-        "cu_seqlens of the packed clips differ between the 4 ranks of a group, which must hold the same: "
-        "ranks 0, 2, 3: [0, 8, 20]; rank 1: [0, 8, 24]"
+        "cu_seqlens of the packed clips (their number, [T, H, W, C_in] of each, text [N, L, text_dim], labels [N]) "
+        "differ between the 4 ranks of a group, which must hold the same: "
+        "ranks 0, 2, 3: [2, 2, 4, 4, 4, 2, 6, 4, 4, 2, 6, 16]; rank 1: [2, 2, 4, 4, 4, 2, 8, 4, 4, 2, 6, 16]"
     }
-    # As many tokens, another shape.
-    (message,) = set(run_distributed(packed_differently, 4, (2, 4, 6, 4)))
-    assert "patches (t, h, w) of the packed clips differ" in message
+
+
+@pytest.mark.parametrize(
+    ("clips", "tokens"),
+    [
+        pytest.param([(1, 2, 2, 4)], 6, id="fewer-tokens-than-ranks"),
+        pytest.param([(2, 5, 4, 4)], 6, id="no-multiple-of-the-patch"),
+        pytest.param([(2, 4, 8, 4)], 6, id="as-many-tokens"),
+        pytest.param([(2, 8, 4, 3)], 6, id="other-channels"),
+        pytest.param([(2, 8, 4, 4)] * 2, 6, id="another-number"),
+        pytest.param([(2, 8, 4, 4)], 5, id="other-text"),
+        pytest.param([(2, 8, 4, 4)], None, id="no-text"),
+    ],
+)
+def test_a_rank_whose_batch_is_wrong_by_itself_leaves_none_waiting(run_distributed, clips, tokens):
+    # Rank 0 would raise by itself, or in the model, before the others have heard of it.
+    (message,) = set(run_distributed(packed_differently, 2, [clips, [(2, 8, 4, 4)]], [tokens, 6], timeout=20.0))
+    assert "differ between the 2 ranks of a group" in message
 
 
 def more_ranks_than_tokens() -> None:
