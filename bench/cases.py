@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from longreel.models.config import DiTConfig, preset
-from longreel.parallel.config import ParallelConfig, Policy, Strategy, check_heads
+from longreel.parallel.config import ParallelConfig, Policy, Strategy
 from longreel.reports.records import Kind, Record, Regime, Status
 
 # One frame of a sample, in patches: 16 x 16 is a 256x256 image through SD-VAE at patch 2.
@@ -88,7 +88,7 @@ class Point:
     def impossible(self) -> str | None:
         """Why this point cannot run, whatever the machine; None when it can."""
         try:
-            check_heads(self.model.num_heads, self.parallel.heads_degree)
+            self.parallel.check_heads(self.model.num_heads)
         except ValueError as error:
             return str(error)
         return None

@@ -162,6 +162,10 @@ class ParallelConfig:
         """Ranks that the heads are split over, which must divide their number."""
         return {"ring": 1, "usp": self.ulysses_degree or 1}.get(self.strategy, self.sp_degree)
 
+    def check_heads(self, num_heads: int) -> None:
+        """ValueError unless the heads split evenly over heads_degree ranks; it names the degrees that would work."""
+        check_heads(num_heads, self.heads_degree, hybrid_degree=self.sp_degree if self.strategy == "usp" else None)
+
     def dp_degree(self, world_size: int) -> int:
         """Data-parallel degree on world_size ranks; ValueError when sp_degree does not divide it."""
         if world_size % self.sp_degree:
@@ -172,12 +176,20 @@ class ParallelConfig:
         return world_size // self.sp_degree
 
 
-def check_heads(num_heads: int, degree: int) -> None:
-    """ValueError unless the heads split evenly over `degree` ranks; it names the degrees that would work."""
+def check_heads(num_heads: int, degree: int, *, hybrid_degree: int | None = None) -> None:
+    """ValueError unless the heads split evenly over `degree` ranks; it names the degrees that would work.
+
+    Args:
+        num_heads: of the model.
+        degree: ranks that split them: sp_degree, or ulysses_degree of a hybrid.
+        hybrid_degree: sp_degree of a hybrid, which its ulysses_degree must divide too; None: not a hybrid.
+    """
     if num_heads % degree:
+        name = "sp_degree" if hybrid_degree is None else "ulysses_degree"
+        both = num_heads if hybrid_degree is None else math.gcd(num_heads, hybrid_degree)
         raise ValueError(
-            f"num_heads {num_heads} does not divide by sp_degree {degree}; degrees that work: "
-            f"{', '.join(map(str, _divisors(num_heads)))}; strategy ring takes any"
+            f"num_heads {num_heads} does not divide by {name} {degree}; degrees that work: "
+            f"{', '.join(map(str, _divisors(both)))}; strategy ring takes any"
         )
 
 

@@ -75,6 +75,11 @@ def nodes_of_ranks() -> list[int]:
     return told if min(told) >= 0 else [list(dict.fromkeys(hosts)).index(host) for host in hosts]
 
 
+def largest_of_node(of_ranks: Sequence[float], nodes: Sequence[int]) -> int:
+    """Largest sum of a node's ranks' numbers; nodes may hold different numbers of ranks."""
+    return int(max(sum(n for n, at in zip(of_ranks, nodes, strict=True) if at == node) for node in set(nodes)))
+
+
 def build_mesh(
     *,
     sp_degree: int,

@@ -23,7 +23,7 @@ from longreel.models.flow import TIMESTEP_SCALE, interpolate, velocity_target
 from longreel.models.patches import grid_coords, patchify, unpatchify
 from longreel.models.sequence import SequenceParallel
 from longreel.parallel.agreement import check_agreement
-from longreel.parallel.config import ParallelConfig, check_head_chunks, check_heads, check_ranks
+from longreel.parallel.config import ParallelConfig, check_head_chunks, check_ranks
 from longreel.parallel.engine import Engine, apply_policy, build_engine
 from longreel.parallel.mesh import ParallelMesh
 from longreel.parallel.offload import HostStore
@@ -98,7 +98,7 @@ class ParallelDiT:
     ) -> None:
         if mesh.sp_degree != config.sp_degree:
             raise ValueError(f"the mesh has sp_degree {mesh.sp_degree}, the configuration {config.sp_degree}")
-        check_heads(model.config.num_heads, config.heads_degree)
+        config.check_heads(model.config.num_heads)
         if config.head_chunks is not None:
             check_head_chunks(config.head_chunks, model.config.num_heads // config.heads_degree)
         self.model_config: DiTConfig = model.config

@@ -17,7 +17,6 @@ from longreel.models.flow import euler_sample, guided_velocity
 from longreel.models.text import ByteTextEncoder
 from longreel.parallel.batches import NULL_CAPTION
 from longreel.parallel.checkpoint import find_checkpoint, load_checkpoint, read_run
-from longreel.parallel.config import check_heads
 from longreel.parallel.launch import run_script
 from longreel.parallel.mesh import build_mesh, nodes_of_ranks
 from longreel.parallel.parallelize import ParallelDiT
@@ -50,7 +49,7 @@ class Sampler:
         self.size = tuple(sizes.values())
         resolve_attention_provider(config.parallel.attention_provider, device)
         self.encoder = ByteTextEncoder(model_config.text_dim, model_config.max_text_tokens)
-        check_heads(model_config.num_heads, config.parallel.heads_degree)
+        config.parallel.check_heads(model_config.num_heads)
         mesh = build_mesh(
             sp_degree=config.parallel.sp_degree,
             ulysses_degree=config.parallel.ulysses_degree,

@@ -34,8 +34,8 @@ from longreel.parallel.checkpoint import (
     wait_for_all,
 )
 from longreel.parallel.comm import all_gather
-from longreel.parallel.config import POLICIES, check_heads, check_ranks
-from longreel.parallel.mesh import build_mesh, nodes_of_ranks
+from longreel.parallel.config import POLICIES, check_ranks
+from longreel.parallel.mesh import build_mesh, largest_of_node, nodes_of_ranks
 from longreel.parallel.parallelize import ParallelDiT
 from longreel.parallel.run_config import TrainConfig, to_json
 from longreel.parallel.shared_folder import check_shared
@@ -74,14 +74,15 @@ class Trainer:
         self.config = config
         self.device = device
         model_config = config.model.build()
-        check_heads(model_config.num_heads, config.parallel.heads_degree)
+        config.parallel.check_heads(model_config.num_heads)
         in_sequence = config.model.max_text_tokens if config.model.conditioning == "in_context" else 0
         check_ranks(config.tokens_per_sample + in_sequence, config.parallel.sp_degree)
+        self._nodes = nodes_of_ranks()
         self.mesh = build_mesh(
             sp_degree=config.parallel.sp_degree,
             ulysses_degree=config.parallel.ulysses_degree,
             device_type=device.type,
-            nodes=nodes_of_ranks(),
+            nodes=self._nodes,
             sp_across_nodes=config.parallel.sp_across_nodes,
         )
         self._first = self.mesh.flat.get_rank() == 0
@@ -214,8 +215,7 @@ class Trainer:
             figures["loss_scale"] = scale
         if self.config.parallel.policy == "offload":
             figures["host_memory"] = int(everyone[:, 2].max())
-            nodes = everyone[:, 2].split(int(os.environ.get("LOCAL_WORLD_SIZE", len(everyone))))
-            figures["host_memory_of_node"] = int(max(node.sum() for node in nodes))
+            figures["host_memory_of_node"] = largest_of_node(everyone[:, 2].tolist(), self._nodes)
         return figures
 
     def _check_finite(self) -> None:

@@ -84,7 +84,7 @@ class USP(SequenceGroup):
         offsets_q: Sequence[int],
         offsets_k: Sequence[int],
     ) -> Tensor:
-        check_heads(q.shape[3], self.ulysses_degree)
+        check_heads(q.shape[3], self.ulysses_degree, hybrid_degree=self.degree)
         scale = q.shape[-1] ** -0.5
         provider = self.resolved_provider(q)
         groups = self.ulysses_group, self.ring_group

@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from longreel.parallel.mesh import build_mesh, nodes_of_ranks
+from longreel.parallel.mesh import build_mesh, largest_of_node, nodes_of_ranks
 from longreel.parallel.predict.fake_world import fake_world
 
 TWO_NODES = [0] * 4 + [1] * 4
@@ -130,6 +130,13 @@ def test_hosts_are_nodes_where_the_launcher_names_none(run_distributed):
     # Two launchers on one host are two nodes; a rank without one puts all on hosts.
     assert run_distributed(nodes_on_hosts, 4, ["one"] * 4, ["0", "0", "1", "1"]) == [[0, 0, 1, 1]] * 4
     assert run_distributed(nodes_on_hosts, 4, hosts, ["0", "0", "0", None]) == [[0, 0, 1, 1]] * 4
+
+
+@pytest.mark.parametrize(
+    ("nodes", "largest"), [([0, 0, 0, 1], 6), ([0, 1, 1, 1], 9), ([0, 1, 0, 1], 6), ([0] * 4, 10), ([0, 1, 2, 3], 4)]
+)
+def test_nodes_may_hold_different_numbers_of_ranks(nodes, largest):
+    assert largest_of_node([1.0, 2.0, 3.0, 4.0], nodes) == largest
 
 
 def a_sequence_over_hosts() -> None:
