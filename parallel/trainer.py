@@ -201,7 +201,7 @@ class Trainer:
 
     def _figures(self, loss: torch.Tensor) -> dict[str, Any]:
         """Global loss, largest memory of any rank, host memory where activations go there; waits for the device."""
-        numbers = [loss.double(), float(memory_bytes(self.device)), float(self.model.store.peak_bytes)]
+        numbers = [loss.double(), float(memory_bytes(self.device)), float(self.model.store.pinned_bytes)]
         share = torch.stack([torch.as_tensor(n, dtype=torch.float64, device=loss.device) for n in numbers])
         everyone = all_gather(share, self.mesh.flat.get_group().group_name)
         figures: dict[str, Any] = {

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from longreel.models.config import DiTConfig
-from longreel.parallel.config import ParallelConfig, Policy, check_heads
+from longreel.parallel.config import ParallelConfig, Policy
 from longreel.parallel.predict.hardware import PROFILES, GiB, GPUProfile
 from longreel.parallel.predict.predict import trace_shape
 from longreel.parallel.predict.roofline import step_time
@@ -26,7 +26,7 @@ class PolicyNeed:
     """What a step under one policy needs of one rank.
 
     Args:
-        policy: its name. device_bytes: peak of live tensors. host_bytes: activations in host memory.
+        policy: its name. device_bytes: peak of live tensors. host_bytes: host memory for activations, whole slabs.
         seconds: predicted time of a step, None where the rates are not known.
         fits: both within their limits.
     """
@@ -103,7 +103,7 @@ def choose_policy(
         raise ValueError(
             f"policy 'auto' cannot foresee precision fp64, which has no fake run; name a policy ({', '.join(ORDER)})"
         )
-    check_heads(model.num_heads, parallel.heads_degree)
+    parallel.check_heads(model.num_heads)
     parallel.dp_degree(world_size)
     timed = gpu if parallel.precision == "bf16" else None
     needs: list[PolicyNeed] = []
@@ -113,9 +113,11 @@ def choose_policy(
         seconds = None
         if timed is not None:
             seconds = step_time(trace.costs, timed, group_sizes=trace.group_sizes, host_bytes=trace.host_bytes).seconds
-        fits = trace.peak <= limit_bytes and trace.host_bytes <= host_limit_bytes
+        fits = trace.peak <= limit_bytes and trace.pinned_bytes <= host_limit_bytes
         needs.append(
-            PolicyNeed(policy=policy, device_bytes=trace.peak, host_bytes=trace.host_bytes, seconds=seconds, fits=fits)
+            PolicyNeed(
+                policy=policy, device_bytes=trace.peak, host_bytes=trace.pinned_bytes, seconds=seconds, fits=fits
+            )
         )
         if fits and timed is None:
             break

@@ -8,7 +8,7 @@ from functools import lru_cache
 from typing import Any
 
 from longreel.models.config import DiTConfig
-from longreel.parallel.config import ParallelConfig, Precision, check_heads
+from longreel.parallel.config import ParallelConfig, Precision
 from longreel.parallel.mesh import build_mesh
 from longreel.parallel.predict.depth import OptimizerTrace, step_at_depth, trace_optimizer
 from longreel.parallel.predict.fake_world import fake_world
@@ -82,7 +82,7 @@ class PredictionCase:
         if self.parallel.policy == "auto":
             raise ValueError("policy 'auto' cannot be predicted: it chooses by predictions; name a policy")
         self.parallel.dp_degree(self.num_gpus)
-        check_heads(self.model.num_heads, self.parallel.heads_degree)
+        self.parallel.check_heads(self.model.num_heads)
 
     @property
     def grid(self) -> tuple[int, int, int]:
@@ -104,7 +104,7 @@ class Prediction:
         kind: `predicted`.
         memory_bytes: peak of live bytes on the fullest rank. memory_by_phase: the same in forward, backward, optimizer.
         kept_bytes: live between forward and backward beyond parameters and optimizer state: activations, mostly.
-        host_bytes: activations that one rank keeps in host memory (policy `offload`).
+        host_bytes: host memory that one rank takes for activations (policy `offload`), whole slabs.
         memory_limit: bytes of the GPU. usable_bytes: those left after the reserve (assumed).
         fits: memory_bytes is at most usable_bytes.
         flops: useful FLOPs of the step over all GPUs. hw_flops: with recomputation and padding.
@@ -157,7 +157,7 @@ def predict_step(case: PredictionCase) -> Prediction:
         memory_bytes=trace.peak,
         memory_by_phase={phase: round(peak) for phase, peak in trace.peaks.items()},
         kept_bytes=round(trace.kept),
-        host_bytes=trace.host_bytes,
+        host_bytes=trace.pinned_bytes,
         memory_limit=profile.memory_bytes,
         usable_bytes=profile.usable_bytes,
         fits=trace.peak <= profile.usable_bytes,

@@ -15,6 +15,7 @@ from longreel.models.config import DiTConfig
 from longreel.models.dit import DiT, takes_text
 from longreel.parallel import comm
 from longreel.parallel.config import ParallelConfig
+from longreel.parallel.host_slabs import in_slabs
 from longreel.parallel.mesh import ParallelMesh
 from longreel.parallel.offload import HostStore, HostTensor
 from longreel.parallel.parallelize import Batch, ParallelDiT
@@ -40,7 +41,7 @@ class StepTrace:
         kept: bytes live between forward and backward beyond `state`: activations, inputs, gathered parameters.
         costs: calls per op, phases `forward`, `backward` and `optimizer`.
         group_sizes: ranks of the process groups that the costs name.
-        host_bytes: activations in host memory at most.
+        host_bytes: activations in host memory at most, which go there and come back once.
     """
 
     peaks: Mapping[str, int]
@@ -54,6 +55,11 @@ class StepTrace:
     def peak(self) -> int:
         """Highest live bytes of the step."""
         return max(self.peaks.values())
+
+    @property
+    def pinned_bytes(self) -> int:
+        """Host memory that host_bytes take: whole slabs, what a budget limits and a run reports."""
+        return in_slabs(self.host_bytes)
 
     @property
     def flops(self) -> int:
@@ -134,12 +140,11 @@ def trace_step(
 class SizesOnly(HostStore):
     """Host memory that holds sizes and no data: fake tensors of the host would count as the device's."""
 
-    def _leave(self, tensor: Tensor) -> HostTensor:
-        return HostTensor((tensor.shape, tensor.dtype), tensor.device)
+    def _copy(self, entry: HostTensor, flat: Tensor, *, out: bool) -> None:
+        pass
 
-    def _fetch(self, entry: HostTensor) -> None:
-        shape, dtype = entry.host
-        entry.back = torch.empty(shape, dtype=dtype, device=entry.device)
+    def _slab(self, num_bytes: int) -> None:
+        return None
 
 
 def build_optimizer(parallel_model: ParallelDiT) -> torch.optim.Optimizer:
