@@ -32,7 +32,7 @@ def require_triton(device: torch.device, provider: str = "triton") -> None:
     """Check that Triton kernels can run on tensors of this device. Traced code is checked when it launches.
 
     Args:
-        provider: the name that was asked for, which the message repeats; `triton-hopper` is not interpreted.
+        provider: the name that was asked for, which the message repeats; `triton-hopper...` is not interpreted.
 
     Raises:
         ValueError: Triton is not installed, or the device is not CUDA and the interpreter is off; the message says
@@ -47,9 +47,10 @@ def require_triton(device: torch.device, provider: str = "triton") -> None:
         )
     if device.type == "cuda" or (device.type == "cpu" and interpreting()):
         return
-    if provider == "triton-hopper":
+    if provider.startswith("triton-hopper"):
         raise ValueError(
-            f"provider 'triton-hopper' needs a Hopper GPU, got tensors on {device}; use provider torch or auto here"
+            f"provider {provider!r} needs a CUDA device, a Hopper GPU, got tensors on {device}; use provider torch or "
+            "auto"
         )
     raise ValueError(
         f"provider {provider!r} needs a CUDA device, got tensors on {device}; set TRITON_INTERPRET=1 before Python "

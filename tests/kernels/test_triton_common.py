@@ -42,7 +42,9 @@ def test_the_message_names_the_provider_that_was_asked_for():
     q = torch.randn(1, 8, 2, 72).bfloat16()
     with pytest.raises(ValueError, match=r"provider 'triton-atomic' needs a CUDA device, .* or use provider torch"):
         attention(q, q, q, provider="triton-atomic")
-    with pytest.raises(ValueError, match="provider 'triton-hopper' needs a Hopper GPU, got tensors on cpu") as raised:
+    with pytest.raises(
+        ValueError, match="provider 'triton-hopper' needs a CUDA device, a Hopper GPU, got tensors on cpu"
+    ) as raised:
         attention(q, q, q, provider="triton-hopper")
     assert "TRITON_INTERPRET" not in str(raised.value)
 
