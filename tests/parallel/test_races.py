@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import random
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 from unittest import mock
@@ -21,31 +21,49 @@ from longreel.parallel.config import ParallelConfig
 from longreel.parallel.mesh import build_mesh
 from longreel.parallel.strategies import build_strategy
 
-HEADS, WIDTH = 8, 64
-CASES = [
-    pytest.param(name, options, id="-".join([name, *map(str, options.values())]))
-    for name, options in (
-        ("ulysses", {}),
-        ("ulysses", {"head_chunks": 2}),
-        ("ulysses", {"head_chunks": 2, "policy": "keep_attention"}),
-        ("fastseq", {"fastseq_overlap": "projection"}),
-        ("fastseq", {"fastseq_overlap": "attention"}),
-        ("fastseq", {"policy": "keep_attention"}),
-        ("ring", {}),
-        ("usp", {"ulysses_degree": 2}),
-    )
-]
+HEADS, WIDTH, TEXT = 8, 64, 6
+# Strategy, what it asks ParallelConfig for, what is attended to, and waits of one forward and backward on four ranks:
+# three per pass round the ranks (one, where a ring has two), one per all-to-all. None: those of a packed sequence that
+# bring tokens no query here meets are not needed.
+FORMS: dict[str, tuple[str, dict[str, Any], str, int | None]] = {
+    "ulysses": ("ulysses", {}, "self", 4),
+    "ulysses-lean": ("ulysses", {"policy": "keep_attention"}, "self", 5),
+    "ulysses-chunks": ("ulysses", {"head_chunks": 2}, "self", 8),
+    "ulysses-chunks-lean": ("ulysses", {"head_chunks": 2, "policy": "keep_attention"}, "self", 10),
+    "ulysses-cross": ("ulysses", {}, "cross", 6),
+    "ulysses-chunks-packed": ("ulysses", {"head_chunks": 2}, "packed", 8),
+    "fastseq-projection": ("fastseq", {"fastseq_overlap": "projection"}, "self", 11),
+    "fastseq-attention": ("fastseq", {"fastseq_overlap": "attention"}, "self", 11),
+    "fastseq-lean": ("fastseq", {"policy": "keep_attention"}, "self", 14),
+    "fastseq-attention-lean": ("fastseq", {"fastseq_overlap": "attention", "policy": "keep_attention"}, "self", 14),
+    "fastseq-kept": ("fastseq", {"fastseq_overlap": "attention", "fastseq_keep_gathered": True}, "self", 8),
+    "fastseq-cross": ("fastseq", {}, "cross", 20),
+    "fastseq-attention-packed": ("fastseq", {"fastseq_overlap": "attention"}, "packed", 11),
+    "ring": ("ring", {}, "self", 9),
+    "ring-cross": ("ring", {}, "cross", 9),
+    "ring-packed": ("ring", {}, "packed", None),
+    "usp": ("usp", {"ulysses_degree": 2}, "self", 7),
+    "usp-lean": ("usp", {"ulysses_degree": 2, "policy": "keep_attention"}, "self", 8),
+    "usp-chunks": ("usp", {"ulysses_degree": 2, "head_chunks": 2}, "self", 14),
+    "usp-cross": ("usp", {"ulysses_degree": 2}, "cross", 9),
+    "usp-chunks-packed": ("usp", {"ulysses_degree": 2, "head_chunks": 2}, "packed", None),
+}
 
 
 @contextmanager
 def poisoned_buffers() -> Iterator[None]:
-    """What comm receives into holds NaN before: a buffer read too early shows."""
-    real = torch.empty_like
+    """Memory that nobody has written yet holds NaN, receive buffers among it: what is read too early shows."""
 
-    def poisoned(x: Tensor, **kwargs) -> Tensor:
-        return real(x, **kwargs).fill_(float("nan"))
+    def poisoned(allocate: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def call(*args: Any, **kwargs: Any) -> Tensor:
+            x = allocate(*args, **kwargs)
+            return x.fill_(float("nan")) if x.is_floating_point() else x
 
-    with mock.patch.object(torch, "empty_like", poisoned):
+        return call
+
+    with ExitStack() as stack:
+        for owner, name in ((torch, "empty"), (torch, "empty_like"), (Tensor, "new_empty")):
+            stack.enter_context(mock.patch.object(owner, name, poisoned(getattr(owner, name))))
         yield
 
 
@@ -68,25 +86,37 @@ def delays(rng: random.Random) -> Iterator[None]:
         yield
 
 
-def step(sp, seed: int) -> list[Tensor]:
+def step(sp: Any, attended: str, seed: int) -> list[Tensor]:
     """Output and gradients of one attention layer, this rank's part."""
     torch.manual_seed(seed)
     valid = 9 + seed % 4
-    lengths = SequenceLengths(valid=valid, padded=-(-valid // sp.degree) * sp.degree)
-    x = torch.randn(1, lengths.padded, WIDTH)
-    qkv = nn.Linear(WIDTH, 3 * WIDTH)
-    local = sp.shard(x, 1).detach().requires_grad_()
-    out = sp.self_attention(local, qkv, num_heads=HEADS, lengths=lengths)
+    # Clips end inside ranks' parts.
+    clips = (0, 4, 5, valid) if attended == "packed" else None
+    lengths = SequenceLengths(valid=valid, padded=-(-valid // sp.degree) * sp.degree, cu_seqlens=clips)
+    text_lengths = SequenceLengths(valid=TEXT, padded=-(-TEXT // sp.degree) * sp.degree)
+    cross = attended == "cross"
+    x, text = torch.randn(1, lengths.padded, WIDTH), torch.randn(1, text_lengths.padded, WIDTH)
+    query, kv = nn.Linear(WIDTH, WIDTH if cross else 3 * WIDTH), nn.Linear(WIDTH, 2 * WIDTH)
+    local, local_text = (sp.shard(whole, 1).detach().requires_grad_() for whole in (x, text))
+    if cross:
+        both = {"lengths": lengths, "text_lengths": text_lengths}
+        out = sp.cross_attention(local, local_text, query, kv, num_heads=HEADS, **both)
+    else:
+        out = sp.self_attention(local, query, num_heads=HEADS, lengths=lengths)
     out.backward(torch.randn_like(out))
-    return [out.detach(), local.grad, qkv.weight.grad, qkv.bias.grad]
+    more = [local_text.grad, kv.weight.grad, kv.bias.grad] if cross else []
+    return [out.detach(), local.grad, query.weight.grad, query.bias.grad, *more]
 
 
-def differing_rounds(name: str, options: dict[str, Any], rounds: int, skipped_wait: int | None) -> int:
-    """Rounds in which a delayed run differs from the undelayed one, the n-th wait of each left out if one is to be."""
+def strategy(form: str) -> Any:
+    name, options, *_ = FORMS[form]
     degree = dist.get_world_size()
     config = ParallelConfig(strategy=name, sp_degree=degree, attention_provider="torch", **options)
-    sp = build_strategy(config, build_mesh(sp_degree=degree, ulysses_degree=config.ulysses_degree))
-    rng = random.Random(dist.get_rank())
+    return build_strategy(config, build_mesh(sp_degree=degree, ulysses_degree=config.ulysses_degree))
+
+
+def differs(sp: Any, attended: str, seed: int, rng: random.Random, skipped_wait: int | None = None) -> bool:
+    """Whether a delayed run differs from the undelayed one, the n-th wait left out if one is to be."""
     wait, counter = comm.Exchange.wait, itertools.count()
 
     def wait_or_not(exchange: comm.Exchange) -> Tensor:
@@ -96,37 +126,43 @@ def differing_rounds(name: str, options: dict[str, Any], rounds: int, skipped_wa
             received.fill_(float("nan"))
         return received
 
-    differing = 0
-    for seed in range(rounds):
-        expected = step(sp, seed)
-        with poisoned_buffers(), mock.patch.object(comm.Exchange, "wait", wait_or_not), delays(rng):
-            found = step(sp, seed)
-        counter = itertools.count()
-        dist.barrier()
-        differing += not all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
-    return differing
+    expected = step(sp, attended, seed)
+    with poisoned_buffers(), mock.patch.object(comm.Exchange, "wait", wait_or_not), delays(rng):
+        found = step(sp, attended, seed)
+    dist.barrier()
+    return not all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+def differing_rounds(form: str, rounds: int) -> int:
+    sp, rng = strategy(form), random.Random(dist.get_rank())
+    return sum(differs(sp, FORMS[form][2], seed, rng) for seed in range(rounds))
+
+
+def waits_that_matter(form: str, waits: int) -> list[bool]:
+    """Of each of so many waits, whether leaving it out changes this rank's results."""
+    sp, rng = strategy(form), random.Random(dist.get_rank())
+    return [differs(sp, FORMS[form][2], 0, rng, skipped) for skipped in range(waits)]
 
 
 @pytest.mark.parametrize("rounds", [10, pytest.param(100, marks=pytest.mark.slow)])
-@pytest.mark.parametrize(("name", "options"), CASES)
-def test_delays_do_not_change_a_bit(run_distributed, name, options, rounds):
-    assert run_distributed(differing_rounds, 4, name, options, rounds, None) == [0] * 4
+@pytest.mark.parametrize("form", FORMS)
+def test_delays_do_not_change_a_bit(run_distributed, form, rounds):
+    assert run_distributed(differing_rounds, 4, form, rounds) == [0] * 4
 
 
-# Waits of one forward and backward on four ranks: three per pass round the ranks, one per all-to-all.
-@pytest.mark.parametrize(
-    ("name", "options", "waits"),
-    [
-        pytest.param("ulysses", {}, 4, id="ulysses"),
-        pytest.param("ulysses", {"head_chunks": 2}, 8, id="ulysses-chunks"),
-        pytest.param("fastseq", {"fastseq_overlap": "projection"}, 11, id="fastseq-projection"),
-        pytest.param("fastseq", {"fastseq_overlap": "attention"}, 11, id="fastseq-attention"),
-        pytest.param("ring", {}, 9, id="ring"),
-        pytest.param("usp", {"ulysses_degree": 2}, 7, id="usp"),
-    ],
-)
-def test_every_wait_is_needed(run_distributed, name, options, waits):
-    for skipped in range(waits):
-        assert sum(run_distributed(differing_rounds, 4, name, options, 1, skipped)) > 0, f"wait {skipped}"
-    # One more than there are: nothing is left out.
-    assert run_distributed(differing_rounds, 4, name, options, 1, waits) == [0] * 4
+@pytest.mark.parametrize(("form", "waits"), [(form, waits) for form, (*_, waits) in FORMS.items() if waits is not None])
+def test_every_wait_is_needed(run_distributed, form, waits):
+    # One more than there are: with the last, nothing is left out.
+    somewhere = [any(ranks) for ranks in zip(*run_distributed(waits_that_matter, 4, form, waits + 1), strict=True)]
+    assert somewhere == [True] * waits + [False]
+
+
+def unwritten_buffers() -> list[bool]:
+    """Whether memory is poisoned, by the way it is asked for, in this rank."""
+    with poisoned_buffers():
+        made = torch.empty(3), torch.empty_like(torch.ones(3)), torch.ones(3).new_empty(2)
+        return [bool(x.isnan().all()) for x in made]
+
+
+def test_poison_reaches_all_memory_that_ranks_ask_for(run_distributed):
+    assert run_distributed(unwritten_buffers, 2) == [[True] * 3] * 2
