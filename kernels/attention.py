@@ -31,7 +31,7 @@ from longreel.kernels.triton_common import require_triton
 
 # Largest softmax_scale either way: scores, and what a kernel makes of them in fp32, stay finite for products to 1e20.
 MAX_SCALE = 1e18
-PROVIDERS = ("torch", "sdpa-flash", "triton", "triton-atomic", "triton-hopper")
+PROVIDERS = ("torch", "sdpa-flash", "triton", "triton-atomic", "triton-hopper", "triton-hopper-atomic")
 
 
 def resolve_attention_provider(provider: str, device: torch.device, dtype: torch.dtype | None = None) -> str:
@@ -41,7 +41,8 @@ def resolve_attention_provider(provider: str, device: torch.device, dtype: torch
         provider: `auto` (on CUDA Triton, and the eager specification for fp64, which no kernel computes in; elsewhere
             the eager specification), `torch`, `sdpa-flash` (half precision only on CUDA),
             `triton` (CUDA, or CPU under TRITON_INTERPRET=1), `triton-atomic` (a backward with fewer products that is
-            not deterministic) or `triton-hopper` (a forward for Hopper GPUs alone; see triton_attention_hopper).
+            not deterministic), `triton-hopper` (a forward for Hopper GPUs alone; see triton_attention_hopper) or
+            `triton-hopper-atomic` (that forward with that backward).
         device: where the tensors live.
         dtype: of the tensors; None asks what runs for half precision.
 
@@ -68,8 +69,8 @@ def _implementation(provider: str) -> ModuleType:
     """The module whose attention_fwd and attention_bwd run for a resolved provider."""
     if provider.startswith("triton"):
         # Triton is optional, and importing the kernels takes time.
-        name = {"triton": "triton_attention"}.get(provider, f"triton_attention_{provider.removeprefix('triton-')}")
-        return importlib.import_module(f"longreel.kernels.{name}")
+        form = provider.removeprefix("triton").replace("-", "_")
+        return importlib.import_module(f"longreel.kernels.triton_attention{form}")
     return sdpa if provider == "sdpa-flash" else reference
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+
 import pytest
 import torch
 
@@ -296,3 +298,21 @@ def test_a_kernel_taken_over_from_another_provider_is_really_the_other_s():
     assert triton_attention_hopper.attention_bwd is triton_attention.attention_bwd
     assert providers.same_as("triton-atomic", "forward") == providers.same_as("triton-hopper", "backward") == "triton"
     assert providers.same_as("triton", "forward") is None
+
+
+def test_the_fastest_forward_and_backward_together_are_those_of_two_providers():
+    pytest.importorskip("triton")
+    assert "triton-hopper-atomic" in providers.kernel_providers("attention")
+    from longreel.kernels import triton_attention_atomic, triton_attention_hopper, triton_attention_hopper_atomic
+
+    # `longreel.kernels.attention` is the function.
+    attention_module = importlib.import_module("longreel.kernels.attention")
+    assert triton_attention_hopper_atomic.attention_fwd is triton_attention_hopper.attention_fwd
+    assert triton_attention_hopper_atomic.attention_bwd is triton_attention_atomic.attention_bwd
+    assert attention_module._implementation("triton-hopper-atomic") is triton_attention_hopper_atomic
+    with pytest.raises(providers.Unavailable, match="provider 'triton-hopper-atomic' needs a Hopper GPU"):
+        providers.build(small_case("attention"), "triton-hopper-atomic", CPU)
+    assert providers.same_as("triton-hopper-atomic", "forward") == "triton-hopper"
+    assert providers.same_as("triton-hopper-atomic", "backward") == "triton-atomic"
+    # Both at once are its own.
+    assert providers.same_as("triton-hopper-atomic", "both") is None
