@@ -23,8 +23,13 @@ from torch._library.custom_ops import OPDEFS
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
+from longreel.parallel import comm
+
 Kind = Literal["matmul", "attention", "memory", "collective"]
 
+# Places of FastSeq's arguments `chunked` and `group`.
+_CHUNKED_ARGUMENT = {"fastseq_attention": -2, "fastseq_attention_backward": -1}
+_GROUP_ARGUMENT = {"fastseq_attention": -4, "fastseq_attention_backward": -2}
 _FLASH_BACKWARD = "_scaled_dot_product_flash_attention"
 
 
@@ -40,7 +45,8 @@ class OpCost:
         flops: of matrix products, by the op's registered formula; element-wise work does not count, as usual for MFU.
         bytes: arguments read plus results written; for a collective the bytes this rank sends.
         group: for a collective, the process group's name. head_dim: for attention.
-        chunks: for a collective, of how many chunks of heads its strategy op exchanges one at a time.
+        chunks: for a collective, of how many chunks of heads or of tokens it is one; the strategy's op attends to one
+            while others are in flight.
     """
 
     kind: Kind
@@ -79,6 +85,9 @@ class OpLedger:
         self._open.append(func)
         if _name(func).startswith("exchange_attention"):
             self._chunks = args[-1]
+        elif _name(func) in _CHUNKED_ARGUMENT:
+            group = args[_GROUP_ARGUMENT[_name(func)]]
+            self._chunks = comm.group_size(group) if args[_CHUNKED_ARGUMENT[_name(func)]] else 1
         return _body(func)
 
     def ran(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> int:
@@ -107,7 +116,9 @@ class OpLedger:
             sent, group = _sent(func, args)
             if not sent:
                 return
-            chunks = self._chunks if scope.startswith("exchange_attention") else 1
+            # FastSeq's output is exchanged whole.
+            in_chunks = scope.startswith("exchange_attention") or (scope and _name(func) == "send")
+            chunks = self._chunks if in_chunks else 1
             self.costs[OpCost("collective", _name(func), self.phase, scope, 0, sent, group, chunks=chunks)] += 1
             return
         formula = flop_registry.get(func.overloadpacket)

@@ -7,7 +7,7 @@ after the other, except where the schedule overlaps:
   attention on the other chunks: exposed = exchange / K + max(0, exchange - attention) (K - 1) / K;
 - a strategy's point-to-point exchange hides behind what is computed on the P - 1 chunks before the last one arrives,
   no further: exposed = max(0, exchange - work * (P - 1) / P). The work is FastSeq's projection, with attention where
-  that runs chunk by chunk and its partial outputs are merged; in a ring, attention;
+  that runs chunk by chunk; in a ring, attention;
 - the sharding engine's collectives hide behind the compute of their phase, but for the largest one, which has nothing
   to hide behind at the start of forward or the end of backward;
 - activations that go to host memory and back hide behind the compute of forward and of backward.
@@ -124,7 +124,7 @@ def _parts(
     total = {"sequence": 0.0, "sharding": 0.0}
     compute: dict[str, float] = defaultdict(float)
     work: dict[tuple[str, str], float] = defaultdict(float)
-    merging: set[str] = set()
+    chunked: set[str] = set()
     exchange: dict[tuple[str, int], float] = defaultdict(float)
     all_to_all: dict[tuple[str, int], float] = defaultdict(float)
     sharding: dict[str, float] = defaultdict(float)
@@ -136,8 +136,6 @@ def _parts(
             compute[cost.phase] += calls * one
             if cost.kind in ("matmul", "attention"):
                 work[cost.scope, cost.kind] += calls * one
-            if cost.name == "merge_attention":
-                merging.add(cost.scope)
             continue
         total["sequence" if cost.scope else "sharding"] += calls * one
         if not cost.scope:
@@ -145,6 +143,8 @@ def _parts(
             largest[cost.phase] = max(largest[cost.phase], one)
         elif cost.name == "send":
             exchange[cost.scope, group_sizes[cost.group]] += calls * one
+            if cost.chunks > 1:
+                chunked.add(cost.scope)
         else:
             all_to_all[cost.scope, cost.chunks] += calls * one
     for (scope, chunks), seconds in all_to_all.items():
@@ -152,7 +152,7 @@ def _parts(
         parts["sequence"] += seconds / chunks + max(0.0, seconds - cover) * (chunks - 1) / chunks
     for (scope, size), seconds in exchange.items():
         cover = work[scope, "matmul"]
-        if scope in merging or scope.startswith(_RING):
+        if scope in chunked or scope.startswith(_RING):
             cover += work[scope, "attention"]
         parts["sequence"] += max(0.0, seconds - (cover * (size - 1) / size if overlap else 0.0))
     for phase, seconds in sharding.items():

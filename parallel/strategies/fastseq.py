@@ -4,7 +4,8 @@ Forward, in step s of P: project the chunk of rank r - s to this rank's slice of
 there (chunked_attention.py), while the chunk of r - s - 1 is in flight; or attention of whole sequences once all
 chunks are projected; then an all-to-all from heads back to tokens.
 Backward: all-to-all of the output's gradient, attention backward, then for every chunk its share of dW (x gathered
-again, chunk by chunk) while dX shares travel to their owners, who sum them in a fixed order: a reduce-scatter.
+again, chunk by chunk) while dX shares travel to their owners, who sum them in a fixed order: a reduce-scatter. Where
+forward attends chunk by chunk, so does backward, and both transfers hide behind attention (chunked_backward.py).
 
 Sent per layer and rank, M = B S C elements: forward M (P - 1) / P + M (P - 1) / P^2 (gather x, o back); backward
 2 M (P - 1) / P + M (P - 1) / P^2 (gather x again, dX shares, dO), M (P - 1) / P less where x was kept.
@@ -27,6 +28,7 @@ from longreel.parallel import comm
 from longreel.parallel.config import FastSeqOverlap
 from longreel.parallel.strategies.base import SequenceGroup
 from longreel.parallel.strategies.chunked_attention import gather_project_attend
+from longreel.parallel.strategies.chunked_backward import attend_project_backward
 from longreel.parallel.strategies.gather_project import gather_project, gather_project_backward, own_heads
 from longreel.parallel.strategies.heads import attend, attend_backward, attend_flops
 from longreel.parallel.strategies.layout import gather_heads, pad_tokens, scatter_heads
@@ -123,12 +125,14 @@ def fastseq_attention_backward_op(
     scale: float,
     provider: str,
     group: str,
+    chunked: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """dx, dweight, dbias, then dtext, dkv_weight, dkv_bias (empty for self-attention).
 
     Args:
         out: the forward op's out_heads; its out when q_heads and kv_heads are None, as after a lean forward.
         gathered: every rank's x, where the forward op kept it.
+        chunked: as of the forward op; dX shares then leave as soon as a chunk's gradients are complete.
     """
     if q_heads is None or kv_heads is None:
         q_heads, kv_heads = _project_all(x, weight, bias, text, kv_weight, kv_bias, num_heads, group)
@@ -138,6 +142,22 @@ def fastseq_attention_backward_op(
     else:
         out_heads = out
         dout_heads = scatter_heads(dout.unsqueeze(2), group).squeeze(2)
+    if chunked:
+        grads = attend_project_backward(
+            dout_heads,
+            q_heads,
+            out_heads,
+            lse,
+            x,
+            weight,
+            num_heads,
+            offsets_q,
+            scale,
+            provider,
+            group,
+            gathered=gathered,
+        )
+        return *grads, x.new_empty(0), x.new_empty(0), x.new_empty(0)
     dq_heads, dkv_heads = attend_backward(
         dout_heads, q_heads, kv_heads, out_heads, lse, offsets_q, offsets_k, scale, provider
     )
@@ -216,7 +236,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
         ctx.provider,
         ctx.group,
         lean,
-        _,
+        ctx.chunked,
         keep_gathered,
     ) = inputs
     ctx.given = [tensor is not None for tensor in tensors]
@@ -229,10 +249,11 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
 
 
 def _grad(ctx: Any, dout: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-    rest = ctx.num_heads, ctx.offsets_q, ctx.offsets_k, ctx.scale, ctx.provider, ctx.group
+    rest = ctx.num_heads, ctx.offsets_q, ctx.offsets_k, ctx.scale, ctx.provider, ctx.group, ctx.chunked
     grads = fastseq_attention_backward_op(dout, *ctx.saved_tensors, *rest)
     wanted = [grad if given else None for grad, given in zip(grads, ctx.given, strict=True)]
-    return *wanted, *(None for _ in rest), None, None, None
+    # lean and keep_gathered are the forward's alone.
+    return *wanted, *(None for _ in rest), None, None
 
 
 fastseq_attention_op.register_autograd(_grad, setup_context=_save)

@@ -52,7 +52,7 @@ def gather_project_backward(
         gathered: what gather_project kept; None gathers x again.
     """
     size, rank = comm.group_size(group), comm.group_rank(group)
-    batch, s, channels = x.shape
+    batch, s, _ = x.shape
     parts = dy.shape[2]
     by_owner = dy.reshape(batch, size, s, -1)
     matrix, _ = own_heads(weight, None, parts, num_heads, group)
@@ -71,10 +71,8 @@ def gather_project_backward(
         if flight is not None:
             dx += flight.wait()
             del share, flight
-    dweight = torch.zeros_like(weight, memory_format=torch.contiguous_format)
-    _head_slice(dweight, parts, num_heads, group).copy_(dmatrix.view(*dy.shape[2:], channels))
-    dbias = weight.new_zeros(weight.shape[0])
-    _head_slice(dbias, parts, num_heads, group).copy_(dy.sum((0, 1), dtype=dtype))
+    dweight = spread_heads(dmatrix, weight, parts, num_heads, group)
+    dbias = spread_heads(dy.sum((0, 1), dtype=dtype), weight[:, 0], parts, num_heads, group)
     return dx.to(x.dtype), dweight, dbias
 
 
@@ -91,6 +89,14 @@ def own_heads(
     """Rows of this rank's heads: [G h D, C] of weight [G H D, C], and [G h D] of bias."""
     matrix = _head_slice(weight, parts, num_heads, group).reshape(-1, weight.shape[1])
     return matrix, None if bias is None else _head_slice(bias, parts, num_heads, group).reshape(-1)
+
+
+def spread_heads(own: Tensor, like: Tensor, parts: int, num_heads: int, group: str) -> Tensor:
+    """A gradient of `like`'s shape and dtype that holds `own` in the rows of this rank's heads, and zeros elsewhere."""
+    whole = torch.zeros(like.shape, dtype=like.dtype, device=like.device)
+    part = _head_slice(whole, parts, num_heads, group)
+    part.copy_(own.view(part.shape))
+    return whole
 
 
 def _head_slice(value: Tensor, parts: int, num_heads: int, group: str) -> Tensor:

@@ -84,7 +84,8 @@ class USP(SequenceGroup):
         offsets_q: Sequence[int],
         offsets_k: Sequence[int],
     ) -> Tensor:
-        check_heads(q.shape[3], self.ulysses_degree, hybrid_degree=self.degree)
+        hybrid_degree = self.degree if self.ring_degree > 1 else None
+        check_heads(q.shape[3], self.ulysses_degree, hybrid_degree=hybrid_degree)
         scale = q.shape[-1] ** -0.5
         provider = self.resolved_provider(q)
         groups = self.ulysses_group, self.ring_group

@@ -20,7 +20,14 @@ from longreel.parallel import comm
 from longreel.parallel.config import ParallelConfig
 from longreel.parallel.mesh import build_mesh
 from longreel.parallel.predict.fake_world import fake_world
-from longreel.parallel.strategies import build_strategy, chunked_attention, gather_project, heads, ring
+from longreel.parallel.strategies import (
+    build_strategy,
+    chunked_attention,
+    chunked_backward,
+    gather_project,
+    heads,
+    ring,
+)
 
 HEADS, WIDTH, ROWS = 32, 256, 4
 
@@ -74,6 +81,14 @@ def timed(clock: Clock, per_pair: float, per_row: float, per_byte: float) -> Ite
     def packed(qkv: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
         return attention(*qkv.unbind(2))
 
+    def attention_backward(dout: Tensor, dlse: None, q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, ...]:
+        attention(q, k, v)
+        return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
+
+    def packed_backward(dout: Tensor, dlse: None, qkv: Tensor, *_: Any) -> Tensor:
+        attention(*qkv.unbind(2))
+        return torch.zeros_like(qkv)
+
     def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         clock.compute(per_row * x.shape[1])
         return x.new_zeros(*x.shape[:-1], weight.shape[0])
@@ -84,6 +99,9 @@ def timed(clock: Clock, per_pair: float, per_row: float, per_byte: float) -> Ite
         mock.patch.object(chunked_attention, "attention_op", attention),
         mock.patch.object(ring, "attention_op", attention),
         mock.patch.object(heads, "attention_packed_op", packed),
+        mock.patch.object(chunked_backward, "attention_backward_op", attention_backward),
+        mock.patch.object(ring, "attention_backward_op", attention_backward),
+        mock.patch.object(heads, "attention_packed_backward_op", packed_backward),
         mock.patch.object(chunked_attention.F, "linear", linear),
         mock.patch.object(gather_project.F, "linear", linear),
     ):
@@ -92,6 +110,17 @@ def timed(clock: Clock, per_pair: float, per_row: float, per_byte: float) -> Ite
 
 def forward(name: str, degree: int, ratio: float, *, linear_share: float = 0.01, **options: Any) -> Clock:
     """One attention layer's forward whose computation takes `ratio` times as long as its transfers, which take 1 s."""
+    return layer(name, degree, ratio, linear_share, options, backward=False)
+
+
+def backward(name: str, degree: int, ratio: float, **options: Any) -> Clock:
+    """The same of its backward, where attention alone takes time."""
+    return layer(name, degree, ratio, 0.0, options, backward=True)
+
+
+def layer(
+    name: str, degree: int, ratio: float, linear_share: float, options: dict[str, Any], *, backward: bool
+) -> Clock:
     with fake_world(degree):
         config = ParallelConfig(strategy=name, sp_degree=degree, attention_provider="torch", **options)
         sp = build_strategy(config, build_mesh(sp_degree=degree))
@@ -100,16 +129,18 @@ def forward(name: str, degree: int, ratio: float, *, linear_share: float = 0.01,
 
         def run(per_pair: float, per_row: float, per_byte: float) -> Clock:
             clock = Clock()
-            with timed(clock, per_pair, per_row, per_byte), torch.no_grad():
-                sp.self_attention(
-                    torch.zeros(1, ROWS, WIDTH), nn.Linear(WIDTH, 3 * WIDTH), num_heads=HEADS, lengths=lengths
-                )
+            with timed(clock, per_pair, per_row, per_byte):
+                x = torch.zeros(1, ROWS, WIDTH, requires_grad=True)
+                out = sp.self_attention(x, nn.Linear(WIDTH, 3 * WIDTH), num_heads=HEADS, lengths=lengths)
+                if backward:
+                    clock.__init__()
+                    out.backward(torch.zeros_like(out))
             return clock
 
         # Units of work, so that the totals can be set.
         pairs, rows = run(1.0, 0.0, 0.0).computed, run(0.0, 1.0, 0.0).computed
         sent = run(0.0, 0.0, 1.0).transferred
-        return run(ratio * (1 - linear_share) / pairs, ratio * linear_share / rows, 1 / sent)
+        return run(ratio * (1 - linear_share) / pairs, ratio * linear_share / max(rows, 1.0), 1 / sent)
 
 
 def fastseq_seconds(degree: int, ratio: float, linear_share: float, *, attends: bool) -> float:
@@ -139,6 +170,40 @@ def test_fastseq_hides_its_transfers_where_computation_is_four_times_as_long(deg
     assert forward("fastseq", degree, 4.0, fastseq_overlap="projection").now > 1.1 * 4.0
 
 
+def fastseq_backward_seconds(degree: int, ratio: float) -> float:
+    """Critical path: dO, then in each step attention on what is left while the next x arrives and a share leaves."""
+    chunk = degree / ((degree - 1) * (2 * degree + 1))
+    now = chunk * (degree - 1) / degree
+    arrived = link = now + chunk
+    left = 0.0
+    for step in range(1, degree + 1):
+        now += ratio * (2 * (degree - step) + 1) / degree**2
+        if step < degree:
+            now = max(now, arrived)
+        if step + 1 < degree:
+            arrived = link = max(link, now) + chunk
+        now = max(now, left)
+        if step < degree:
+            left = link = max(link, now) + chunk
+    return now
+
+
+@pytest.mark.parametrize("ratio", [0.25, 1.0, 4.0])
+@pytest.mark.parametrize("degree", [2, 4, 8], ids=lambda p: f"P{p}")
+def test_fastseq_backward_takes_the_time_of_its_schedule(degree, ratio):
+    clock = backward("fastseq", degree, ratio, fastseq_overlap="attention")
+    assert clock.transferred == pytest.approx(1)
+    assert clock.computed == pytest.approx(ratio)
+    assert clock.now == pytest.approx(fastseq_backward_seconds(degree, ratio))
+
+
+@pytest.mark.parametrize("degree", [2, 4, 8], ids=lambda p: f"P{p}")
+def test_fastseq_backward_hides_its_transfers_where_computation_is_four_times_as_long(degree):
+    assert backward("fastseq", degree, 4.0, fastseq_overlap="attention").now <= 1.1 * 4.0
+    # Attention all at once has nothing beside it.
+    assert backward("fastseq", degree, 4.0, fastseq_overlap="projection").now > 1.2 * 4.0
+
+
 @pytest.mark.parametrize("ratio", [0.25, 1.0, 4.0])
 @pytest.mark.parametrize("degree", [2, 4, 8], ids=lambda p: f"P{p}")
 def test_a_ring_takes_the_longer_of_attention_and_transfer(degree, ratio):
@@ -147,9 +212,9 @@ def test_a_ring_takes_the_longer_of_attention_and_transfer(degree, ratio):
     assert clock.now == pytest.approx((degree - 1) * max(one, work) + work)
 
 
-def ulysses_seconds(chunks: int, ratio: float) -> float:
+def ulysses_seconds(chunks: int, ratio: float, share_in: float = 0.75) -> float:
     """Critical path: the link carries in 0, in 1, back 0, in 2, back 1, ...; in j + 1 is asked for when j begins."""
-    way_in, work, way_back = 0.75 / chunks, ratio / chunks, 0.25 / chunks
+    way_in, work, way_back = share_in / chunks, ratio / chunks, (1 - share_in) / chunks
     done, link = 0.0, way_in
     arrival = link
     for chunk in range(chunks):
@@ -169,6 +234,15 @@ def test_ulysses_takes_the_time_of_its_schedule(degree, chunks, ratio):
     assert clock.transferred == pytest.approx(1)
     assert clock.computed == pytest.approx(ratio)
     assert clock.now == pytest.approx(ulysses_seconds(chunks, ratio))
+
+
+@pytest.mark.parametrize("ratio", [0.25, 1.0, 4.0])
+@pytest.mark.parametrize("chunks", [1, 4])
+@pytest.mark.parametrize("degree", [2, 8], ids=lambda p: f"P{p}")
+def test_ulysses_backward_takes_the_time_of_its_schedule(degree, chunks, ratio):
+    clock = backward("ulysses", degree, ratio, head_chunks=chunks)
+    # dO in, dQ, dK and dV back.
+    assert clock.now == pytest.approx(ulysses_seconds(chunks, ratio, share_in=0.25))
 
 
 @pytest.mark.parametrize("ratio", [0.25, 1.0, 4.0])

@@ -53,6 +53,24 @@ def test_bytes_sent_and_flops_inside_equal_the_formulas(strategy: Any, chunks: i
     assert {cost.chunks for cost in ledger.costs if cost.kind == "collective"} == {chunks or 1}
 
 
+@pytest.mark.parametrize(("overlap", "chunks"), [("projection", 1), ("attention", 4)])
+def test_exchanges_beside_attention_are_told_apart(overlap: Any, chunks: int) -> None:
+    config = ParallelConfig(strategy="fastseq", sp_degree=4, fastseq_overlap=overlap, attention_provider="sdpa-flash")
+    ledger = OpLedger()
+    with fake_world(4):
+        sp = build_strategy(config, build_mesh(sp_degree=4))
+        with FakeTensorMode(), StorageTracker(ledger):
+            x = torch.empty(1, 8, HEADS * HEAD_DIM, dtype=torch.bfloat16, requires_grad=True)
+            qkv = nn.Linear(HEADS * HEAD_DIM, 3 * HEADS * HEAD_DIM, dtype=torch.bfloat16)
+            lengths = SequenceLengths(valid=32, padded=32)
+            sp.self_attention(x, qkv, num_heads=HEADS, lengths=lengths).sum().backward()
+    sends = [cost for cost in ledger.costs if cost.name == "send"]
+    assert {(cost.scope, cost.chunks) for cost in sends} == {
+        ("fastseq_attention", chunks),
+        ("fastseq_attention_backward", chunks),
+    }
+
+
 def test_attention_is_one_op_whose_buffers_show() -> None:
     ledger = OpLedger()
     with FakeTensorMode(), StorageTracker(ledger) as tracker:

@@ -71,16 +71,17 @@ def test_fastseq_hides_its_exchange_behind_the_projections_in_flight() -> None:
 
 def test_attention_covers_an_exchange_only_where_it_runs_chunk_by_chunk() -> None:
     exchange = 3 * (COLLECTIVE_LATENCY.value + 1e9 / H800.link.value)
-    for scope, merges, hides in (
-        ("fastseq_attention", False, False),
-        ("fastseq_attention", True, True),
-        ("exchange_attention", True, True),
-        ("exchange_attention_backward", False, True),
+    for scope, chunks, hides in (
+        ("fastseq_attention", 1, False),
+        ("fastseq_attention", 4, True),
+        ("fastseq_attention_backward", 1, False),
+        ("fastseq_attention_backward", 4, True),
+        ("exchange_attention", 1, True),
+        ("exchange_attention_backward", 1, True),
     ):
-        sends = {_op("collective", "send", scope=scope, bytes=10**9, group="sp"): 3}
+        sends = {_op("collective", "send", scope=scope, bytes=10**9, group="sp", chunks=chunks): 3}
         attention = {_op("attention", "attention", scope=scope, flops=10**13, head_dim=72): 4}
-        merging = {_op("memory", "merge_attention", scope=scope, bytes=8): 3} if merges else {}
-        time = _time(sends | attention | merging)
+        time = _time(sends | attention)
         assert time.breakdown["sequence"] == pytest.approx(0 if hides else exchange), scope
 
 
