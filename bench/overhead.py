@@ -3,7 +3,9 @@
 One process plays one rank of a fake group, whose exchanges return at once. The kernels of longreel.kernels are replaced
 by ones that allocate their results, so that what is left is what a GPU would wait for: Python, dispatch, autograd,
 allocation, the start of exchanges. It does not hold the launches themselves (a Triton kernel's some 10-20 us each).
-Heads are those of DiT-XL/2, one token per rank and 8 numbers per head: what is launched depends on neither.
+Heads are those of DiT-XL/2, four tokens per rank and 8 numbers per head. What is launched depends on neither, but on
+the form that a strategy takes, which `auto` chooses by length: rows ask for it. Also on whether the ranks divide the
+tokens and on whether clips are packed, which rows of attention on chunks show.
 """
 
 from __future__ import annotations
@@ -26,8 +28,9 @@ from longreel.parallel.config import ParallelConfig
 from longreel.parallel.mesh import build_mesh
 from longreel.parallel.predict.fake_world import fake_world
 from longreel.parallel.strategies import build_strategy
+from longreel.parallel.strategies.usp import MAX_CHUNKS
 
-NUM_HEADS = 16
+NUM_HEADS, ROWS = 16, 4
 KERNELS = (
     attention_op,
     attention_packed_op,
@@ -37,13 +40,17 @@ KERNELS = (
     sp_pack_tokens_op,
     sp_unpack_tokens_op,
 )
-# Name of a row and what it asks ParallelConfig for.
+# Name of a row and what it asks ParallelConfig for; -1 chunks are what `auto` takes of long sequences.
 SPREADS: dict[str, dict[str, Any]] = {
     "ulysses": {"strategy": "ulysses"},
+    "ulysses, most chunks": {"strategy": "ulysses", "head_chunks": -1},
     "fastseq, overlap projection": {"strategy": "fastseq", "fastseq_overlap": "projection"},
     "fastseq, overlap attention": {"strategy": "fastseq", "fastseq_overlap": "attention"},
+    "fastseq, attention, odd": {"strategy": "fastseq", "fastseq_overlap": "attention"},
+    "fastseq, attention, packed": {"strategy": "fastseq", "fastseq_overlap": "attention"},
     "ring": {"strategy": "ring"},
     "usp, ulysses_degree 2": {"strategy": "usp", "ulysses_degree": 2},
+    "usp, ulysses_degree 2, chunks": {"strategy": "usp", "ulysses_degree": 2, "head_chunks": -1},
 }
 
 
@@ -75,11 +82,18 @@ def allocate_only() -> None:
 
 def layer(name: str, sp_degree: int, head_dim: int) -> Callable[[], Tensor]:
     """One self-attention layer's forward under a strategy of SPREADS, inside a fake world of sp_degree ranks."""
-    config = ParallelConfig(sp_degree=sp_degree, attention_provider="torch", **SPREADS[name])
+    options = dict(SPREADS[name])
+    if options.get("head_chunks") == -1:
+        heads = NUM_HEADS // options.get("ulysses_degree", sp_degree)
+        options["head_chunks"] = max(n for n in range(1, MAX_CHUNKS + 1) if heads % n == 0)
+    config = ParallelConfig(sp_degree=sp_degree, attention_provider="torch", **options)
     sp = build_strategy(config, build_mesh(sp_degree=sp_degree, ulysses_degree=config.ulysses_degree))
     width = NUM_HEADS * head_dim
-    x, qkv = torch.randn(1, 1, width, requires_grad=True), nn.Linear(width, 3 * width)
-    lengths = SequenceLengths(valid=sp_degree, padded=sp_degree)
+    x, qkv = torch.randn(1, ROWS, width, requires_grad=True), nn.Linear(width, 3 * width)
+    padded = sp_degree * ROWS
+    valid = padded - name.endswith("odd")
+    clips = (0, padded // 3, padded // 2, valid) if name.endswith("packed") else None
+    lengths = SequenceLengths(valid=valid, padded=padded, cu_seqlens=clips)
     return lambda: sp.self_attention(x, qkv, num_heads=NUM_HEADS, lengths=lengths)
 
 

@@ -1,4 +1,4 @@
-"""bench/overhead.py: launching a layer costs the host less than a millisecond, whatever the strategy."""
+"""bench/overhead.py: launching a layer costs the host less than a millisecond, of the long forms about two."""
 
 from __future__ import annotations
 
@@ -13,9 +13,15 @@ from torch.profiler import ProfilerActivity, profile
 from longreel.bench.overhead import SPREADS, layer, main
 from longreel.parallel.predict.fake_world import fake_world
 
-# Milliseconds. Attention on chunks launches 2 P - 1 attentions, P - 1 merges and P projections, and is meant for chunks
-# whose attention takes a GPU longer than that: `auto` takes it from 4,096 tokens a chunk.
-BOUNDS = {name: 1.5 if name == "fastseq, overlap attention" else 1.0 for name in SPREADS}
+# Milliseconds. Attention on chunks launches 2 P - 1 attentions, P - 1 merges and P projections, more where chunks wrap
+# or are packed; usp by chunks of heads as many rings as chunks. `auto` takes both from 4,096 tokens a rank only.
+LONG = {
+    "fastseq, overlap attention": 1.5,
+    "fastseq, attention, odd": 2.0,
+    "fastseq, attention, packed": 2.2,
+    "usp, ulysses_degree 2, chunks": 2.0,
+}
+BOUNDS = {name: LONG.get(name, 1.0) for name in SPREADS}
 SCRIPT = Path(__file__).resolve().parents[2] / "bench" / "overhead.py"
 
 
@@ -25,7 +31,7 @@ def rows() -> dict[str, float]:
     return {line[:30].strip(): float(line[30:].split()[0]) for line in ran.stdout.splitlines()[1:]}
 
 
-def test_a_layer_launches_within_a_millisecond_of_thread_time() -> None:
+def test_a_layer_launches_within_its_bound_of_thread_time() -> None:
     best = rows()
     assert list(best) == list(SPREADS)
     # A machine that others use takes longer, never shorter.

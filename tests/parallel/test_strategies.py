@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -15,15 +16,18 @@ from torch.library import opcheck
 from torch.utils.flop_counter import FlopCounterMode
 
 from longreel.kernels.numerics import PARALLEL_TOLERANCE, relative_error
+from longreel.models.config import DiTConfig
+from longreel.models.dit import DiT
 from longreel.models.sequence import AttentionShape, SequenceLengths
 from longreel.parallel.config import ParallelConfig
 from longreel.parallel.mesh import build_mesh
+from longreel.parallel.parallelize import Batch, ParallelDiT
 from longreel.parallel.strategies import USP, FastSeq, Local, build_strategy
 from longreel.parallel.strategies.exchange import exchange_attention_op
 from longreel.parallel.strategies.fastseq import fastseq_attention_op
 from longreel.parallel.strategies.layout import gather_heads, scatter_heads
 
-HEADS, HEAD_DIM, TEXT = 8, 8, 6
+HEADS, HEAD_DIM, TEXT, DEPTH = 8, 8, 6, 2
 WIDTH = HEADS * HEAD_DIM
 TOLERANCE = PARALLEL_TOLERANCE[torch.float64]
 
@@ -76,9 +80,11 @@ def counted_bytes() -> Iterator[dict[str, int]]:
         return x.numel() * x.element_size()
 
     def counting(kind: str, function: Callable, sent_bytes: Callable[[Tensor, Tensor, int], int]) -> Callable:
-        def call(out: Tensor, x: Tensor, *args, group=None, **kwargs):
+        def call(*args, group=None, **kwargs):
+            # FSDP names them, output first.
+            out, x = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
             sent[kind] += sent_bytes(out, x, group.size())
-            return function(out, x, *args, group=group, **kwargs)
+            return function(*args, group=group, **kwargs)
 
         return call
 
@@ -200,6 +206,45 @@ def test_traffic_formula_equals_bytes_passed_to_the_collectives(run_distributed,
             assert formula.get("all_to_all", 0) == seen["all_to_all"]
             assert sum(formula.get(kind, 0) for kind in ("all_gather", "reduce_scatter", "send_recv")) == seen["p2p"]
             assert seen["all_gather"] == seen["reduce_scatter"] == 0
+
+
+def traffic_of_step(name: str, degree: int, policy: str) -> tuple:
+    """What the formula says one attention layer sends, and what a step of a model of DEPTH layers sent."""
+    config = DiTConfig(
+        depth=DEPTH, hidden_size=WIDTH, num_heads=HEADS, mlp_ratio=2.0, text_dim=16, max_text_tokens=TEXT
+    )
+    parallel = ParallelConfig(
+        strategy=name,
+        sp_degree=degree,
+        ulysses_degree=2 if name == "usp" else None,
+        policy=policy,
+        precision="fp64",
+        attention_provider="torch",
+    )
+    mesh = build_mesh(sp_degree=degree, ulysses_degree=parallel.ulysses_degree)
+    spread = ParallelDiT(DiT(config).double(), mesh, parallel)
+    clip, text = torch.randn(1, 3, 6, 10, config.in_channels), torch.randn(1, TEXT, 16)
+    batch = Batch(latents=clip, noise=clip, timestep=torch.rand(1), text=text, global_samples=1)
+    with counted_bytes() as forward:
+        loss = spread.loss(batch)
+    with counted_bytes() as backward:
+        spread.engine.backward(loss)
+    # 45 patches, which neither degree divides.
+    num_tokens = math.prod(config.grid(3, 6, 10))
+    shape = AttentionShape(batch=1, seq_len=num_tokens, num_heads=HEADS, head_dim=HEAD_DIM, element_size=8)
+    return spread.strategy.traffic(shape), forward, backward
+
+
+@pytest.mark.parametrize("policy", ["none", "full", "keep_attention", "offload"])
+@pytest.mark.parametrize("name", ["ulysses", "fastseq", "ring", "usp"])
+def test_traffic_of_a_step_is_that_of_its_layers_and_of_what_is_recomputed(run_distributed, name, policy):
+    for traffic, forward, backward in run_distributed(traffic_of_step, 4, name, 4, policy):
+        again = {kind: traffic.forward[kind] if policy == "full" else 0 for kind in traffic.forward}
+        backwards = {kind: traffic.backward[kind] + again.get(kind, 0) for kind in traffic.backward}
+        for formula, seen in ((traffic.forward, forward), (backwards, backward)):
+            assert DEPTH * formula.get("all_to_all", 0) == seen["all_to_all"]
+            passed = sum(formula.get(kind, 0) for kind in ("all_gather", "reduce_scatter", "send_recv"))
+            assert DEPTH * passed == seen["p2p"]
 
 
 @pytest.mark.parametrize(
