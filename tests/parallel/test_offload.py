@@ -63,6 +63,14 @@ def test_a_block_brings_the_one_before_it_along():
     assert kept[0][0].back is None
 
 
+def test_what_was_given_back_does_not_come_back_again():
+    store = HostStore(min_bytes=1)
+    first, second = (store.put(torch.randn(4)) for _ in range(2))
+    store.get(first)
+    store.get(second)
+    assert first[0].back is None
+
+
 def test_changing_lengths_take_no_more_than_the_longest():
     store = HostStore(min_bytes=1, slab_bytes=1024)
     for length in (4, 300, 700, 299, 123, 650, 700):
