@@ -5,7 +5,8 @@ there (chunked_attention.py), while the chunk of r - s - 1 is in flight; or atte
 chunks are projected; then an all-to-all from heads back to tokens.
 Backward: all-to-all of the output's gradient, attention backward, then for every chunk its share of dW (x gathered
 again, chunk by chunk) while dX shares travel to their owners, who sum them in a fixed order: a reduce-scatter. Where
-forward attends chunk by chunk, so does backward, and both transfers hide behind attention (chunked_backward.py).
+forward attends chunk by chunk, so does backward unless lean, and both transfers hide behind attention
+(chunked_backward.py).
 
 Sent per layer and rank, M = B S C elements: forward M (P - 1) / P + M (P - 1) / P^2 (gather x, o back); backward
 2 M (P - 1) / P + M (P - 1) / P^2 (gather x again, dX shares, dO), M (P - 1) / P less where x was kept.
@@ -236,9 +237,11 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
         ctx.provider,
         ctx.group,
         lean,
-        ctx.chunked,
+        chunked,
         keep_gathered,
     ) = inputs
+    # Its sums in fp32 are twice the size of q, k and v: not where memory is what the policy saves.
+    ctx.chunked = chunked and not lean
     ctx.given = [tensor is not None for tensor in tensors]
     out, lse, q_heads, kv_heads, out_heads, gathered = output
     saved = (out, lse, None, None) if lean else (out_heads, lse, q_heads, kv_heads)
