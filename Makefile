@@ -6,7 +6,7 @@ STAMP := .venv/.installed
 COLOSSALAI := .venv/.installed-colossalai
 TRITON36 := .venv/triton-3.6.0
 
-.PHONY: help setup setup-browser setup-colossalai setup-triton36 sweep benchmark test lint types layers smoke unit slow slow-codegen clean
+.PHONY: help setup setup-browser setup-colossalai setup-triton36 sweep benchmark test lint types layers smoke unit slow slow-codegen slow-few clean
 
 help:
 	@echo "make sweep             benchmark what this machine can run, predict 8xH800, write out/quick/report.html"
@@ -14,6 +14,7 @@ help:
 	@echo "make test              lint, types, import layers, a smoke sweep, tests"
 	@echo "make slow              the tests that take minutes"
 	@echo "make slow-codegen      those of them that compile the kernels, with triton 3.6.0 too"
+	@echo "make slow-few          those of them that take a minute together: campaign, nodes, traces, tilings"
 	@echo "make setup             virtual environment in .venv (the others call it)"
 	@echo "make setup-browser     Debian's Chromium, for the tests of the report (needs root)"
 	@echo "make setup-colossalai  ColossalAI in that environment, for --engine colossalai and its tests"
@@ -80,6 +81,10 @@ slow: setup
 
 slow-codegen: setup setup-triton36
 	$(BIN)/pytest -m slow -n 2 tests/bench/test_codegen.py tests/kernels/test_triton_attention_codegen.py
+
+slow-few: setup
+	$(BIN)/pytest -m slow tests/bench/test_campaign.py tests/kernels/test_triton_rows_tuning.py \
+		tests/parallel/test_nodes.py tests/parallel/test_trace.py
 
 clean:
 	rm -rf .venv out

@@ -134,6 +134,9 @@ def build_mesh(
             if size > 1:
                 group = sp if size == sp_degree else _subgroup(members.tolist(), device_type, axis)
                 groups[f"{axis}_group"] = group.group_name
+    if device_type == "cpu" and not is_fake(world()):
+        # gloo connects a group's ranks one by one: one that is done and ends would break those still at it.
+        over_ranks(0.0, world())
     return ParallelMesh(
         grid=DeviceMesh.from_group([dp, sp], device_type, mesh=ranks, mesh_dim_names=("dp", "sp")),
         flat=DeviceMesh.from_group(default, device_type, mesh_dim_names=("dp_sp",)),

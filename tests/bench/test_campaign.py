@@ -35,6 +35,7 @@ def rehearsed(tmp_path_factory):
     return first, again, out
 
 
+@pytest.mark.slow
 def test_every_step_is_done_and_not_done_twice(rehearsed):
     first, again, out = rehearsed
     assert first.returncode == 0, first.stdout + first.stderr
@@ -46,6 +47,7 @@ def test_every_step_is_done_and_not_done_twice(rehearsed):
     assert len({r.key for r in records}) == len(records)
 
 
+@pytest.mark.slow
 def test_records_are_those_of_a_campaign(rehearsed):
     *_, out = rehearsed
     records = load(out / "records.jsonl")
@@ -63,6 +65,7 @@ def test_records_are_those_of_a_campaign(rehearsed):
     assert {"report.html", "ops.csv", "tuning.json"} <= {path.name for path in out.iterdir()}
 
 
+@pytest.mark.slow
 def test_tuning_result_can_be_read_back(rehearsed):
     *_, out = rehearsed
     rows = read_tiles(out / "tuning.json")

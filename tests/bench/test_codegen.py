@@ -53,7 +53,7 @@ def by_triton_36(folder: Path, head_dims: tuple[int, ...]) -> list[KernelFacts]:
     scope="module",
     params=[
         "installed",
-        pytest.param((72,), id="3.6.0-72"),
+        pytest.param((72,), id="3.6.0-72", marks=pytest.mark.slow),
         pytest.param((64, 128), id="3.6.0-64-128", marks=pytest.mark.slow),
     ],
 )

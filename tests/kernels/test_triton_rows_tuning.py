@@ -85,7 +85,10 @@ def errors_of_candidates(op: str) -> list[tuple[str, float]]:
     return found
 
 
-@pytest.mark.parametrize("op", ["adaln", "gated_adaln", "gated", "gelu", "pack", "unpack", "merge"])
+SLOW = [pytest.param(op, marks=pytest.mark.slow) for op in ("adaln", "gated_adaln")]
+
+
+@pytest.mark.parametrize("op", [*SLOW, "gated", "gelu", "pack", "unpack", "merge"])
 def test_every_candidate_computes_the_same(run_interpreted, op):
     found = run_interpreted(errors_of_candidates, op)
     assert len(found) >= 3

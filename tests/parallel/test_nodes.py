@@ -199,7 +199,12 @@ sys.exit(run_script(train, TrainConfig, sys.argv[1:]))
         pytest.param(
             "kill", r"error: gone, without a sign of life for 5 s: (rank \d of .*, )?rank {} of 4 \(host", id="kill"
         ),
-        pytest.param("raise", r"error: rank {} of 4 \(host \S+, pid \d+\) failed: KeyError: 'what nobody", id="raise"),
+        pytest.param(
+            "raise",
+            r"error: rank {} of 4 \(host \S+, pid \d+\) failed: KeyError: 'what nobody",
+            id="raise",
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_a_rank_that_dies_ends_the_others_which_name_it(tmp_path: Path, videos: Path, how: str, told: str) -> None:

@@ -171,7 +171,7 @@ def test_a_wait_at_once_shows(run_distributed, name, options, wanted):
     ("name", "options", "degree"),
     [
         pytest.param("ulysses", {}, 2, id="ulysses"),
-        pytest.param("usp", {"ulysses_degree": 2}, 4, id="usp"),
+        pytest.param("usp", {"ulysses_degree": 2}, 4, id="usp", marks=pytest.mark.slow),
     ],
 )
 def test_all_to_alls_of_head_chunks_have_attention_beside_them(run_distributed, name, options, degree, chunks):
