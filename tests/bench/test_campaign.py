@@ -92,6 +92,7 @@ def test_steps_fit_into_nine_minutes():
         assert seconds <= BUDGETS[name] or name == "more", name
 
 
+@pytest.mark.slow
 def test_time_plan_counts_the_tests_there_are():
     parts = gpu_parts()
     command = [sys.executable, "-P", "-m", "pytest", "--collect-only", "-q", "-p", "no:cacheprovider"]

@@ -163,6 +163,7 @@ def test_a_part_in_which_nothing_passed_has_failed(tmp_path, source, skipped):
     assert {p.least for p in gpu_parts()} == {1}
 
 
+@pytest.mark.slow
 def test_one_process_that_hangs_leaves_the_part_unfinished(tmp_path):
     test = tmp_path / "test_two.py"
     test.write_text("import time\n\ndef test_hangs():\n    time.sleep(300)\n\ndef test_green():\n    pass\n")

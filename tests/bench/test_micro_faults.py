@@ -97,6 +97,7 @@ def run_case_cut_after_forward(request):
         return run_case(request)
 
 
+@pytest.mark.slow
 def test_a_provider_that_hangs_is_a_row_and_the_others_are_measured(tmp_path, pool, monkeypatch):
     monkeypatch.setattr(micro_attempts, "run_case", run_case_with_hanging_flash)
     file, not_again = tmp_path / "r.jsonl", {}
@@ -154,6 +155,7 @@ def test_a_provider_that_raises_at_the_gate_costs_nobody_else_a_run(monkeypatch)
     assert (error.status, error.reason) == ("error", "RuntimeError: no kernel for this shape")
 
 
+@pytest.mark.slow
 def test_a_direction_that_was_done_before_the_deadline_is_kept(tmp_path, pool, monkeypatch):
     file = tmp_path / "r.jsonl"
     plan = replace(plan_of(16, providers=("eager", "torch")), setup_s=100.0)

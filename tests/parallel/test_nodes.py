@@ -207,6 +207,7 @@ sys.exit(run_script(train, TrainConfig, sys.argv[1:]))
         ),
     ],
 )
+@pytest.mark.slow
 def test_a_rank_that_dies_ends_the_others_which_name_it(tmp_path: Path, videos: Path, how: str, told: str) -> None:
     (tmp_path / "dying.py").write_text(DYING)
     spread = ["--strategy", "ring", "--sp-degree", "2", "--steps", "9", "--timeout-s", "60"]
