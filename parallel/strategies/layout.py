@@ -14,12 +14,12 @@ from longreel.kernels import pack_heads, pack_tokens, unpack_heads, unpack_token
 from longreel.parallel import comm
 
 
-def scatter_heads(x: Tensor, group: str, bias: Tensor | None = None) -> Tensor:
-    """[B, s, G, H, D] of this rank's tokens, plus bias [G H D] -> [B, S, G, h, D] of this rank's heads.
+def scatter_heads(x: Tensor, group: str) -> Tensor:
+    """[B, s, G, H, D] of this rank's tokens -> [B, S, G, h, D] of this rank's heads.
 
     Sends B s G H D (P - 1) / P.
     """
-    packed = pack_heads(x, num_ranks=comm.group_size(group), bias=bias)
+    packed = pack_heads(x, num_ranks=comm.group_size(group))
     return unpack_tokens(comm.all_to_all(packed, group))
 
 
