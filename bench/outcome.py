@@ -76,6 +76,8 @@ def predicted_record(point: Point, prediction: Prediction, provenance: dict[str,
         interval_s=prediction.interval_s,
         mfu=prediction.mfu,
         hfu=prediction.hfu,
+        breakdown=prediction.breakdown,
+        hidden=prediction.hidden,
         **outcome,
     )
 

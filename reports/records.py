@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from typing import Any, Literal, get_args
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 
 Kind = Literal["measured", "emulated", "predicted"]
 Regime = Literal["full", "text_only"]
@@ -59,6 +59,10 @@ class Record:
         mfu, hfu: flops and hw_flops over the devices' peak for the step's time, None where no peak is known.
         error: comparison with the oracle: `loss`, `grad` (relative errors) and `tolerance`.
         energy_j: energy of one step over all devices, joules, None where it was not measured.
+        breakdown: seconds that add up to step_s, by part of the step; empty where only the whole was timed.
+        hidden: seconds of communication behind computation, by part; not in step_s.
+        telemetry: what the devices reported during the samples (clocks, power, temperature, throttle reasons), or why
+            they did not.
         config: the whole resolved configuration. provenance: commit, versions, environment, command, time.
     """
 
@@ -91,6 +95,9 @@ class Record:
     hfu: float | None = None
     error: Mapping[str, float] = field(default_factory=dict)
     energy_j: float | None = None
+    breakdown: Mapping[str, float] = field(default_factory=dict)
+    hidden: Mapping[str, float] = field(default_factory=dict)
+    telemetry: Mapping[str, Any] = field(default_factory=dict)
     config: Mapping[str, Any] = field(default_factory=dict)
     provenance: Mapping[str, Any] = field(default_factory=dict)
     schema_version: int = SCHEMA_VERSION
