@@ -58,12 +58,15 @@ class Record:
         flops: useful FLOPs of one step over all devices; hw_flops counts recomputation too.
         mfu, hfu: flops and hw_flops over the devices' peak for the step's time, None where no peak is known.
         error: comparison with the oracle: `loss`, `grad` (relative errors) and `tolerance`.
+        comparison: with the baseline, timed in alternation: `verdict` (SAME, FAST, SLOW, AMBIGUOUS), `ratio` of step
+            times (below 1 is faster), `low` and `high`; empty where the two were not timed so.
         energy_j: energy of one step over all devices, joules, None where it was not measured.
         breakdown: seconds that add up to step_s, by part of the step; empty where only the whole was timed.
         hidden: seconds of communication behind computation, by part; not in step_s.
         telemetry: what the devices reported during the samples (clocks, power, temperature, throttle reasons), or why
             they did not.
-        config: the whole resolved configuration. provenance: commit, versions, environment, command, time.
+        config: the whole resolved configuration. provenance: commit, versions, environment, command, time, and
+            `reproduce`, the command that makes this one record again, where it is not `command`.
     """
 
     kind: Kind
@@ -94,6 +97,7 @@ class Record:
     mfu: float | None = None
     hfu: float | None = None
     error: Mapping[str, float] = field(default_factory=dict)
+    comparison: Mapping[str, Any] = field(default_factory=dict)
     energy_j: float | None = None
     breakdown: Mapping[str, float] = field(default_factory=dict)
     hidden: Mapping[str, float] = field(default_factory=dict)
