@@ -1,23 +1,106 @@
-"""Text features from bytes: nothing to download, nothing trained, the same numbers in every process.
+"""Text to features: one interface over T5, CLIP, and a built-in encoder that needs no download.
 
-Each caption becomes BOS, its UTF-8 bytes, EOS and pads; each symbol a fixed Gaussian vector, bound to its position.
+The built-in one works on bytes: nothing trained, the same numbers in every process. Each caption becomes BOS, its UTF-8
+bytes, EOS and pads; each symbol a fixed Gaussian vector, bound to its position.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol, get_args
 
 import torch
 from torch import Tensor
 
+from longreel.models.autoencoders import DTYPES, WeightDtype
 from longreel.models.embeddings import timestep_embedding
+
+TextEncoderName = Literal["bytes", "t5", "clip"]
 
 BOS, EOS, PAD = 256, 257, 258
 NUM_SYMBOLS = 259
+DEFAULT_BYTE_TOKENS = 48
 _SEED = 20240304
 # Variance 1 of the symbol and about 1/4 of the centred sinusoid.
 _SCALE = math.sqrt(1.25)
+
+
+class TextEncoder(Protocol):
+    """Captions to features; "" is the null caption of classifier-free guidance."""
+
+    @property
+    def text_dim(self) -> int:
+        """Width of the features."""
+        ...
+
+    @property
+    def max_tokens(self) -> int:
+        """L, tokens per caption."""
+        ...
+
+    def encode(self, captions: Sequence[str]) -> Tensor:
+        """Features [B, L, text_dim] of B captions, fp32, on the CPU; ValueError for one string instead of several."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TextEncoderConfig:
+    """Which text encoder, and how it runs.
+
+    Args:
+        text_encoder: `bytes` (built in), `t5` or `clip`.
+        text_path: folder of model and tokenizer, or a hub name; for t5 and clip.
+        text_dim: width of the features of `bytes`, even; t5 and clip have their own.
+        max_text_tokens: tokens of a caption that are read; 48 for `bytes`, 120 for t5, what clip has if not given.
+        text_batch: captions that go through the model at a time.
+        text_dtype: of the model's weights: fp32, fp16 or bf16.
+    """
+
+    text_encoder: TextEncoderName = "bytes"
+    text_path: str | None = None
+    text_dim: int = 128
+    max_text_tokens: int | None = None
+    text_batch: int = 16
+    text_dtype: WeightDtype = "fp32"
+
+    def __post_init__(self) -> None:
+        if self.text_encoder not in get_args(TextEncoderName):
+            raise ValueError(
+                f"text_encoder must be one of {', '.join(get_args(TextEncoderName))}; got {self.text_encoder!r}"
+            )
+        if (self.text_encoder == "bytes") != (self.text_path is None):
+            raise ValueError(
+                "text_encoder 'bytes' is built in and takes no text_path"
+                if self.text_encoder == "bytes"
+                else f"text_encoder {self.text_encoder!r} needs text_path: the folder of its model, or a hub name"
+            )
+        if self.text_batch < 1:
+            raise ValueError(f"text_batch must be at least 1, got {self.text_batch}")
+        if self.text_dtype not in DTYPES:
+            raise ValueError(f"text_dtype must be one of {', '.join(DTYPES)}; got {self.text_dtype!r}")
+
+
+def build_text_encoder(config: TextEncoderConfig, *, device: torch.device | str = "cpu") -> TextEncoder:
+    """The text encoder that a configuration names, its weights on a device.
+
+    Raises:
+        ValueError: there is no such model, or sizes do not fit.
+    """
+    if config.text_encoder == "bytes":
+        return ByteTextEncoder(config.text_dim, config.max_text_tokens or DEFAULT_BYTE_TOKENS)
+    from longreel.models.text_pretrained import PretrainedTextEncoder
+
+    assert config.text_path is not None
+    return PretrainedTextEncoder(
+        config.text_encoder,
+        config.text_path,
+        max_tokens=config.max_text_tokens,
+        batch_size=config.text_batch,
+        dtype=DTYPES[config.text_dtype],
+        device=device,
+    )
 
 
 class ByteTextEncoder:
