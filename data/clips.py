@@ -121,7 +121,7 @@ def sample_ids(seed: int, step: int, batch_size: int, num_clips: int) -> list[in
     position, end = step * batch_size, (step + 1) * batch_size
     while position < end:
         epoch, offset = divmod(position, num_clips)
-        order = torch.randperm(num_clips, generator=_generator("order", seed, epoch))
+        order = torch.randperm(num_clips, generator=seeded_generator("order", seed, epoch))
         taken = order[offset : offset + end - position].tolist()
         ids += taken
         position += len(taken)
@@ -138,10 +138,11 @@ def per_sample_generator(seed: int, sample: int, step: int) -> torch.Generator:
     Returns:
         A CPU generator that depends on the arguments alone, never on a rank: a sample is the same wherever it lands.
     """
-    return _generator("sample", seed, sample, step)
+    return seeded_generator("sample", seed, sample, step)
 
 
-def _generator(purpose: str, *numbers: int) -> torch.Generator:
+def seeded_generator(purpose: str, *numbers: int) -> torch.Generator:
+    """A CPU generator for one purpose and these numbers, unrelated to that of any other purpose or numbers."""
     # A hash, since sums such as seed + step would give neighbouring steps and samples the same numbers.
     digest = hashlib.blake2b(repr((purpose, *numbers)).encode(), digest_size=8).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
