@@ -52,13 +52,9 @@ SPREAD_IDS = [f"{strategy}-P2-dp{dp}" for strategy, dp in SPREADS]
 
 
 def use_cpu_accelerator() -> None:
-    """Test modules are not importable by name in workers."""
-    spec = importlib.util.spec_from_file_location("cpu_accelerator", Path(__file__).with_name("cpu_accelerator.py"))
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    module.use()
+    import cpu_accelerator
+
+    cpu_accelerator.use()
 
 
 def build(parallel: ParallelConfig, *, learning_rate: float = 1e-3, seed: int = 0, device: str = "cpu") -> ParallelDiT:

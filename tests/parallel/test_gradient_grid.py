@@ -4,29 +4,17 @@ from __future__ import annotations
 
 import importlib.util
 import itertools
-import sys
-from pathlib import Path
+from collections.abc import Callable, Iterator
 from typing import Any
 
+import gradient_cases as cases
 import pytest
 import torch
 
 from longreel.kernels.numerics import PARALLEL_TOLERANCE
+from longreel.parallel.workers import WorkerPool
 
-
-def _load_cases() -> Any:
-    """gradient_cases.py beside this file, which no path leads to."""
-    spec = importlib.util.spec_from_file_location("gradient_cases", Path(__file__).with_name("gradient_cases.py"))
-    assert spec is not None and spec.loader is not None
-    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-cases = _load_cases()
-
-# What is combined. Placements: (P, samples of each dp rank), which dp ranks hold in different numbers. P = 8 comes with
-# dp = 1 only: two of its groups would be 16 ranks, and the pool of the tests has 8.
+# What is combined. Placements: (P, samples of each dp rank), which dp ranks hold in different numbers.
 STRATEGIES = ("ulysses", "ulysses-chunks", "fastseq-projection", "fastseq-attention", "ring", "usp")
 CONDITIONINGS = ("adaln", "cross", "in_context")
 PLACEMENTS = ((2, (2,)), (2, (2, 1)), (4, (2,)), (4, (1, 2)), (8, (2,)))
@@ -34,8 +22,11 @@ POLICIES = ("none", "full", "keep_attention", "offload")
 ENGINES = ("fsdp2-zero2", "fsdp2-zero3", "ddp", "colossalai")
 MISSING = "ColossalAI is not installed: make setup-colossalai"
 LENGTHS = ("even", "uneven", "packed")
+# 16 ranks, more than the pool of the other tests has: slow, and a covering subset only.
+WIDEST = (8, (1, 2))
 
 Case = tuple[str, str, tuple[int, tuple[int, ...]], str, str, str]
+Outline = tuple[str, str, tuple[int, tuple[int, ...]]]
 
 
 def everything() -> list[Case]:
@@ -47,11 +38,11 @@ def installed() -> bool:
     return importlib.util.find_spec("colossalai") is not None
 
 
-def covering() -> list[Case]:
-    """Every strategy with every conditioning and placement; other choices so that as many triples occur as can."""
+def covering(outlines: list[Outline], per_outline: int = 1) -> list[Case]:
+    """Every outline with other choices, so that as many pairs, and then triples, occur as can."""
     seen: set[tuple[Any, ...]] = set()
     chosen = []
-    for fixed in itertools.product(STRATEGIES, CONDITIONINGS, PLACEMENTS):
+    for fixed in outlines * per_outline:
         options = [(*fixed, *rest) for rest in itertools.product(POLICIES, ENGINES, LENGTHS)]
         best = max(options, key=lambda case: len(groups(case, 2) - seen) * 1000 + len(groups(case, 3) - seen))
         seen |= groups(best, 2) | groups(best, 3)
@@ -59,22 +50,23 @@ def covering() -> list[Case]:
     return chosen
 
 
+def outlines() -> list[Outline]:
+    """Every strategy with every conditioning and placement."""
+    return list(itertools.product(STRATEGIES, CONDITIONINGS, PLACEMENTS))
+
+
 def groups(case: Case, size: int) -> set[tuple[Any, ...]]:
     """Combinations of `size` choices that a case has, each with the place of its axis."""
     return set(itertools.combinations(enumerate(case), size))
 
 
-def parameters(chosen: list[Case]) -> list[Any]:
-    missing = () if installed() else pytest.mark.skip(reason=MISSING)
-    found = []
-    for case in chosen:
-        strategy, conditioning, (degree, counts), policy, engine, lengths = case
-        name = f"{strategy}-{conditioning}-P{degree}-dp{len(counts)}-{policy}-{engine}-{lengths}"
-        found.append(pytest.param(*case, id=name, marks=missing if engine == "colossalai" else ()))
-    return found
+def name(case: Case | Outline) -> str:
+    strategy, conditioning, (degree, counts), *rest = case
+    return "-".join([strategy, conditioning, f"P{degree}", f"dp{len(counts)}", *rest])
 
 
-def check(run_distributed: Any, case: Case) -> None:
+def arguments(case: Case) -> tuple[Any, ...]:
+    """What gradient_cases.parities takes."""
     strategy, conditioning, (degree, counts), policy, engine, lengths = case
     shapes = {
         # Tokens, with the text's where that is in the sequence, that every degree divides.
@@ -82,37 +74,75 @@ def check(run_distributed: Any, case: Case) -> None:
         "uneven": cases.LATENT_SHAPE,
         "packed": None,
     }
-    arguments = cases.tiny_config(conditioning), cases.fp64(strategy, degree, engine, policy), counts
-    world = degree * len(counts)
-    for errors in run_distributed(cases.parity, world, *arguments, torch.float64, shapes[lengths]):
-        assert max(errors.values()) <= PARALLEL_TOLERANCE[torch.float64], errors
+    return cases.tiny_config(conditioning), cases.fp64(strategy, degree, engine, policy), counts, shapes[lengths]
 
 
-AXES = ("strategy", "conditioning", "placement", "policy", "engine", "lengths")
+def check(run: Callable[..., list[Any]], together: list[Case], timeout: float = 120.0) -> None:
+    """Hold cases of one strategy and placement, which run in one call, to the tolerance."""
+    _, _, (degree, counts), *_ = together[0]
+    by_rank = run(cases.parities, degree * len(counts), [arguments(case) for case in together], timeout=timeout)
+    wrong = [
+        f"{name(case)}: {errors}"
+        for case, *of_ranks in zip(together, *by_rank, strict=True)
+        for errors in of_ranks
+        if not max(errors.values()) <= PARALLEL_TOLERANCE[torch.float64]
+    ]
+    assert not wrong, "\n".join(wrong)
 
 
-@pytest.mark.parametrize(AXES, parameters(covering()))
-def test_gradients_equal_one_device(run_distributed, strategy, conditioning, placement, policy, engine, lengths):
-    check(run_distributed, (strategy, conditioning, placement, policy, engine, lengths))
+def marks(engines: set[str]) -> Any:
+    missing = "colossalai" in engines and not installed()
+    return pytest.mark.skip(reason=MISSING) if missing else ()
+
+
+@pytest.mark.parametrize(
+    "case", [pytest.param(case, id=name(case), marks=marks({case[4]})) for case in covering(outlines())]
+)
+def test_gradients_equal_one_device(run_distributed, case):
+    check(run_distributed, [case])
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(AXES, parameters(everything()))
-def test_gradients_equal_one_device_everywhere(
-    run_distributed, strategy, conditioning, placement, policy, engine, lengths
-):
-    check(run_distributed, (strategy, conditioning, placement, policy, engine, lengths))
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("outline", outlines(), ids=name)
+def test_gradients_equal_one_device_everywhere(run_distributed, outline, policy):
+    engines = [engine for engine in ENGINES if engine != "colossalai" or installed()]
+    check(run_distributed, [(*outline, policy, *rest) for rest in itertools.product(engines, LENGTHS)], timeout=3000)
+
+
+@pytest.fixture(scope="module")
+def sixteen_workers() -> Iterator[WorkerPool]:
+    with WorkerPool(16) as pool:
+        yield pool
+
+
+WIDE = covering([(strategy, conditioning, WIDEST) for strategy in STRATEGIES for conditioning in CONDITIONINGS], 2)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_gradients_of_two_groups_of_eight_equal_one_device(sixteen_workers, strategy):
+    together = [case for case in WIDE if case[0] == strategy and (case[4] != "colossalai" or installed())]
+    check(sixteen_workers.run, together, timeout=3000)
 
 
 def test_every_pair_of_choices_is_covered_by_cases_that_run_anywhere():
     # Those that need ColossalAI do not count for pairs without it: where it is missing they are skipped.
-    chosen, possible = ([case for case in some if "colossalai" not in case] for some in (covering(), everything()))
+    some = covering(outlines()), everything()
+    chosen, possible = ([case for case in these if "colossalai" not in case] for these in some)
     assert pairs(chosen) == pairs(possible)
 
 
 @pytest.mark.skipif(not installed(), reason=f"{MISSING}; no pair with it runs")
 def test_every_pair_of_choices_with_colossalai_is_covered():
-    assert pairs(covering()) == pairs(everything())
+    assert pairs(covering(outlines())) == pairs(everything())
+
+
+def test_every_pair_of_choices_is_covered_on_sixteen_ranks():
+    possible = itertools.product(STRATEGIES, CONDITIONINGS, [WIDEST], POLICIES, ENGINES, LENGTHS)
+    assert pairs(WIDE) == pairs(list(possible))
 
 
 def pairs(chosen: list[Case]) -> set[tuple[Any, ...]]:

@@ -33,20 +33,12 @@ def videos(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def accept_cpu() -> None:
-    """Lets ColossalAI train on gloo ranks; see cpu_accelerator.py beside this file."""
-    spec = importlib.util.spec_from_file_location("cpu_accelerator", Path(__file__).with_name("cpu_accelerator.py"))
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    module.use()
-
-
 def train_here(config: TrainConfig) -> None:
     """Runs on every rank."""
     if config.parallel.engine == "colossalai":
-        accept_cpu()
+        import cpu_accelerator
+
+        cpu_accelerator.use()
     Trainer(config, torch.device("cpu")).train()
 
 

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
-from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import gradient_cases as cases
 import pytest
 import torch
 import torch.distributed as dist
@@ -19,18 +17,6 @@ from longreel.parallel.config import ParallelConfig
 from longreel.parallel.engine import full_gradients
 from longreel.parallel.mesh import build_mesh
 from longreel.parallel.parallelize import Batch, ParallelDiT
-
-
-def _load_cases() -> Any:
-    """gradient_cases.py beside this file, which no path leads to."""
-    spec = importlib.util.spec_from_file_location("gradient_cases", Path(__file__).with_name("gradient_cases.py"))
-    assert spec is not None and spec.loader is not None
-    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-cases = _load_cases()
 
 
 def bf16_inputs() -> dict[str, Any]:

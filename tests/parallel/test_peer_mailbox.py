@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
 import random
 import time
 from collections.abc import Callable
-from functools import lru_cache
 from pathlib import Path
-from types import ModuleType
 
 import pytest
+import shared_slots
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -23,17 +21,6 @@ SIZES = (5, 3, 64, 64, 1, 300, 7)
 EVERY_STEP = ["wait-ready", "signal-ready", "wait-read", "signal-read", "after-compute", "arrival"]
 
 
-@lru_cache
-def slots() -> ModuleType:
-    """shared_slots.py beside this file, which no path leads to."""
-    spec = importlib.util.spec_from_file_location("shared_slots", Path(__file__).with_name("shared_slots.py"))
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 def wrong_tensors(folder: Path, rounds: int, omitted: frozenset[str], longest_s: float, late_rank: int | None) -> int:
     """Tensors that differ from what was published for this rank, in rounds like those of a backward; -1 if it stalls.
 
@@ -42,16 +29,16 @@ def wrong_tensors(folder: Path, rounds: int, omitted: frozenset[str], longest_s:
     """
     rank, size = dist.get_rank(), dist.get_world_size()
     group = dist.group.WORLD.group_name
-    compute = slots().Stream()
+    compute = shared_slots.Stream()
     rng = random.Random(rank)
-    random_delay = slots().random_delays(100 + rank, longest_s)
-    behaviour = slots().Behaviour(
+    random_delay = shared_slots.random_delays(100 + rank, longest_s)
+    behaviour = shared_slots.Behaviour(
         lambda step: longest_s if rank == late_rank and step == "read" else random_delay(step),
         omitted,
         compute,
         wait_s=0.5 if omitted else 20.0,
     )
-    gather, pairs = (Mailbox(slots().opener(folder, group, behaviour)) for _ in range(2))
+    gather, pairs = (Mailbox(shared_slots.opener(folder, group, behaviour)) for _ in range(2))
     wrong: list[int] = []
 
     def filled(elements: int, value: float) -> Tensor:
@@ -94,11 +81,11 @@ def wrong_tensors(folder: Path, rounds: int, omitted: frozenset[str], longest_s:
         compute.record().wait()
         for transport in behaviour.opened:
             transport.finish()
-    except slots().Stalled:
+    except shared_slots.Stalled:
         return -1
     finally:
         compute.end()
-        slots().end_streams(behaviour)
+        shared_slots.end_streams(behaviour)
     assert len(wrong) == rounds * (2 * (size - 1) + 4)
     return sum(wrong)
 

@@ -5,15 +5,14 @@ Between CPU processes the transport is shared_slots.py; on GPUs it is symmetric 
 
 from __future__ import annotations
 
-import importlib.util
 from dataclasses import replace
-from functools import lru_cache
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
 import pytest
+import shared_slots
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -40,17 +39,6 @@ CASES = [
 ]
 
 
-@lru_cache
-def slots() -> ModuleType:
-    """shared_slots.py beside this file, which no path leads to."""
-    spec = importlib.util.spec_from_file_location("shared_slots", Path(__file__).with_name("shared_slots.py"))
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 def built(name: str, options: dict[str, Any], exchange: str):
     """The strategy over all ranks; peer access is not asked for."""
     degree = dist.get_world_size()
@@ -75,9 +63,9 @@ def step(sp, seed: int) -> list[Tensor]:
 def differing_rounds(folder: Path, name: str, options: dict[str, Any], rounds: int) -> tuple[int, int]:
     """Rounds in which delayed exchanges through shared memory differ from `p2p`; transports that were opened."""
     p2p, shared = built(name, options, "p2p"), built(name, options, "symmetric")
-    behaviour = slots().Behaviour(slots().random_delays(dist.get_rank(), 2e-3))
+    behaviour = shared_slots.Behaviour(shared_slots.random_delays(dist.get_rank(), 2e-3))
     real, differing = torch.empty_like, 0
-    with slots().shared_memory_groups(folder, behaviour):
+    with shared_slots.shared_memory_groups(folder, behaviour):
         for seed in range(rounds):
             expected = step(p2p, seed)
             # What comm receives into holds NaN before.
@@ -109,9 +97,9 @@ def bytes_moved(folder: Path, name: str, options: dict[str, Any]) -> tuple[int, 
     sp = built(name, options, "symmetric")
     tokens = 4 * sp.degree
     lengths = SequenceLengths(valid=tokens, padded=tokens)
-    behaviour = slots().Behaviour()
+    behaviour = shared_slots.Behaviour()
     x, qkv = torch.randn(1, 4, WIDTH, requires_grad=True), nn.Linear(WIDTH, 3 * WIDTH)
-    with slots().shared_memory_groups(folder, behaviour):
+    with shared_slots.shared_memory_groups(folder, behaviour):
         out = sp.self_attention(x, qkv, num_heads=HEADS, lengths=lengths)
         forward = behaviour.bytes_read
         out.sum().backward()
@@ -135,7 +123,7 @@ def graph_of_two_ranks(folder: Path) -> bool:
     def attention(x: Tensor) -> Tensor:
         return sp.self_attention(x, qkv, num_heads=HEADS, lengths=lengths)
 
-    with slots().shared_memory_groups(folder, slots().Behaviour()):
+    with shared_slots.shared_memory_groups(folder, shared_slots.Behaviour()):
         compiled = torch.compile(attention, fullgraph=True, backend="aot_eager")
         return torch.equal(compiled(x), attention(x))
 
@@ -198,14 +186,14 @@ def test_one_rank_that_cannot_is_told_to_all(run_distributed):
 
 
 def trial(folder: Path, swapped: bool) -> str | None:
-    read = slots().SharedSlots.read
+    read = shared_slots.SharedSlots.read
 
     def wrong_slot(self, owner: int, slot: int, out: Tensor) -> None:
         read(self, dist.get_rank() if swapped else owner, slot, out)
 
     with (
-        slots().shared_memory_groups(folder, slots().Behaviour()),
-        mock.patch.object(slots().SharedSlots, "read", wrong_slot),
+        shared_slots.shared_memory_groups(folder, shared_slots.Behaviour()),
+        mock.patch.object(shared_slots.SharedSlots, "read", wrong_slot),
     ):
         return peer_access.failed_trial(dist.group.WORLD.group_name, torch.device("cpu"))
 

@@ -1,11 +1,9 @@
-"""Models, samples and steps whose gradients tests compare with one device; test files load this one by its path."""
+"""Models, samples and steps whose gradients tests compare with one device."""
 
 from __future__ import annotations
 
 import copy
-import importlib.util
 from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,7 +16,7 @@ from longreel.models.dit import DiT
 from longreel.models.patches import grid_coords, patchify
 from longreel.models.sequence import SequenceLengths
 from longreel.parallel.config import ParallelConfig
-from longreel.parallel.mesh import build_mesh
+from longreel.parallel.mesh import ParallelMesh, build_mesh
 from longreel.parallel.offload import HostStore
 from longreel.parallel.parallelize import Batch, PackedBatch, ParallelDiT
 from longreel.parallel.strategies import Local
@@ -87,6 +85,21 @@ def one_device(model: DiT, data: dict[str, Tensor]) -> tuple[Tensor, Tensor, dic
     return loss.detach(), latents.grad, {name: p.grad for name, p in model.named_parameters()}
 
 
+def parities(
+    cases: list[tuple[DiTConfig, ParallelConfig, tuple[int, ...], tuple[int, ...] | None]],
+) -> list[dict[str, float]]:
+    """parity() in fp64 of many cases that spread a sequence alike, over one mesh: groups are dear to build."""
+    mesh = build_mesh(sp_degree=cases[0][1].sp_degree, ulysses_degree=cases[0][1].ulysses_degree)
+    errors = []
+    for model, parallel, counts, shape in cases:
+        try:
+            errors.append(parity(model, parallel, counts, torch.float64, shape, mesh))
+        except Exception as error:
+            error.add_note(f"case {model}, {parallel}, {counts}, {shape}")
+            raise
+    return errors
+
+
 # Clips of one packed sequence: of one token, of sizes that no degree divides, longer and shorter than a rank's part.
 CLIP_SHAPES = ((3, 6, 10, 4), (1, 2, 2, 4), (2, 6, 4, 4), (5, 2, 6, 4), (1, 4, 2, 4))
 
@@ -121,9 +134,10 @@ def parity(
     counts: tuple[int, ...],
     dtype: torch.dtype,
     shape: tuple[int, ...] | None = LATENT_SHAPE,
+    mesh: ParallelMesh | None = None,
 ) -> dict[str, float]:
     """Largest errors of one step against one device; dp rank d trains counts[d] samples of a shape, or packed clips."""
-    mesh = build_mesh(sp_degree=parallel.sp_degree, ulysses_degree=parallel.ulysses_degree)
+    mesh = mesh or build_mesh(sp_degree=parallel.sp_degree, ulysses_degree=parallel.ulysses_degree)
     shapes = CLIP_SHAPES[: sum(counts)] if shape is None else (shape,) * sum(counts)
     loss0, dx0, grads0 = each_alone(config, shapes, dtype)
 
@@ -139,7 +153,9 @@ def parity(
         stacked = torch.stack(leaves), torch.stack(clips["noise"])
         batch = Batch(latents=stacked[0], noise=stacked[1], global_samples=len(shapes), **fields)
     if parallel.engine == "colossalai":
-        accept_cpu()
+        import cpu_accelerator
+
+        cpu_accelerator.use()
     # Tiny activations leave the device too.
     spread = ParallelDiT(randomised_dit(config, dtype), mesh, parallel, store=HostStore(min_bytes=1))
     if parallel.engine == "colossalai":
@@ -159,15 +175,6 @@ def parity(
         dx_errors.append(relative_error(dx, expected))
     errors = gradient_errors(spread.engine.full_gradients(), grads0)
     return {"loss": relative_error(total, loss0), "dx": max(dx_errors), "dw": max(errors.values())}
-
-
-def accept_cpu() -> None:
-    """Lets ColossalAI train on gloo ranks; see cpu_accelerator.py beside this file."""
-    spec = importlib.util.spec_from_file_location("cpu_accelerator", Path(__file__).with_name("cpu_accelerator.py"))
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    module.use()
 
 
 def fp64(
