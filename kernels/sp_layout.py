@@ -217,7 +217,7 @@ def pack_tokens(x: Tensor, *, num_ranks: int, rows: int | None = None, provider:
         raise ValueError(f"rows {rows} x {num_ranks} ranks hold fewer than the {tokens} tokens of x; use more rows")
     provider = resolve_pointwise_provider(provider, x)
     if batch == 1 and tokens == num_ranks * rows and x.is_contiguous():
-        return x.unflatten(1, (num_ranks, rows)).transpose(0, 1)
+        return x.view(num_ranks, 1, rows, *x.shape[2:])
     return sp_pack_tokens_op(x, num_ranks, rows, provider)
 
 
@@ -244,7 +244,7 @@ def unpack_tokens(packed: Tensor, *, tokens: int | None = None, provider: str = 
         raise ValueError(f"tokens {tokens} must be 0 to {padded}, what packed {list(packed.shape)} holds")
     provider = resolve_pointwise_provider(provider, packed)
     if packed.shape[1] == 1 and packed.is_contiguous():
-        return packed.transpose(0, 1).flatten(1, 2)[:, :tokens]
+        return packed.view(1, padded, *packed.shape[3:]).narrow(1, 0, tokens)
     return sp_unpack_tokens_op(packed, tokens, provider)
 
 

@@ -5,9 +5,8 @@ queries attend to its keys, while the chunk of r - s - 1 is in flight. Partial o
 in the order of the steps: results do not depend on when a chunk arrives. What is left to wait for at the end is one
 P-th of the projection and (2 P - 1) / P^2 of the attention.
 
-Where chunks are whole and of one segment they lie in the order of arrival, the last one first: what is there is one
-range of tokens, so that a step launches two attentions and one merge. At the end tokens are put in their own order.
-Elsewhere they lie in their own order from the start, and what is there is two ranges where it wraps.
+A step launches two attentions and one merge, more where what is there wraps or is packed (chunk_plan.py). Where chunks
+lie in the order of arrival, tokens are put in their own order at the end.
 """
 
 from __future__ import annotations
@@ -23,15 +22,8 @@ from longreel.kernels.lse_merge import merge_attention_op
 from longreel.kernels.pointwise import resolve_pointwise_provider
 from longreel.kernels.reference import compute_dtype
 from longreel.parallel import comm
-from longreel.parallel.strategies.segments import kernel_offsets, score_pairs, window
-
-
-def token_ranges(first: int, last: int, size: int, rows: int, valid: int) -> list[slice]:
-    """Existing tokens of the owners first, first + 1, ..., last (modulo size): one range, or two where they wrap."""
-    if first <= last:
-        start, stop = first * rows, min((last + 1) * rows, valid)
-        return [slice(start, stop)] if start < stop else []
-    return [*token_ranges(0, last, size, rows, valid), *token_ranges(first, size - 1, size, rows, valid)]
+from longreel.parallel.strategies.chunk_plan import Pair, plan_arrivals
+from longreel.parallel.strategies.segments import kernel_offsets
 
 
 def gather_project_attend(
@@ -56,71 +48,77 @@ def gather_project_attend(
         keep_qkv: whether q_heads are wanted; without, they are what was there last, in any order.
 
     Returns:
-        q_heads [B, P s, 3, h, D], out [B, S, h, D] and lse [B, h, S].
+        q_heads [B, P s, 3, h, D] with zeros in the padding, out [B, S, h, D] and lse [B, h, S].
     """
     size, rank = comm.group_size(group), comm.group_rank(group)
     batch, rows, _ = x.shape
     qkv = x.new_empty(batch, size * rows, 3, heads, weight.shape[0] // (3 * heads))
-    chunks = qkv.view(batch, size, rows, -1)
-    valid = offsets[-1]
-    merged = _Merged(qkv, offsets)
-    # The owner in the first place of the buffer; its own chunk is the last one where places are by arrival.
-    first = (rank + 1) % size if len(offsets) == 2 and valid == size * rows else 0
-    last = (rank - first) % size
-    for step, (owner, chunk) in enumerate(comm.ring_chunks(x, group)):
-        place = (owner - first) % size
-        chunks.select(1, place).copy_(F.linear(chunk, weight, bias))
+    projected = qkv.flatten(2)
+    plan = plan_arrivals(tuple(offsets), size, rank, rows)
+    merged = _Merged(qkv, offsets[-1], scale, provider)
+    arriving = comm.ring_chunks(x, group)
+    for pairs, (owner, chunk) in zip(plan.steps, arriving, strict=True):
+        place = plan.places[owner]
+        num_new = place.stop - place.start
+        projected.narrow(1, place.start, num_new).copy_(F.linear(chunk.narrow(1, 0, num_new), weight, bias))
         if gathered is not None:
             gathered.select(0, owner).copy_(chunk)
-        for new in token_ranges(place, place, size, rows, valid):
-            for keys in token_ranges(place, last, size, rows, valid):
-                merged.attend(new, keys, scale, provider)
-            for earlier in token_ranges((place + 1) % size, last, size, rows, valid) if step else ():
-                merged.attend(earlier, new, scale, provider)
+        # Not held while the one after next comes.
+        del chunk
+        for pair in pairs:
+            merged.attend(pair)
     out, lse = merged.result()
     out = out.to(x.dtype)
-    if first:
-        shift = first * rows
-        out, lse = out.roll(shift, 1), lse.roll(shift, 2)
-        qkv = qkv.roll(shift, 1) if keep_qkv else qkv
+    if plan.shift:
+        out, lse = out.roll(plan.shift, 1), lse.roll(plan.shift, 2)
+    if keep_qkv:
+        qkv = _in_order(qkv, plan.shift, offsets[-1])
     return qkv, out, lse
+
+
+def _in_order(qkv: Tensor, shift: int, valid: int) -> Tensor:
+    """Its first `valid` rows moved on by `shift`, those at the end to the front; zeros in the other rows."""
+    padding = qkv.shape[1] - valid
+    if shift and not padding:
+        return qkv.roll(shift, 1)
+    if shift:
+        moved = torch.empty_like(qkv)
+        moved.narrow(1, shift, valid - shift).copy_(qkv.narrow(1, 0, valid - shift))
+        moved.narrow(1, 0, shift).copy_(qkv.narrow(1, valid - shift, shift))
+        qkv = moved
+    if padding:
+        qkv.narrow(1, valid, padding).zero_()
+    return qkv
 
 
 class _Merged:
     """Attention over the pairs of query and key ranges so far, in fp32, in pieces that grow together."""
 
-    def __init__(self, qkv: Tensor, offsets: Sequence[int]) -> None:
+    def __init__(self, qkv: Tensor, valid: int, scale: float, provider: str) -> None:
         self._q, self._k, self._v = qkv.unbind(2)
-        self._offsets = offsets
+        self._valid, self._scale, self._provider = valid, scale, provider
         self._dtype = compute_dtype(qkv.dtype)
         self._merge = resolve_pointwise_provider("auto", qkv)
         # By first token: end, out and lse.
         self._pieces: dict[int, tuple[int, Tensor, Tensor]] = {}
 
-    def attend(self, queries: slice, keys: slice, scale: float, provider: str) -> None:
-        """Add the keys to what the queries have seen. Pieces that queries touch lie within them."""
-        segments: tuple[Tensor | None, Tensor | None] = None, None
-        # A single segment has all tokens of any range: this runs 2 P - 1 times in every layer.
-        if len(self._offsets) > 2:
-            offsets_q = window(self._offsets, queries.start, queries.stop)
-            offsets_k = window(self._offsets, keys.start, keys.stop)
-            if not score_pairs(offsets_q, offsets_k):
-                return
-            device = self._q.device
-            segments = kernel_offsets(offsets_q, device), kernel_offsets(offsets_k, device)
-        q = self._q.narrow(1, queries.start, queries.stop - queries.start)
-        num_keys = keys.stop - keys.start
-        k, v = self._k.narrow(1, keys.start, num_keys), self._v.narrow(1, keys.start, num_keys)
-        out, lse = attention_op(q, k, v, scale, *segments, provider)
-        out = out.to(self._dtype)
-        if (before := self._take(queries.start, queries.stop)) is not None:
+    def attend(self, pair: Pair) -> None:
+        """Add the pair's keys to what its queries have seen. Pieces that queries touch lie within them."""
+        start, stop = pair.queries.start, pair.queries.stop
+        first, num_keys = pair.keys.start, pair.keys.stop - pair.keys.start
+        q = self._q.narrow(1, start, stop - start)
+        k, v = self._k.narrow(1, first, num_keys), self._v.narrow(1, first, num_keys)
+        segments = kernel_offsets(pair.offsets_q, q), kernel_offsets(pair.offsets_k, q)
+        out, lse = attention_op(q, k, v, self._scale, *segments, self._provider)
+        if out.dtype != self._dtype:
+            out = out.to(self._dtype)
+        if (before := self._take(start, stop)) is not None:
             out, lse = merge_attention_op(*before, out, lse, self._merge)
-        self._pieces[queries.start] = queries.stop, out, lse
+        self._pieces[start] = stop, out, lse
 
     def result(self) -> tuple[Tensor, Tensor]:
         """out and lse of all tokens."""
-        valid = self._offsets[-1]
-        return self._take(0, valid) or self._nothing(valid)
+        return self._take(0, self._valid) or self._nothing(self._valid)
 
     def _take(self, start: int, stop: int) -> tuple[Tensor, Tensor] | None:
         """The pieces from start to stop as one, removed; None where there are none."""

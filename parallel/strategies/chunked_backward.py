@@ -1,9 +1,10 @@
 """FastSeq's backward with attention in the order in which chunks are done, so that transfers hide behind attention too.
 
-Step s of P works off owner r + s + 1, this rank's own chunk being the last: its queries against the keys of all chunks
-that are left, and the other queries that are left against its keys. Then dQ, dK and dV of that chunk are complete: its
-share of dX leaves for the owner and its share of dW is added while the next step's attention runs; the x of the next
-owner arrives meanwhile. Work per step shrinks from (2 P - 1) / P^2 of the attention to 1 / P^2.
+Each of P steps works off one chunk, that of r + 1, r + 2, ... and this rank's own as the last (chunk_plan.py): its
+queries against the keys of all chunks that are left, and the other queries that are left against its keys. Then dQ, dK
+and dV of that chunk are complete: its share of dX leaves for the owner and its share of dW is added while the next
+step's attention runs; the x of the next owner arrives meanwhile. Work per step shrinks from (2 P - 1) / P^2 of the
+attention to 1 / P^2.
 Gradients of queries and keys are summed in fp32, in a fixed order: results do not depend on arrival.
 """
 
@@ -17,9 +18,9 @@ from torch import Tensor
 from longreel.kernels.attention import attention_backward_op
 from longreel.kernels.reference import compute_dtype
 from longreel.parallel import comm
-from longreel.parallel.strategies.chunked_attention import token_ranges
+from longreel.parallel.strategies.chunk_plan import Pair, plan_departures
 from longreel.parallel.strategies.gather_project import own_heads, spread_heads
-from longreel.parallel.strategies.segments import kernel_offsets, score_pairs, window
+from longreel.parallel.strategies.segments import kernel_offsets
 
 
 def attend_project_backward(
@@ -47,7 +48,7 @@ def attend_project_backward(
     """
     size, rank = comm.group_size(group), comm.group_rank(group)
     batch, rows, _ = x.shape
-    gradients = _Gradients(dout, qkv, out, lse, offsets, scale, provider)
+    gradients = _Gradients(dout, qkv, out, lse, scale, provider)
     matrix, _ = own_heads(weight, None, 3, num_heads, group)
     dtype = compute_dtype(x.dtype)
     dmatrix = torch.zeros(matrix.shape, dtype=dtype, device=x.device)
@@ -56,9 +57,11 @@ def attend_project_backward(
     x = x.contiguous()
     arriving = _fetch(x, 1, group) if gathered is None and size > 1 else None
     leaving: comm.Exchange | None = None
-    for step in range(1, size + 1):
+    for step, pairs in enumerate(plan_departures(tuple(offsets), size, rank, rows), 1):
         owner = (rank + step) % size
-        done = gradients.work_off(owner, rank, size, rows).view(batch, rows, -1).to(x.dtype)
+        for pair in pairs:
+            gradients.add(pair)
+        done = gradients.sums.narrow(1, owner * rows, rows).view(batch, rows, -1).to(x.dtype)
         if owner == rank:
             chunk = x
         elif gathered is not None:
@@ -89,37 +92,14 @@ def _fetch(x: Tensor, step: int, group: str) -> comm.Exchange:
 class _Gradients:
     """dQ, dK and dV of this rank's heads, by pairs of query and key ranges, in fp32."""
 
-    def __init__(
-        self,
-        dout: Tensor,
-        qkv: Tensor,
-        out: Tensor,
-        lse: Tensor,
-        offsets: Sequence[int],
-        scale: float,
-        provider: str,
-    ) -> None:
+    def __init__(self, dout: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, scale: float, provider: str) -> None:
         self._dout, self._qkv, self._out, self._lse = dout, qkv, out, lse
-        self._offsets, self._scale, self._provider = offsets, scale, provider
-        self._sums = torch.zeros(qkv.shape, dtype=compute_dtype(qkv.dtype), device=qkv.device)
+        self._scale, self._provider = scale, provider
+        self.sums = torch.zeros(qkv.shape, dtype=compute_dtype(qkv.dtype), device=qkv.device)
 
-    def work_off(self, owner: int, last: int, size: int, rows: int) -> Tensor:
-        """Gradients of the owner's tokens, [B, rows, 3, h, D], complete when called for each owner up to the last."""
-        valid = self._offsets[-1]
-        others = token_ranges((owner + 1) % size, last, size, rows, valid) if owner != last else []
-        for own in token_ranges(owner, owner, size, rows, valid):
-            for keys in token_ranges(owner, last, size, rows, valid):
-                self._add(own, keys)
-            for queries in others:
-                self._add(queries, own)
-        return self._sums.narrow(1, owner * rows, rows)
-
-    def _add(self, queries: slice, keys: slice) -> None:
-        offsets_q = window(self._offsets, queries.start, queries.stop)
-        offsets_k = window(self._offsets, keys.start, keys.stop)
-        if not score_pairs(offsets_q, offsets_k):
-            return
-        device = self._qkv.device
+    def add(self, pair: Pair) -> None:
+        """What the pair's queries and keys owe each other."""
+        queries, keys = pair.queries, pair.keys
         dq, dk, dv = attention_backward_op(
             self._dout[:, queries],
             None,
@@ -129,10 +109,10 @@ class _Gradients:
             self._out[:, queries],
             self._lse[:, :, queries].contiguous(),
             self._scale,
-            kernel_offsets(offsets_q, device),
-            kernel_offsets(offsets_k, device),
+            kernel_offsets(pair.offsets_q, self._qkv),
+            kernel_offsets(pair.offsets_k, self._qkv),
             self._provider,
         )
-        self._sums[:, queries, 0] += dq
-        self._sums[:, keys, 1] += dk
-        self._sums[:, keys, 2] += dv
+        self.sums[:, queries, 0] += dq
+        self.sums[:, keys, 1] += dk
+        self.sums[:, keys, 2] += dv

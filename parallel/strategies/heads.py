@@ -34,11 +34,11 @@ def attend(
         offsets_q, offsets_k: cu_seqlens of the sequences, on the host (see segments.py).
     """
     queries = q_heads[:, : offsets_q[-1]]
-    cu_seqlens_q = kernel_offsets(offsets_q, q_heads.device)
+    cu_seqlens_q = kernel_offsets(offsets_q, q_heads)
     if q_heads.shape[2] == 3:
         return attention_packed_op(queries, scale, cu_seqlens_q, provider)
     k, v = kv_heads[:, : offsets_k[-1]].unbind(2)
-    cu_seqlens_k = kernel_offsets(offsets_k, q_heads.device)
+    cu_seqlens_k = kernel_offsets(offsets_k, q_heads)
     return attention_op(queries[:, :, 0], k, v, scale, cu_seqlens_q, cu_seqlens_k, provider)
 
 
@@ -55,11 +55,11 @@ def attend_backward(
 ) -> tuple[Tensor, Tensor]:
     """Gradients of the valid rows of q_heads and kv_heads, which padding has none of; dout is [B, S_pad, h, D]."""
     dout, queries = dout[:, : offsets_q[-1]], q_heads[:, : offsets_q[-1]]
-    cu_seqlens_q = kernel_offsets(offsets_q, q_heads.device)
+    cu_seqlens_q = kernel_offsets(offsets_q, q_heads)
     if q_heads.shape[2] == 3:
         return attention_packed_backward_op(dout, None, queries, out, lse, scale, cu_seqlens_q, provider), kv_heads
     k, v = kv_heads[:, : offsets_k[-1]].unbind(2)
-    cu_seqlens_k = kernel_offsets(offsets_k, q_heads.device)
+    cu_seqlens_k = kernel_offsets(offsets_k, q_heads)
     dq, dk, dv = attention_backward_op(
         dout, None, queries[:, :, 0], k, v, out, lse, scale, cu_seqlens_q, cu_seqlens_k, provider
     )

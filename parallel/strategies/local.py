@@ -33,7 +33,7 @@ class Local:
     def self_attention(self, x: Tensor, qkv: nn.Linear, *, num_heads: int, lengths: SequenceLengths) -> Tensor:
         """See longreel.models.sequence.SequenceParallel."""
         _check_unpadded(lengths)
-        cu_seqlens = kernel_offsets(lengths.offsets, x.device)
+        cu_seqlens = kernel_offsets(lengths.offsets, x)
         projected = qkv(x).unflatten(-1, (3, num_heads, -1))
         out, _ = attention_packed(projected, cu_seqlens=cu_seqlens, provider=self.provider)
         return out.flatten(2)

@@ -12,6 +12,7 @@ Source: Liu et al. 2023, Ring Attention (arXiv:2310.01889), for the rotation; Fl
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -23,6 +24,9 @@ from longreel.kernels.reference import compute_dtype
 from longreel.parallel import comm
 from longreel.parallel.strategies.layout import pad_tokens
 from longreel.parallel.strategies.segments import kernel_offsets, part_offsets, score_pairs
+
+# Parts of so many sets of lengths.
+_KEPT = 32
 
 
 def ring_attend(
@@ -44,23 +48,35 @@ def ring_attend(
     Returns:
         out [B, n, H, D] and lse [B, H, n].
     """
-    batch, rows, heads, _ = q.shape
     dtype = compute_dtype(q.dtype)
     merge = resolve_pointwise_provider("auto", q)
-    out = torch.zeros(q.shape, dtype=dtype, device=q.device)
-    lse = torch.full((batch, heads, rows), float("-inf"), dtype=dtype, device=q.device)
-    for step, (owner, chunk) in enumerate(comm.rotating_chunks(kv, group)):
-        chunk_k = part_offsets(offsets_k, kv.shape[1], owner)
-        if not score_pairs(offsets_q, chunk_k):
+    parts = _meeting_parts(tuple(offsets_q), tuple(offsets_k), kv.shape[1], comm.group_size(group))
+    segments_q = kernel_offsets(offsets_q, q)
+    merged: tuple[Tensor, Tensor] | None = None
+    for owner, chunk in comm.rotating_chunks(kv, group):
+        chunk_k = parts[owner]
+        if chunk_k is None:
             continue
-        k, v = chunk[:, : chunk_k[-1]].unbind(2)
-        segments = kernel_offsets(offsets_q, q.device), kernel_offsets(chunk_k, q.device)
-        part, part_lse = attention_op(q, k, v, scale, *segments, provider)
-        if step:
-            out, lse = merge_attention_op(out, lse, part.to(dtype), part_lse, merge)
-        else:
-            out, lse = part.to(dtype), part_lse
+        k, v = chunk.narrow(1, 0, chunk_k[-1]).unbind(2)
+        out, lse = attention_op(q, k, v, scale, segments_q, kernel_offsets(chunk_k, q), provider)
+        if out.dtype != dtype:
+            out = out.to(dtype)
+        merged = (out, lse) if merged is None else merge_attention_op(*merged, out, lse, merge)
+    if merged is None:
+        batch, rows, heads, _ = q.shape
+        nothing = torch.full((batch, heads, rows), float("-inf"), dtype=dtype, device=q.device)
+        return torch.zeros(q.shape, dtype=q.dtype, device=q.device), nothing
+    out, lse = merged
     return out.to(q.dtype), lse
+
+
+@lru_cache(_KEPT)
+def _meeting_parts(
+    offsets_q: tuple[int, ...], offsets_k: tuple[int, ...], rows: int, size: int
+) -> tuple[tuple[int, ...] | None, ...]:
+    """Of each rank's part of `rows` keys its offsets, or None where no query of offsets_q meets one of them."""
+    parts = [part_offsets(offsets_k, rows, owner) for owner in range(size)]
+    return tuple(part if score_pairs(offsets_q, part) else None for part in parts)
 
 
 def ring_attend_backward(
@@ -82,14 +98,16 @@ def ring_attend_backward(
     """
     size = comm.group_size(group)
     dtype = compute_dtype(q.dtype)
+    parts = _meeting_parts(tuple(offsets_q), tuple(offsets_k), kv.shape[1], size)
+    segments_q = kernel_offsets(offsets_q, q)
     dq = torch.zeros(q.shape, dtype=dtype, device=q.device)
     dkv = torch.zeros(kv.shape, dtype=dtype, device=kv.device)
     flight: comm.Exchange | None = None
     for step, (owner, chunk) in enumerate(comm.rotating_chunks(kv, group)):
-        chunk_k = part_offsets(offsets_k, kv.shape[1], owner)
-        if score_pairs(offsets_q, chunk_k):
+        chunk_k = parts[owner]
+        if chunk_k is not None:
             k, v = chunk[:, : chunk_k[-1]].unbind(2)
-            segments = kernel_offsets(offsets_q, q.device), kernel_offsets(chunk_k, q.device)
+            segments = segments_q, kernel_offsets(chunk_k, q)
             dq_share, *dkv_share = attention_backward_op(dout, None, q, k, v, out, lse, scale, *segments, provider)
             dq += dq_share
             share = pad_tokens(torch.stack(dkv_share, dim=2), kv.shape[1])

@@ -28,19 +28,21 @@ def part_offsets(offsets: Sequence[int], rows: int, owner: int) -> tuple[int, ..
     return window(offsets, owner * rows, (owner + 1) * rows)
 
 
-def kernel_offsets(offsets: Sequence[int], device: torch.device) -> Tensor | None:
-    """Offsets as attention takes them: int64 [N + 1] on device, or None for a single segment."""
-    if len(offsets) == 2:
+def kernel_offsets(offsets: Sequence[int] | None, like: Tensor) -> Tensor | None:
+    """Offsets as attention takes them: int64 [N + 1] beside a tensor, or None for a single segment."""
+    if offsets is None or len(offsets) == 2:
         return None
-    if device.type == "cpu":
-        # Not kept: a tensor made while tensors are fake would be fake for ever.
-        return torch.tensor(offsets)
-    return _device_offsets(tuple(offsets), device)
+    if type(like) is not Tensor or torch.compiler.is_compiling():
+        # Not kept: what is made while tensors are fake would be fake for ever.
+        return torch.tensor(offsets, device=like.device)
+    return _kept_offsets(tuple(offsets), like.device)
 
 
 @lru_cache(_KEPT)
-def _device_offsets(offsets: tuple[int, ...], device: torch.device) -> Tensor:
-    return torch.tensor(offsets, device=device)
+def _kept_offsets(offsets: tuple[int, ...], device: torch.device) -> Tensor:
+    # Sampling under inference mode may ask first, training later.
+    with torch.inference_mode(False):
+        return torch.tensor(offsets, device=device)
 
 
 def score_pairs(offsets_q: Sequence[int], offsets_k: Sequence[int]) -> int:

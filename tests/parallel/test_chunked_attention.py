@@ -33,6 +33,7 @@ def errors(offsets: list[int], keep_qkv: bool) -> tuple[float, float, float]:
     group = build_mesh(sp_degree=size).sp_group
     q_heads, out, lse = gather_project_attend(own, weight, bias, HEADS, offsets, 0.5, "torch", group, keep_qkv=keep_qkv)
     expected = F.linear(x, weight, bias).view(BATCH, size * ROWS, 3, HEADS, 4)
+    expected[:, offsets[-1] :] = 0
     expected_out, expected_lse = dense(expected, offsets)
     kept = float((q_heads - expected).abs().max()) if keep_qkv else 0.0
     return float((out - expected_out).abs().max()), float((lse - expected_lse).abs().max()), kept
@@ -45,7 +46,9 @@ def errors(offsets: list[int], keep_qkv: bool) -> tuple[float, float, float]:
         # Tokens lie in the order of arrival here, which nobody sees where they are not kept.
         pytest.param([0, 24], False, id="whole-lean"),
         pytest.param([0, 20], True, id="padded"),
+        pytest.param([0, 20], False, id="padded-lean"),
         pytest.param([0, 5], True, id="ranks-of-padding"),
+        pytest.param([0, 12], True, id="half-of-padding"),
         # Most pairs of ranges share no clip, and pieces have gaps between them.
         pytest.param([0, 5, 6, 13, 24], True, id="packed"),
         pytest.param([0, 6, 12, 18, 24], True, id="a-clip-a-rank"),
