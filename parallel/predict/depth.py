@@ -14,8 +14,6 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from torch._subclasses.fake_tensor import FakeTensorMode
-
 from longreel.models.config import DiTConfig
 from longreel.models.dit import DiT
 from longreel.parallel.config import ParallelConfig
@@ -23,6 +21,7 @@ from longreel.parallel.mesh import ParallelMesh
 from longreel.parallel.parallelize import ParallelDiT
 from longreel.parallel.predict.ledger import OpCost, OpLedger
 from longreel.parallel.predict.lifetimes import StorageTracker
+from longreel.parallel.predict.shapes import ShapesOnly
 from longreel.parallel.predict.step import (
     SizesOnly,
     StepTrace,
@@ -63,7 +62,7 @@ class OptimizerTrace:
 def trace_optimizer(config: DiTConfig, parallel: ParallelConfig, mesh: ParallelMesh) -> OptimizerTrace:
     """Run one optimizer step on fake tensors, at the depth given."""
     ledger = OpLedger()
-    with FakeTensorMode(), StorageTracker(ledger) as tracker:
+    with ShapesOnly(), StorageTracker(ledger) as tracker:
         parallel_model = ParallelDiT(DiT(config), mesh, parallel)
         parameters = tracker.current
         optimizer = build_optimizer(parallel_model)
@@ -113,7 +112,7 @@ def step_at_depth(
     if config.depth <= blocks:
         return trace_step(config, parallel, mesh, latent_size=latent_size, batch=batch, open_pointwise=open_pointwise)
     ledger = OpLedger(open_pointwise=open_pointwise)
-    with FakeTensorMode(), StorageTracker(ledger) as tracker:
+    with ShapesOnly(), StorageTracker(ledger) as tracker:
         store = SizesOnly()
         parallel_model = ParallelDiT(DiT(replace(config, depth=blocks)), mesh, parallel, store=store)
         data = fake_batch(parallel_model, latent_size, batch)

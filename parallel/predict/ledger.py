@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, Literal
 
 import torch
@@ -20,10 +21,10 @@ from torch import Tensor
 
 # Private: the Python function behind a torch.library.custom_op. Used in this file only.
 from torch._library.custom_ops import OPDEFS
-from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from longreel.parallel import comm
+from longreel.parallel.predict.lifetimes import tensors_in
 
 Kind = Literal["matmul", "attention", "memory", "collective"]
 
@@ -107,7 +108,7 @@ class OpLedger:
         return self._open_pointwise or not _is_kernel(func)
 
     def _price(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
-        if func.is_view or _name(func) == "_unsafe_view":
+        if _is_view(func):
             return
         scope = next((_name(f) for f in self._open if not _is_attention(f)), "")
         group, head_dim, flops = "", 0, 0
@@ -126,7 +127,7 @@ class OpLedger:
             flops = formula(*args, **kwargs, out_val=result)
             kind = "attention" if _is_attention(func) else "matmul"
             head_dim = result[0].shape[-1] if kind == "attention" else 0
-        moved = sum(t.numel() * t.element_size() for t in tree_leaves((args, kwargs, result)) if isinstance(t, Tensor))
+        moved = sum(_bytes(tensor) for tensor in tensors_in((args, tuple(kwargs.values()), result)))
         # Allocation alone moves nothing.
         if moved and not _name(func).startswith(("empty", "new_empty")):
             self.costs[OpCost(kind, _name(func), self.phase, scope, flops, moved, group, head_dim)] += 1
@@ -136,14 +137,22 @@ def _body(func: Any) -> Callable[..., Any]:
     return OPDEFS[f"longreel::{_name(func)}"]._init_fn
 
 
+@cache
 def _name(func: Any) -> str:
     return func.overloadpacket.__name__
 
 
+@cache
+def _is_view(func: Any) -> bool:
+    return func.is_view or _name(func) == "_unsafe_view"
+
+
+@cache
 def _is_attention(func: Any) -> bool:
     return func.namespace == "longreel" and _name(func).startswith("attention")
 
 
+@cache
 def _is_memory_bound(func: Any) -> bool:
     """Whether func is one of longreel.kernels but attention: pointwise ops, layout changes, the merge by lse."""
     return func.namespace == "longreel" and not _is_attention(func) and _is_kernel(func)
@@ -169,7 +178,7 @@ def _workspace(func: Any, args: tuple[Any, ...]) -> int:
 
 def _sent(func: Any, args: tuple[Any, ...]) -> tuple[int, str]:
     """Bytes this rank sends to others in a c10d op, and its group's name; 0 for the receiving side."""
-    tensors = [t for t in tree_leaves(args) if isinstance(t, Tensor)]
+    tensors = list(tensors_in(args))
     pg = next(a for a in args if isinstance(a, torch.ScriptObject))
     group = dist.ProcessGroup.unbox(pg)
     size = group.size()

@@ -1,4 +1,4 @@
-"""One training step of one rank on fake tensors: the real model, strategy, engine and optimizer, no data and no GPU."""
+"""One training step of one rank on tensors without data: the real model, strategy, engine and optimizer, and no GPU."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from longreel.models.config import DiTConfig
 from longreel.models.dit import DiT, takes_text
@@ -21,6 +20,7 @@ from longreel.parallel.offload import HostStore, HostTensor
 from longreel.parallel.parallelize import Batch, ParallelDiT
 from longreel.parallel.predict.ledger import OpCost, OpLedger
 from longreel.parallel.predict.lifetimes import StorageTracker
+from longreel.parallel.predict.shapes import ShapesOnly
 
 _COLLECTIVES = {
     "alltoall_base_": "all_to_all",
@@ -117,7 +117,7 @@ def trace_step(
         open_pointwise: see OpLedger.
     """
     ledger = OpLedger(open_pointwise=open_pointwise)
-    with FakeTensorMode(), StorageTracker(ledger) as tracker:
+    with ShapesOnly(), StorageTracker(ledger) as tracker:
         store = SizesOnly()
         parallel_model = ParallelDiT(DiT(config), mesh, parallel, store=store)
         optimizer = build_optimizer(parallel_model)
