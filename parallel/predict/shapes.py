@@ -57,7 +57,7 @@ class ShapesOnly(TorchDispatchMode):
 
 
 def _collective(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """What c10d's op returns: its handle from a call on empty tensors, as `meta` has no kernels of it, and args' own."""
+    """What c10d's op returns: its handle by a call on empty tensors, as it has no kernel for `meta`, and args' own."""
     result = func(*(_emptied(argument) for argument in args), **kwargs)
     # Ops that return tensors return their first argument, before the handle.
     return (args[0], *result[1:]) if isinstance(result, tuple) else result
