@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from functools import cache
 from typing import Any
-from unittest import mock
 
 import torch
 from torch import Tensor
@@ -31,19 +30,16 @@ class ShapesOnly(TorchDispatchMode):
     Nothing in it can read a value: `.item()` raises.
     """
 
-    def __init__(self) -> None:
-        super().__init__()
-        # FSDP2 wants parameters with data before the first step; there is none to come.
-        self._unchecked = mock.patch.object(FSDPParamGroup, "_validate_no_meta_params", lambda group: None)
-
     def __enter__(self) -> ShapesOnly:
-        self._unchecked.start()
+        # FSDP2 wants parameters with data before the first step; there is none to come.
+        self._check = FSDPParamGroup._validate_no_meta_params
+        FSDPParamGroup._validate_no_meta_params = _unchecked  # type: ignore[method-assign]
         super().__enter__()
         return self
 
     def __exit__(self, *exc: Any) -> None:
         super().__exit__(*exc)
-        self._unchecked.stop()
+        FSDPParamGroup._validate_no_meta_params = self._check  # type: ignore[method-assign]
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -54,6 +50,10 @@ class ShapesOnly(TorchDispatchMode):
         if _makes_tensors(func) and (kwargs.get("device") is not None or not any(isinstance(a, Tensor) for a in args)):
             kwargs = {**kwargs, "device": _META}
         return func(*args, **kwargs)
+
+
+def _unchecked(group: FSDPParamGroup) -> None:
+    """In place of FSDP2's check."""
 
 
 def _collective(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
