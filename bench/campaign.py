@@ -17,7 +17,7 @@ from longreel.bench.campaign_validate import gpu_parts, rehearsed_parts
 from longreel.bench.console import prepare_folder
 from longreel.bench.micro_options import check_device, names
 from longreel.bench.micro_sweep import load, run_label
-from longreel.parallel.command_line import parse_arguments
+from longreel.data.command_line import parse_arguments
 from longreel.parallel.workers import WorkerPool
 
 

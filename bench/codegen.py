@@ -12,7 +12,7 @@ import tyro
 
 from longreel.bench.codegen_report import compile_all, write_report
 from longreel.bench.kernel_list import HEAD_DIMS, kernel_cases
-from longreel.parallel.command_line import parse_arguments
+from longreel.data.command_line import parse_arguments
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -21,7 +21,7 @@ from longreel.bench import provenance
 from longreel.bench.cases import Sweep
 from longreel.bench.options import SweepConfig
 from longreel.bench.run import num_points, pool_width, run_sweep
-from longreel.parallel.command_line import parse_arguments
+from longreel.data.command_line import parse_arguments
 from longreel.parallel.workers import WorkerPool
 from longreel.reports import formatting, store
 from longreel.reports.html import check_ours, write_report

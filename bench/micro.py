@@ -12,7 +12,7 @@ from longreel.bench import op_provenance
 from longreel.bench.console import prepare_folder
 from longreel.bench.micro_options import MicroConfig
 from longreel.bench.micro_sweep import load, run_plan
-from longreel.parallel.command_line import parse_arguments
+from longreel.data.command_line import parse_arguments
 from longreel.parallel.workers import WorkerPool
 from longreel.reports.op_report import write_op_report
 from longreel.reports.op_summary import summary_lines

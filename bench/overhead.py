@@ -19,11 +19,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from longreel.data.command_line import parse_arguments
 from longreel.kernels.attention import attention_op, attention_packed_op
 from longreel.kernels.lse_merge import merge_attention_op
 from longreel.kernels.sp_layout import sp_pack_heads_op, sp_pack_tokens_op, sp_unpack_heads_op, sp_unpack_tokens_op
 from longreel.models.sequence import SequenceLengths
-from longreel.parallel.command_line import parse_arguments
 from longreel.parallel.config import ParallelConfig
 from longreel.parallel.mesh import build_mesh
 from longreel.parallel.predict.fake_world import fake_world

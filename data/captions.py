@@ -1,10 +1,25 @@
-"""The captions file: a JSON list of {"file": relative path, "captions": [one caption or more]}."""
+"""The captions file: JSON, JSON lines or CSV.
+
+- `.json`: a list of {"file": relative path, "captions": [one caption or more]};
+- `.jsonl`: one such object per line;
+- `.csv`: a header with the columns `path` and `text`; several rows of one path are its captions.
+"""
 
 from __future__ import annotations
 
+import csv
+import io
 import json
+import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePath
+
+_SUFFIXES = (".json", ".jsonl", ".csv")
+# Longer than any caption; Python's own limit is 128 KiB.
+_CSV_FIELD_LIMIT = 1 << 30
+# What `surrogateescape` makes of bytes that are not UTF-8.
+_NOT_UTF8 = re.compile("[\udc80-\udcff]")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -20,11 +35,25 @@ class CaptionedFile:
     captions: tuple[str, ...]
 
 
-def load_captions(path: Path) -> list[CaptionedFile]:
-    """Read and check a captions file.
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CaptionProblem:
+    """An entry that cannot be used, or not as it stands.
 
     Args:
-        path: JSON file holding a list of {"file", "captions"}; other keys of an entry are ignored.
+        where: `path: entry N` or `path: line N`. reason: one line.
+        merged: the captions joined those of an earlier entry of the same file, so nothing is lost.
+    """
+
+    where: str
+    reason: str
+    merged: bool = False
+
+
+def load_captions(path: Path) -> list[CaptionedFile]:
+    """Read a captions file whose every entry must be right.
+
+    Args:
+        path: `.json`, `.jsonl` or `.csv`; other keys and columns are ignored.
 
     Returns:
         The entries, in the order of the file.
@@ -34,57 +63,144 @@ def load_captions(path: Path) -> list[CaptionedFile]:
             key of the entry for a wrong structure.
         OSError: the file cannot be read.
     """
-    entries = _parse(path)
+    if path.suffix == ".json":
+        _decode(path, path.read_bytes())
+    entries, problems = read_captions(path)
+    if problems:
+        raise ValueError(f"{problems[0].where}: {problems[0].reason}")
+    return entries
+
+
+def read_captions(path: Path) -> tuple[list[CaptionedFile], list[CaptionProblem]]:
+    """Read a captions file and leave out the entries that are wrong, for folders too large to be right everywhere.
+
+    Args:
+        path: as of load_captions.
+
+    Returns:
+        (usable entries in the order of the file, what was wrong with the others).
+
+    Raises:
+        ValueError: the file as a whole is no captions file: broken JSON, not a list, no such columns, no entry, another
+            suffix.
+        OSError: the file cannot be read.
+    """
+    if path.suffix not in _SUFFIXES:
+        raise ValueError(f"{path}: a captions file ends in {', '.join(_SUFFIXES)}")
+    read = {".json": _json_entries, ".jsonl": _jsonl_entries, ".csv": _csv_entries}[path.suffix]
+    loaded: dict[PurePath, CaptionedFile] = {}
+    first_at: dict[PurePath, str] = {}
+    problems: list[CaptionProblem] = []
+    seen = 0
+    for place, entry in read(path):
+        seen += 1
+        where = f"{path}: {place}"
+        try:
+            item = entry if isinstance(entry, CaptionedFile) else _entry(entry)
+        except ValueError as error:
+            problems.append(CaptionProblem(where=where, reason=str(error)))
+            continue
+        key = PurePath(item.file)
+        if key in loaded:
+            earlier = loaded[key]
+            loaded[key] = CaptionedFile(file=earlier.file, captions=earlier.captions + item.captions)
+            if path.suffix != ".csv":
+                reason = f'"file" {item.file!r} is already {first_at[key]}; put all its captions there'
+                problems.append(CaptionProblem(where=where, reason=reason, merged=True))
+            continue
+        first_at[key] = place
+        loaded[key] = item
+    if not seen:
+        what = "the list is empty; it needs" if path.suffix == ".json" else "holds no entry; a captions file needs"
+        raise ValueError(f"{path}: {what} at least one entry")
+    return list(loaded.values()), problems
+
+
+def _json_entries(path: Path) -> Iterator[tuple[str, object]]:
+    # Bytes that are not UTF-8 stay recognisable, so that they cost their entry and not the file.
+    text = path.read_bytes().removeprefix(b"\xef\xbb\xbf").decode("utf-8", errors="surrogateescape")
+    entries = _parse(text, str(path))
     if not isinstance(entries, list):
         raise ValueError(f'{path}: expected a list of {{"file", "captions"}}, got {_kind(entries)}')
-    if not entries:
-        raise ValueError(f"{path}: the list is empty; it needs at least one entry")
-    loaded: list[CaptionedFile] = []
-    seen: dict[PurePath, int] = {}
     for index, entry in enumerate(entries):
-        item = _entry(f"{path}: entry {index}", entry)
-        first = seen.setdefault(PurePath(item.file), index)
-        if first != index:
-            raise ValueError(
-                f'{path}: entry {index}: "file" {item.file!r} is already entry {first}; put all its captions there'
-            )
-        loaded.append(item)
-    return loaded
+        yield f"entry {index}", entry
 
 
-def _parse(path: Path) -> object:
-    raw = path.read_bytes()
+def _jsonl_entries(path: Path) -> Iterator[tuple[str, object]]:
+    with path.open("rb") as lines:
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
+            text = line.removeprefix(b"\xef\xbb\xbf").decode("utf-8", errors="surrogateescape")
+            try:
+                yield f"line {number}", _parse(text, "")
+            except ValueError as error:
+                yield f"line {number}", error
+
+
+def _csv_entries(path: Path) -> Iterator[tuple[str, object]]:
+    text = path.read_bytes().removeprefix(b"\xef\xbb\xbf").decode("utf-8", errors="surrogateescape")
+    limit = csv.field_size_limit(_CSV_FIELD_LIMIT)
     try:
-        return json.loads(raw.decode("utf-8-sig"))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}:{error.lineno}:{error.colno}: not valid JSON: {error.msg}") from error
+        rows = csv.DictReader(io.StringIO(text, newline=""))
+        if missing := {"path", "text"} - set(rows.fieldnames or []):
+            raise ValueError(
+                f"{path}: has no column {' and '.join(sorted(missing))}; its first line must name path and text, "
+                f"it has {', '.join(rows.fieldnames or []) or 'nothing'}"
+            )
+        for row in rows:
+            yield f"line {rows.line_num}", {"file": row["path"], "captions": [row["text"]]}
+    except csv.Error as error:
+        raise ValueError(f"{path}: not a CSV file: {error}") from error
+    finally:
+        csv.field_size_limit(limit)
+
+
+def _decode(path: Path, raw: bytes) -> str:
+    try:
+        return raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = raw[: error.start].count(b"\n") + 1
         column = error.start - raw.rfind(b"\n", 0, error.start)
         raise ValueError(f"{path}:{line}:{column}: not UTF-8 text: {error.reason}") from error
+
+
+def _parse(text: str, where: str) -> object:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        place = f"{where}:{error.lineno}:{error.colno}: " if where else ""
+        raise ValueError(f"{place}not valid JSON: {error.msg}") from error
     except ValueError as error:
         # Numbers of more digits than Python turns into one.
-        raise ValueError(f"{path}: not a captions file: {error}") from error
+        raise ValueError(f"{where + ': ' if where else ''}not a captions file: {error}") from error
     except RecursionError as error:
-        raise ValueError(f"{path}: not a captions file: brackets are nested too deeply") from error
+        raise ValueError(
+            f"{where + ': ' if where else ''}not a captions file: brackets are nested too deeply"
+        ) from error
 
 
-def _entry(where: str, entry: object) -> CaptionedFile:
+def _entry(entry: object) -> CaptionedFile:
+    if isinstance(entry, ValueError):
+        raise entry
     if not isinstance(entry, dict):
-        raise ValueError(f'{where}: expected {{"file", "captions"}}, got {_kind(entry)}')
+        raise ValueError(f'expected {{"file", "captions"}}, got {_kind(entry)}')
     for key in ("file", "captions"):
         if key not in entry:
-            raise ValueError(f'{where}: "{key}" is missing; keys are {", ".join(map(repr, entry)) or "none"}')
+            raise ValueError(f'"{key}" is missing; keys are {", ".join(map(repr, entry)) or "none"}')
     file, captions = entry["file"], entry["captions"]
     if not isinstance(file, str) or not file.strip() or "\0" in file:
-        raise ValueError(f'{where}: "file" must be a path relative to the folder of videos, got {file!r}')
+        raise ValueError(f'"file" must be a path relative to the folder of videos, got {_short(file)}')
     if PurePath(file).is_absolute() or ".." in PurePath(file).parts:
-        raise ValueError(f'{where}: "file" {file!r} leaves the folder of videos; use a path inside it, without ".."')
+        raise ValueError(f'"file" {_short(file)} leaves the folder of videos; use a path inside it, without ".."')
     if not isinstance(captions, list) or not captions:
-        raise ValueError(f'{where}: "captions" must be a list of at least one string, got {_kind(captions)}')
+        raise ValueError(f'"captions" must be a list of at least one string, got {_kind(captions)}')
     for position, caption in enumerate(captions):
         if not isinstance(caption, str) or not caption.strip():
-            raise ValueError(f'{where}: "captions"[{position}] must be a string that is not blank, got {caption!r}')
+            raise ValueError(f'"captions"[{position}] must be a string that is not blank, got {_short(caption)}')
+    for text in (file, *captions):
+        if _NOT_UTF8.search(text):
+            raise ValueError(f"not UTF-8 text: {text[:80]!r}")
     return CaptionedFile(file=file, captions=tuple(captions))
 
 
@@ -93,3 +209,8 @@ def _kind(value: object) -> str:
         return "an empty list" if isinstance(value, list) else "an empty object"
     names = {list: "a list", dict: "an object", str: "a string", bool: "a boolean", type(None): "null"}
     return names.get(type(value), "a number")
+
+
+def _short(value: object) -> str:
+    shown = repr(value)
+    return shown if len(shown) <= 80 else shown[:77] + "..."

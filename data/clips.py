@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from longreel.data.captions import CaptionedFile
+from longreel.data.sources import inside
 from longreel.data.video import VideoError, VideoInfo, decode_clip, probe, to_float
 
 
@@ -53,7 +54,7 @@ class ClipDataset:
         self._span = (num_frames - 1) * stride + 1
         for file in files:
             try:
-                info = probe(folder / file.file)
+                info = probe(inside(folder, file.file))
             except VideoError as error:
                 self.skipped.append((file.file, str(error).removeprefix(f"{folder / file.file}: ")))
                 continue

@@ -13,11 +13,21 @@ from pathlib import Path
 import av
 import numpy as np
 import torch
+from av.stream import Disposition
 from av.video.reformatter import ColorRange, Colorspace
 from torch import Tensor
 
 # What players and the mp4 time base can hold.
 MIN_FPS, MAX_FPS = 0.1, 1000.0
+
+# Containers of videos. Others that FFmpeg reads are not: playlists and concatenations name other files and addresses,
+# pictures and text have a "video" of their own.
+_FORMATS = (
+    "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpegts,mpeg,mpegvideo,m4v,ogg,flv,asf,ivf,nut,mxf,gxf,rm,dv,wtv,"
+    "h264,hevc,av1,obu,vc1,h263,yuv4mpegpipe,gif,"
+    # Sound alone, to be told so.
+    "wav,mp3,flac,aac,aiff"
+)
 
 
 class VideoError(ValueError):
@@ -31,9 +41,11 @@ class VideoInfo:
     Args:
         codec: name of the decoder. num_frames: frames that the container really holds, counted.
         width, height: pixels of the coded picture. fps: average frames per second.
-        timestamps: presentation time of every frame in display order, in units of the stream's time base; empty
-            where the container stores none (then reading starts at the first frame).
+        timestamps: presentation time of every frame in display order, in units of time_base; empty where the container
+            stores none (then reading starts at the first frame).
         keyframes: (presentation, decoding) times of the frames that decoding can start from, ascending.
+        time_base: seconds per unit. quarter_turns: counter-clockwise turns that make the coded picture upright.
+        pixel_aspect: width of a pixel over its height.
     """
 
     codec: str
@@ -43,6 +55,30 @@ class VideoInfo:
     fps: float
     timestamps: tuple[int, ...] = field(repr=False)
     keyframes: tuple[tuple[int, int], ...] = field(repr=False)
+    time_base: Fraction = Fraction(1)
+    quarter_turns: int = 0
+    pixel_aspect: Fraction = Fraction(1)
+
+    @property
+    def shown_size(self) -> tuple[int, int]:
+        """(height, width) in pixels of the picture as it is shown: upright, its pixels square."""
+        size = self.height, max(1, round(self.width * self.pixel_aspect))
+        return size[::-1] if self.quarter_turns % 2 else size
+
+
+def scan(path: Path) -> VideoInfo:
+    """What a file's best video stream holds, from its packets: one frame is decoded, so broken ones may follow.
+
+    Args:
+        path: video file.
+
+    Returns:
+        The stream's description, as probe's.
+
+    Raises:
+        VideoError: the file is missing, is not a video, or its first frame cannot be decoded.
+    """
+    return _describe(path, every_frame=False)
 
 
 def probe(path: Path) -> VideoInfo:
@@ -57,35 +93,7 @@ def probe(path: Path) -> VideoInfo:
     Raises:
         VideoError: the file is missing, is not a video, or some frame of it cannot be decoded.
     """
-    shown: list[int | None] = []
-    with _open(path) as (container, stream):
-        # Only counted, so several frames may be decoded at a time.
-        stream.thread_type = "AUTO"
-        num_frames = 0
-        times: list[tuple[int, int, bool]] = []
-        for packet in container.demux(stream):
-            if packet.size and not packet.is_discard:
-                num_frames += 1
-                if packet.pts is not None:
-                    # (presentation, decoding, is a keyframe); containers without decoding times seek by the others.
-                    times.append((packet.pts, packet.pts if packet.dts is None else packet.dts, packet.is_keyframe))
-            shown += [frame.pts for frame in packet.decode()]
-        timed = len({pts for pts, _, _ in times}) == num_frames
-        info = VideoInfo(
-            codec=stream.codec_context.name,
-            num_frames=num_frames,
-            width=stream.codec_context.width,
-            height=stream.codec_context.height,
-            fps=float(stream.average_rate or 0),
-            timestamps=tuple(sorted(pts for pts, _, _ in times)) if timed else (),
-            keyframes=tuple(sorted((pts, dts) for pts, dts, key in times if key)) if timed else (),
-        )
-    if info.num_frames == 0:
-        raise VideoError(f"{path}: its video stream holds no frames")
-    decoded = len(set(shown) & set(info.timestamps)) if info.timestamps else len(shown)
-    if decoded < info.num_frames:
-        raise VideoError(f"{path}: only {decoded} of its {info.num_frames} frames can be decoded")
-    return info
+    return _describe(path, every_frame=True)
 
 
 def read_clip(
@@ -147,11 +155,11 @@ def decode_clip(
         )
     clip = np.empty((num_frames, height, width, 3), np.uint8)
     filled = 0
-    with _open(path) as (container, stream):
+    with open_video(path) as (container, stream):
         aspect = stream.codec_context.sample_aspect_ratio or Fraction(1)
-        for index, frame in _frames_from(container, stream, info, start):
+        for index, frame in frames_from(container, stream, info, start):
             if index == start + filled * stride:
-                clip[filled] = _picture(frame, height, width, aspect)
+                clip[filled] = upright_picture(frame, height, width, aspect)
                 filled += 1
                 if filled == num_frames:
                     break
@@ -213,22 +221,69 @@ def write_mp4(path: Path, frames: Tensor, fps: float) -> str:
     return encoder
 
 
+def _describe(path: Path, *, every_frame: bool) -> VideoInfo:
+    shown: list[int | None] = []
+    first: av.VideoFrame | None = None
+    with open_video(path) as (container, stream):
+        # Only counted, so several frames may be decoded at a time.
+        stream.thread_type = "AUTO"
+        num_frames = 0
+        times: list[tuple[int, int, bool]] = []
+        for packet in container.demux(stream):
+            if packet.size and not packet.is_discard:
+                num_frames += 1
+                if packet.pts is not None:
+                    # (presentation, decoding, is a keyframe); containers without decoding times seek by the others.
+                    times.append((packet.pts, packet.pts if packet.dts is None else packet.dts, packet.is_keyframe))
+            if every_frame or first is None:
+                frames = packet.decode()
+                shown += [frame.pts for frame in frames]
+                first = first or next(iter(frames), None)
+        timed = len({pts for pts, _, _ in times}) == num_frames
+        info = VideoInfo(
+            codec=stream.codec_context.name,
+            num_frames=num_frames,
+            width=stream.codec_context.width,
+            height=stream.codec_context.height,
+            fps=float(stream.average_rate or 0),
+            timestamps=tuple(sorted(pts for pts, _, _ in times)) if timed else (),
+            keyframes=tuple(sorted((pts, dts) for pts, dts, key in times if key)) if timed else (),
+            time_base=stream.time_base or Fraction(1),
+            quarter_turns=round(first.rotation / 90) % 4 if first is not None else 0,
+            pixel_aspect=stream.codec_context.sample_aspect_ratio or Fraction(1),
+        )
+    if info.num_frames == 0:
+        raise VideoError(f"{path}: its video stream holds no frames")
+    if first is None:
+        raise VideoError(f"{path}: none of its {info.num_frames} frames can be decoded")
+    decoded = len(set(shown) & set(info.timestamps)) if info.timestamps else len(shown)
+    if every_frame and decoded < info.num_frames:
+        raise VideoError(f"{path}: only {decoded} of its {info.num_frames} frames can be decoded")
+    return info
+
+
 @contextmanager
-def _open(path: Path) -> Iterator[tuple[av.container.InputContainer, av.VideoStream]]:
+def open_video(path: Path) -> Iterator[tuple[av.container.InputContainer, av.VideoStream]]:
     """The container and its best video stream; whatever FFmpeg says about the file becomes a VideoError."""
     if not path.is_file():
         raise VideoError(f"{path}: {'is not a file' if path.exists() else 'no such file'}")
     try:
-        with av.open(str(path)) as container:
+        # The whitelist's file: a name such as "http:x.mp4" would be an address.
+        try:
+            container = av.open(f"file:{path}", options={"format_whitelist": _FORMATS, "protocol_whitelist": "file"})
+        except av.ArgumentError as error:
+            raise VideoError(f"{path}: is in no format of videos that is read (mp4, mkv, webm, avi, ts ...)") from error
+        with container:
             stream = container.streams.best("video")
-            if not isinstance(stream, av.VideoStream):
+            # Sound files may hold their cover as a video stream.
+            if not isinstance(stream, av.VideoStream) or stream.disposition & Disposition.attached_pic:
                 raise VideoError(f"{path}: holds no video stream that can be decoded")
             yield container, stream
     except (av.FFmpegError, OSError) as error:
         raise VideoError(f"{path}: {getattr(error, 'strerror', None) or error}") from error
 
 
-def _frames_from(
+def frames_from(
     container: av.container.InputContainer, stream: av.VideoStream, info: VideoInfo, start: int
 ) -> Iterator[tuple[int, av.VideoFrame]]:
     """(index, frame) in display order, from a keyframe at or before frame `start` on."""
@@ -245,7 +300,7 @@ def _frames_from(
             yield index_of[frame.pts], frame
 
 
-def _picture(frame: av.VideoFrame, height: int, width: int, pixel_aspect: Fraction) -> np.ndarray:
+def upright_picture(frame: av.VideoFrame, height: int, width: int, pixel_aspect: Fraction) -> np.ndarray:
     """One frame as [H, W, 3] uint8: upright, scaled to cover (height, width), centre kept.
 
     Matrix and range of the colours are those the frame is tagged with; one thread, so that no machine differs.

@@ -16,7 +16,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from longreel.parallel.command_line import Config, parse_arguments
+from longreel.data.command_line import Config, parse_arguments
 from longreel.parallel.liveness import LOST_SECONDS, Liveness
 
 # How long a collective may take, and a rank wait for the others to join it: PyTorch's limit for NCCL.

@@ -15,8 +15,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from longreel.data.command_line import parse_arguments
 from longreel.data.demo import make_demo_folder
-from longreel.parallel.command_line import parse_arguments
 from longreel.parallel.mesh import build_mesh
 from longreel.parallel.run_config import ModelChoice, ParallelConfig, TrainConfig
 from longreel.parallel.shared_folder import check_shared

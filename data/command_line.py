@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import io
 import re
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 import tyro
@@ -31,6 +32,27 @@ def parse_arguments(config_type: type[Config], args: Sequence[str], *, prog: str
         if not stop.code:
             raise
         raise ValueError(f"{_unframed(framed.getvalue())} (see --help)") from None
+
+
+def run_command(work: Callable[[Config], None], config_type: type[Config], args: Sequence[str]) -> int:
+    """Parse a command line and work; what the user got wrong becomes one line.
+
+    Args:
+        work: called with the configuration. config_type: dataclass that the command line is made of.
+        args: the command line without the program's name.
+
+    Returns:
+        Exit status: 0, 2 after a ValueError or an OSError, printed as `error: ...` on stderr, or 130 if interrupted.
+    """
+    try:
+        work(parse_arguments(config_type, args))
+    except (ValueError, OSError) as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr, flush=True)
+        return 130
+    return 0
 
 
 def _unframed(text: str) -> str:

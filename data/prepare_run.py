@@ -1,0 +1,272 @@
+"""Preparing a folder: the plan, the processes that work it off, and what is written at the end."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import threading
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from longreel.data.captions import CaptionProblem, read_captions
+from longreel.data.contact_sheet import write_contact_sheet
+from longreel.data.prepare_config import PrepareConfig, describe, plan_groups
+from longreel.data.prepare_group import Done, GroupWorker, Job, part_path
+from longreel.data.shard_files import (
+    DATASET,
+    INDEX,
+    NULL_TEXT,
+    PARTS,
+    SHARDS,
+    SHEET,
+    SUMMARY,
+    read_rows,
+    write_json,
+    write_rows,
+)
+from longreel.data.shards import ShardDataset
+from longreel.data.sources import Sources, find_sources
+
+# Kinds of what was left out, as summary.json names them, and how a person would say it.
+KINDS = {
+    "bad_captions": "entries of the captions file that are wrong",
+    "merged_captions": "entries of a file named before, joined with the first",
+    "missing": "captioned files that are not there",
+    "outside": "files that leave the folder",
+    "uncaptioned": "videos without captions",
+    "unreadable": "videos that cannot be read",
+    "too_short": "stretches too short for a clip",
+    "damaged": "clips with frames that cannot be decoded",
+}
+_SHOWN = 3
+
+
+def prepare(config: PrepareConfig) -> None:
+    """Do what `python data/prepare.py` does; see PrepareConfig.
+
+    Raises:
+        ValueError: captions, folders or models are not as described, or `out` holds another preparation.
+        OSError: files cannot be read or written, or a process died.
+    """
+    console = Console(stderr=True, soft_wrap=True, highlight=False, markup=False)
+    entries, caption_problems = read_captions(config.captions)
+    sources = find_sources(config.videos, entries)
+    rank, world = config.place
+    job, info, worker = _begin(config, sources)
+    console.print(
+        f"{len(sources.videos)} captioned videos in {len(job.groups)} groups"
+        + (f", of which rank {rank} of {world} has {len(range(rank, len(job.groups), world))}" if world > 1 else "")
+    )
+    left = [group for group in range(rank, len(job.groups), world) if not _is_done(job, group)]
+    done_before = len(range(rank, len(job.groups), world)) - len(left)
+    if done_before:
+        console.print(f"{done_before} groups were done before")
+    _remove_partial_files(config.out, left)
+    _work_off(job, worker, left, console)
+    missing = [group for group in range(len(job.groups)) if not part_path(config.out, group).is_file()]
+    if missing:
+        console.print(f"{len(missing)} groups are left to other ranks; the last rank to finish writes {INDEX}")
+        return
+    summary = _finish(job, info, sources, caption_problems)
+    worker = worker or GroupWorker(job, config.torch_device)
+    if summary["clips"]:
+        write_contact_sheet(config.out / SHEET, ShardDataset(config.out), worker.autoencoder, count=config.sheet_clips)
+    _report(config, summary, console)
+
+
+def _begin(config: PrepareConfig, sources: Sources) -> tuple[Job, dict[str, Any], GroupWorker]:
+    """The job, dataset.json's content, and this process's worker; `out` holds this preparation from here on."""
+    groups = plan_groups(sources.videos, config.cut)
+    draft = Job(config=config, videos=sources.videos, groups=tuple(groups), fingerprint="")
+    worker = GroupWorker(draft, config.torch_device)
+    info = describe(config, sources.videos, worker.autoencoder, worker.encoder)
+    job = Job(config=config, videos=draft.videos, groups=draft.groups, fingerprint=info["fingerprint"])
+    worker.job = job
+    for folder in (config.out / SHARDS, config.out / PARTS):
+        folder.mkdir(parents=True, exist_ok=True)
+    present = config.out / DATASET
+    if present.is_file():
+        try:
+            before = json.loads(present.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(f"{present}: not JSON: {error}") from error
+        if before.get("fingerprint") != job.fingerprint:
+            differing = [name for name in info if name != "fingerprint" and before.get(name) != info[name]]
+            raise ValueError(
+                f"out: {config.out} holds another preparation, with other {', '.join(differing) or 'videos or captions'}; "
+                "give another folder, or remove that one"
+            )
+    else:
+        write_json(present, info)
+    if info["text_stored"]:
+        from safetensors.torch import save_file
+
+        from longreel.models.autoencoders import DTYPES
+
+        partial = config.out / f".{NULL_TEXT}.{os.getpid()}.partial"
+        save_file({"text": worker.encoder.encode([""])[0].to(DTYPES[config.latent_dtype])}, partial)
+        os.replace(partial, config.out / NULL_TEXT)
+    return job, info, worker
+
+
+def _is_done(job: Job, group: int) -> bool:
+    """Whether a group's rows and all the shards they name are there."""
+    path = part_path(job.config.out, group)
+    if not path.is_file():
+        return False
+    shards = {row["shard"] for row in read_rows(path)[0]}
+    return all((job.config.out / SHARDS / shard).is_file() for shard in shards)
+
+
+def _remove_partial_files(out: Path, groups: list[int]) -> None:
+    """What a killed process left half written."""
+    for folder in (SHARDS, PARTS):
+        for path in (out / folder).glob(".*.partial"):
+            if path.name[1:6].isdigit() and int(path.name[1:6]) in set(groups):
+                path.unlink(missing_ok=True)
+
+
+def _work_off(job: Job, worker: GroupWorker, groups: list[int], console: Console) -> None:
+    sizes = {group: sum(job.videos[piece.video].size / piece.count for piece in job.groups[group]) for group in groups}
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TaskProgressColumn(),
+        TextColumn("{task.fields[counts]}"),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    clips = frames = 0
+    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
+        task = progress.add_task("prepare", total=max(1, sum(sizes.values())), counts="")
+        for done in _results(job, worker, groups):
+            clips, frames = clips + done.clips, frames + done.frames
+            progress.update(task, advance=sizes[done.group], counts=f"{clips} clips, {frames:,} frames")
+
+
+def _results(job: Job, worker: GroupWorker, groups: list[int]) -> Iterator[Done]:
+    """Each group as it is finished; the largest are begun first, so that none is waited for at the end."""
+    processes = min(job.config.num_processes, len(groups))
+    if processes <= 1:
+        with _one_thread(worker):
+            yield from map(worker.run, groups)
+        return
+    # A forked child would inherit locks of PyTorch's and FFmpeg's threads.
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(processes, mp_context=context, initializer=_start, initargs=(job,)) as pool:
+        # Few at a time, so that an error or an interrupt ends at once what has not begun.
+        queue, running = list(reversed(groups)), set[Future[Done]]()
+        try:
+            while queue or running:
+                while queue and len(running) < 2 * processes:
+                    running.add(pool.submit(_run, queue.pop()))
+                finished, running = wait(running, return_when=FIRST_COMPLETED)
+                yield from (future.result() for future in finished)
+        except BrokenProcessPool as error:
+            raise OSError(
+                "a process ended before its work was done (out of memory, or killed); run the same command again to go "
+                "on, with fewer --processes if memory is short"
+            ) from error
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+
+
+class _one_thread:
+    """Networks on the CPU by one thread, as in every process of several, so that no bit depends on how many there are."""
+
+    def __init__(self, worker: GroupWorker) -> None:
+        self.before = torch.get_num_threads()
+
+    def __enter__(self) -> None:
+        torch.set_num_threads(1)
+
+    def __exit__(self, *_: object) -> None:
+        torch.set_num_threads(self.before)
+
+
+_worker: GroupWorker | None = None
+
+
+def _start(job: Job) -> None:
+    global _worker
+    torch.set_num_threads(1)
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def follow() -> None:
+        parent.join()
+        os._exit(1)
+
+    # A pool's processes wait for work for ever once the one that gives it was killed.
+    threading.Thread(target=follow, daemon=True).start()
+    _worker = GroupWorker(job, job.config.torch_device)
+
+
+def _run(group: int) -> Done:
+    assert _worker is not None
+    return _worker.run(group)
+
+
+def _finish(job: Job, info: dict[str, Any], sources: Sources, caption_problems: list[CaptionProblem]) -> dict[str, Any]:
+    """Write index.parquet and summary.json from all groups' rows; any rank that sees them all writes the same bytes."""
+    config = job.config
+    rows: list[dict[str, Any]] = []
+    problems: list[dict[str, Any]] = [
+        {
+            "kind": "merged_captions" if problem.merged else "bad_captions",
+            "path": problem.where.removeprefix(f"{config.captions}: "),
+            "reason": problem.reason,
+        }
+        for problem in caption_problems
+    ]
+    problems += [{"kind": "missing", "path": file, "reason": "no such file"} for file in sources.missing]
+    problems += [
+        {"kind": "outside", "path": file, "reason": reason.removeprefix(f"{config.videos / file}: ")}
+        for file, reason in sources.outside
+    ]
+    problems += [{"kind": "uncaptioned", "path": file, "reason": "no caption names it"} for file in sources.uncaptioned]
+    for group in range(len(job.groups)):
+        found, notes = read_rows(part_path(config.out, group))
+        rows += found
+        # A video in several pieces says the same thing once for each.
+        problems += [problem for problem in notes["problems"] if problem not in problems[-64:]]
+    write_rows(config.out / INDEX, rows, {"fingerprint": job.fingerprint})
+    counts = Counter(problem["kind"] for problem in problems)
+    summary = {
+        "videos": len(job.videos),
+        "videos_with_clips": len({row["path"] for row in rows}),
+        "clips": len(rows),
+        "frames": sum(row["frames"] for row in rows),
+        "tokens": sum(row["tokens"] for row in rows),
+        "seconds_of_video": sum(row["frames"] / row["fps"] for row in rows if row["fps"]),
+        "left_out": {kind: counts[kind] for kind in KINDS},
+        "problems": problems,
+    }
+    write_json(config.out / SUMMARY, summary)
+    return summary
+
+
+def _report(config: PrepareConfig, summary: dict[str, Any], console: Console) -> None:
+    console.print(
+        f"{config.out}: {summary['clips']} clips of {summary['videos_with_clips']} of {summary['videos']} captioned "
+        f"videos, {summary['frames']:,} frames, {summary['tokens']:,} tokens"
+    )
+    for kind, words in KINDS.items():
+        if count := summary["left_out"][kind]:
+            console.print(f"{count} {words}:")
+            of_kind = [problem for problem in summary["problems"] if problem["kind"] == kind]
+            for problem in of_kind[:_SHOWN]:
+                console.print(f"  {problem['path']}: {problem['reason']}"[:200])
+            if count > _SHOWN:
+                console.print(f"  and {count - _SHOWN} more, see {config.out / SUMMARY}")
+    if not summary["clips"]:
+        raise ValueError(f"{config.videos}: no video gave a clip; {config.out / SUMMARY} says why for each")
