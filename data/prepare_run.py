@@ -61,7 +61,7 @@ def prepare(config: PrepareConfig) -> None:
     entries, caption_problems = read_captions(config.captions)
     sources = find_sources(config.videos, entries)
     rank, world = config.place
-    job, info, worker = _begin(config, sources)
+    job, worker = _begin(config, sources)
     console.print(
         f"{len(sources.videos)} captioned videos in {len(job.groups)} groups"
         + (f", of which rank {rank} of {world} has {len(range(rank, len(job.groups), world))}" if world > 1 else "")
@@ -76,15 +76,14 @@ def prepare(config: PrepareConfig) -> None:
     if missing:
         console.print(f"{len(missing)} groups are left to other ranks; the last rank to finish writes {INDEX}")
         return
-    summary = _finish(job, info, sources, caption_problems)
-    worker = worker or GroupWorker(job, config.torch_device)
+    summary = _finish(job, sources, caption_problems)
     if summary["clips"]:
         write_contact_sheet(config.out / SHEET, ShardDataset(config.out), worker.autoencoder, count=config.sheet_clips)
     _report(config, summary, console)
 
 
-def _begin(config: PrepareConfig, sources: Sources) -> tuple[Job, dict[str, Any], GroupWorker]:
-    """The job, dataset.json's content, and this process's worker; `out` holds this preparation from here on."""
+def _begin(config: PrepareConfig, sources: Sources) -> tuple[Job, GroupWorker]:
+    """The job, and this process's worker; `out` holds this preparation from here on."""
     groups = plan_groups(sources.videos, config.cut)
     draft = Job(config=config, videos=sources.videos, groups=tuple(groups), fingerprint="")
     worker = GroupWorker(draft, config.torch_device)
@@ -102,8 +101,8 @@ def _begin(config: PrepareConfig, sources: Sources) -> tuple[Job, dict[str, Any]
         if before.get("fingerprint") != job.fingerprint:
             differing = [name for name in info if name != "fingerprint" and before.get(name) != info[name]]
             raise ValueError(
-                f"out: {config.out} holds another preparation, with other {', '.join(differing) or 'videos or captions'}; "
-                "give another folder, or remove that one"
+                f"out: {config.out} holds another preparation, with other "
+                f"{', '.join(differing) or 'videos or captions'}; give another folder, or remove that one"
             )
     else:
         write_json(present, info)
@@ -115,7 +114,7 @@ def _begin(config: PrepareConfig, sources: Sources) -> tuple[Job, dict[str, Any]
         partial = config.out / f".{NULL_TEXT}.{os.getpid()}.partial"
         save_file({"text": worker.encoder.encode([""])[0].to(DTYPES[config.latent_dtype])}, partial)
         os.replace(partial, config.out / NULL_TEXT)
-    return job, info, worker
+    return job, worker
 
 
 def _is_done(job: Job, group: int) -> bool:
@@ -154,11 +153,16 @@ def _work_off(job: Job, worker: GroupWorker, groups: list[int], console: Console
 
 
 def _results(job: Job, worker: GroupWorker, groups: list[int]) -> Iterator[Done]:
-    """Each group as it is finished; the largest are begun first, so that none is waited for at the end."""
+    """Each group as it is finished."""
     processes = min(job.config.num_processes, len(groups))
     if processes <= 1:
-        with _one_thread(worker):
+        # As in every process of several, so that no bit depends on how many there are.
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
             yield from map(worker.run, groups)
+        finally:
+            torch.set_num_threads(threads)
         return
     # A forked child would inherit locks of PyTorch's and FFmpeg's threads.
     context = multiprocessing.get_context("spawn")
@@ -178,19 +182,6 @@ def _results(job: Job, worker: GroupWorker, groups: list[int]) -> Iterator[Done]
             ) from error
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
-
-
-class _one_thread:
-    """Networks on the CPU by one thread, as in every process of several, so that no bit depends on how many there are."""
-
-    def __init__(self, worker: GroupWorker) -> None:
-        self.before = torch.get_num_threads()
-
-    def __enter__(self) -> None:
-        torch.set_num_threads(1)
-
-    def __exit__(self, *_: object) -> None:
-        torch.set_num_threads(self.before)
 
 
 _worker: GroupWorker | None = None
@@ -216,7 +207,7 @@ def _run(group: int) -> Done:
     return _worker.run(group)
 
 
-def _finish(job: Job, info: dict[str, Any], sources: Sources, caption_problems: list[CaptionProblem]) -> dict[str, Any]:
+def _finish(job: Job, sources: Sources, caption_problems: list[CaptionProblem]) -> dict[str, Any]:
     """Write index.parquet and summary.json from all groups' rows; any rank that sees them all writes the same bytes."""
     config = job.config
     rows: list[dict[str, Any]] = []

@@ -122,6 +122,8 @@ def write_shard(folder: Path, name: str, clips: Sequence[StoredClip]) -> list[di
     partial = target.with_name(f".{name}.{os.getpid()}.partial")
     try:
         save_file(tensors, partial)
+        # safetensors lets nobody else read; the users of a shared folder must.
+        partial.chmod(0o644)
         os.replace(partial, target)
     finally:
         partial.unlink(missing_ok=True)
