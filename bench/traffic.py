@@ -16,7 +16,7 @@ from longreel.models.sequence import AttentionShape, SequenceParallel
 from longreel.parallel import comm
 
 
-def _sent(name: str, arguments: dict[str, Any], size: int) -> int:
+def sent_bytes(name: str, arguments: dict[str, Any], size: int) -> int:
     """Bytes that one of `size` ranks sends in a collective; an all-reduce counts as a ring."""
     if name == "all_gather":
         return _bytes(arguments["input_tensor"]) * (size - 1)
@@ -28,7 +28,7 @@ def _sent(name: str, arguments: dict[str, Any], size: int) -> int:
 
 
 # Function of torch.distributed -> what it is; newer releases give two of them new names.
-_COLLECTIVES = {
+COLLECTIVES = {
     "all_to_all_single": "all_to_all",
     "all_gather_into_tensor": "all_gather",
     "all_gather_single": "all_gather",
@@ -45,7 +45,7 @@ class _Counting:
         self._part = part
         self._sent = sent
         self.batch_isend_irecv = self._counting_exchange(dist.batch_isend_irecv)
-        for function, name in _COLLECTIVES.items():
+        for function, name in COLLECTIVES.items():
             if hasattr(dist, function):
                 setattr(self, function, self._counting(getattr(dist, function), name))
 
@@ -57,7 +57,7 @@ class _Counting:
 
         def call(*args: Any, **kwargs: Any) -> Any:
             bound = signature.bind(*args, **kwargs).arguments
-            self._sent[f"{self._part}.{name}"] += _sent(name, bound, dist.get_world_size(bound.get("group")))
+            self._sent[f"{self._part}.{name}"] += sent_bytes(name, bound, dist.get_world_size(bound.get("group")))
             return function(*args, **kwargs)
 
         return call
@@ -86,7 +86,7 @@ def counted_traffic() -> Iterator[Counter[str]]:
     sequence, sharding = _Counting("sequence", sent), _Counting("sharding", sent)
     with contextlib.ExitStack() as stack:
         stack.enter_context(mock.patch.object(comm, "dist", sequence))
-        for function in ("batch_isend_irecv", *_COLLECTIVES):
+        for function in ("batch_isend_irecv", *COLLECTIVES):
             if hasattr(dist, function):
                 stack.enter_context(mock.patch.object(dist, function, getattr(sharding, function)))
         yield sent

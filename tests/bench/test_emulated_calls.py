@@ -1,0 +1,126 @@
+"""An emulated rank against the real ranks of a gloo group: the same calls with the same bytes, and the same memory."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from emulated_steps import STRATEGIES, Case, steps
+
+from longreel.parallel.workers import WorkerPool
+
+POLICIES = ("none", "full", "keep_attention", "offload")
+ENGINES = ("fsdp2-zero2", "fsdp2-zero3")
+DEGREES = (2, 4, 8)
+# Divisible by every degree, and not.
+LENGTHS = (64, 61)
+SHARED = list(itertools.product(STRATEGIES, POLICIES, ENGINES, LENGTHS))
+
+
+def everything(degree: int) -> list[Case]:
+    return [Case(strategy, degree, policy, engine, seq_len) for strategy, policy, engine, seq_len in SHARED]
+
+
+def covering(degree: int) -> list[Case]:
+    """Every strategy once, each with another policy, engine and length than at the other degrees."""
+    others = list(itertools.product(POLICIES, ENGINES, LENGTHS))
+    first = 5 * DEGREES.index(degree)
+    return [
+        Case(strategy, degree, *others[(first + 3 * i) % len(others)])  # type: ignore[arg-type]
+        for i, strategy in enumerate(STRATEGIES)
+    ]
+
+
+def compare(cases: list[Case], run_distributed: Callable[..., list[Any]]) -> None:
+    (ranks,) = {case.ranks for case in cases}
+    real = run_distributed(real_steps, ranks, cases, timeout=600.0)
+    # All ranks issue the same calls where lengths divide; the last one holds what padding there is.
+    for rank in (0, ranks - 1):
+        (emulated,) = run_distributed(emulated_steps, 1, cases, rank)
+        for case, expected, found in zip(cases, real[rank], emulated, strict=True):
+            assert found.calls == expected.calls, case
+            assert len(found.calls) > 10
+            assert found.loss == found.loss and abs(found.loss) < 1e3, case
+
+
+def real_steps(cases: list[Case], memory: bool = False) -> list[Any]:
+    """On every rank of a worker pool, which finds functions by the file that they are in."""
+    return steps(cases, memory)
+
+
+def emulated_steps(cases: list[Case], rank: int, memory: bool = False) -> list[Any]:
+    """In a worker, whose own group of one makes room."""
+    torch.distributed.destroy_process_group()
+    try:
+        return steps(cases, memory, rank)
+    finally:
+        torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+
+
+@pytest.mark.parametrize("degree", DEGREES)
+def test_calls_and_bytes_equal_the_real_ranks(degree: int, run_distributed: Callable[..., list[Any]]) -> None:
+    compare(covering(degree), run_distributed)
+
+
+def test_calls_with_data_parallelism_and_in_the_published_layout(run_distributed: Callable[..., list[Any]]) -> None:
+    compare(
+        [
+            Case("local", 1, "full", "fsdp2-zero2", 61, dp=4),
+            Case("ulysses", 2, "full", "fsdp2-zero2", 61, dp=2, published=True),
+            Case("fastseq-projection", 2, "keep_attention", "fsdp2-zero3", 61, dp=2, published=True),
+        ],
+        run_distributed,
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("degree", DEGREES)
+def test_calls_and_bytes_equal_the_real_ranks_everywhere(degree: int, worker_pool: WorkerPool) -> None:
+    cases = everything(degree)
+    for start in range(0, len(cases), 12):
+        compare(cases[start : start + 12], worker_pool.run)
+
+
+def compare_memory(cases: list[Case], run_distributed: Callable[..., list[Any]]) -> None:
+    (ranks,) = {case.ranks for case in cases}
+    real = run_distributed(real_steps, ranks, cases, True, timeout=600.0)[0]
+    (emulated,) = run_distributed(emulated_steps, 1, cases, 0, True)
+    for case, expected, found in zip(cases, real, emulated, strict=True):
+        assert expected.peak > 1 << 20
+        assert abs(found.peak / expected.peak - 1) < 0.01, (case, found.peak, expected.peak)
+
+
+def test_peak_memory_equals_the_real_ranks(run_distributed: Callable[..., list[Any]]) -> None:
+    compare_memory(
+        [
+            Case("ulysses", 2, "full", "fsdp2-zero2", 512),
+            Case("fastseq-attention", 2, "none", "fsdp2-zero3", 512),
+        ],
+        run_distributed,
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("degree", DEGREES)
+def test_peak_memory_equals_the_real_ranks_everywhere(degree: int, worker_pool: WorkerPool) -> None:
+    compare_memory(
+        [Case(s, degree, policy, engine, 512) for s in STRATEGIES for policy in POLICIES for engine in ENGINES],
+        worker_pool.run,
+    )
+
+
+@pytest.mark.parametrize("policy", ["none", "full"])
+def test_one_emulated_rank_of_one_is_the_real_one_bit_for_bit(
+    policy: str, run_distributed: Callable[..., list[Any]]
+) -> None:
+    cases = [Case("local", 1, policy, engine, 61) for engine in ENGINES]
+    (real,) = run_distributed(real_steps, 1, cases)
+    (emulated,) = run_distributed(emulated_steps, 1, cases, 0)
+    for expected, found in zip(real, emulated, strict=True):
+        assert found.calls == expected.calls
+        assert found.loss == expected.loss
+        assert found.gradients.keys() == expected.gradients.keys() != set()
+        assert all(torch.equal(found.gradients[name], grad) for name, grad in expected.gradients.items())
