@@ -1,4 +1,9 @@
-"""`python -m longreel.reports FILE_OR_DIR [--out DIR]`: record files in, report.html, records.csv and figures out."""
+"""`python -m longreel.reports`: records in, a page with its table and figures out; or two runs, compared.
+
+python -m longreel.reports FILE_OR_FOLDER [--out DIR]      a sweep, or a campaign of single ops
+python -m longreel.reports DOCUMENT.md [--out DIR]         a document as a page, such as docs/codegen.md
+python -m longreel.reports OLD NEW [--html FILE]           what changed between two runs
+"""
 
 from __future__ import annotations
 
@@ -8,8 +13,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
+from longreel.reports import op_report, parts, runs_report
 from longreel.reports.html import DEFAULT_TITLE, write_report
-from longreel.reports.store import load, warnings_as_lines
+from longreel.reports.runs import Thresholds, compare_runs
+from longreel.reports.sources import holds_ops, load_ops, load_steps
+from longreel.reports.store import warnings_as_lines, write_files
 from longreel.reports.summary import summary_lines
 
 
@@ -18,43 +26,102 @@ class _Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {message}\n")
 
 
-def record_files(source: Path) -> list[Path]:
-    """The record file itself, or the *.jsonl files of a folder, by name.
-
-    Raises:
-        ValueError: neither is there.
-    """
-    if source.is_dir():
-        files = sorted(source.glob("*.jsonl"))
-        if not files:
-            raise ValueError(f"no .jsonl file in {source}")
-        return files
-    if not source.exists():
-        raise ValueError(f"no such file or folder: {source}")
-    return [source]
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Render record files; the exit code: 0, or 2 after one line on stderr that says what is wrong."""
-    parser = _Parser(prog="longreel.reports", description="Render benchmark records as a self-contained HTML report.")
-    parser.add_argument("source", type=Path, metavar="FILE_OR_DIR", help="a .jsonl record file, or a folder of them")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="where to write (default: beside the records)")
-    parser.add_argument("--title", default=DEFAULT_TITLE, help="title of the page")
-    options = parser.parse_args(arguments)
-    source: Path = options.source
+    """Run the command line.
+
+    Returns:
+        0; 1 where a comparison finds regressions; 2 after one line on stderr that says what is wrong.
+    """
+    options = _parser().parse_args(arguments)
     try:
-        files = record_files(source)
         with warnings_as_lines("longreel.reports: "):
-            records = [record for file in files for record in load(file)]
-        if not records:
-            raise ValueError(f"no records in {', '.join(map(str, files))}")
-        out = options.out or (source if source.is_dir() else source.parent)
-        page = write_report(out, records, title=options.title, source_files=[file.name for file in files])
+            if options.new is not None:
+                return _compare(options)
+            if options.source.suffix == ".md":
+                return _document(options)
+            return _kernels(options) if holds_ops(options.source) else _sweep(options)
     except (ValueError, OSError) as error:
         print(f"longreel.reports: {' '.join(str(error).splitlines())}", file=sys.stderr)
         return 2
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="longreel.reports",
+        description="Render benchmark records as a self-contained HTML page, or compare two runs.",
+        epilog="Exit status: 0; 1 where a comparison finds regressions; 2 for bad input.",
+    )
+    parser.add_argument("source", type=Path, metavar="SOURCE", help="a record file, a folder of them, or a document.md")
+    parser.add_argument("new", type=Path, nargs="?", metavar="NEW", help="a second run, to compare SOURCE with")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="where to write (default: beside the records)")
+    parser.add_argument("--title", help="title of the page")
+    page = parser.add_argument_group("a sweep's page")
+    page.add_argument("--kernels", type=Path, metavar="PATH", help="records of single ops, as a section")
+    page.add_argument("--codegen", type=Path, metavar="FILE.md", help="what the kernels compile to, as a section")
+    page.add_argument("--png", action="store_true", help="write each figure but the heat maps as a PNG, too")
+    page.add_argument("--page-only", action="store_true", help="write report.html and nothing beside it")
+    changes = parser.add_argument_group("two runs")
+    changes.add_argument(
+        "--min-change", type=float, default=5.0, metavar="PERCENT", help="smallest change reported (default: 5)"
+    )
+    changes.add_argument(
+        "--confidence", type=float, default=95.0, metavar="PERCENT", help="that sampled times differ (default: 95)"
+    )
+    changes.add_argument("--html", type=Path, metavar="FILE", help="write the comparison as a page, too")
+    changes.add_argument("--fail-on-missing", action="store_true", help="points that NEW lacks are regressions")
+    return parser
+
+
+def _sweep(options: argparse.Namespace) -> int:
+    source: Path = options.source
+    records, files = load_steps(source)
+    sections = []
+    if options.kernels is not None:
+        sections.append(parts.kernels_part(load_ops(options.kernels)[0]))
+    if options.codegen is not None:
+        text = options.codegen.read_text(encoding="utf-8")
+        sections.append(parts.document_part(text, id="codegen", name="Generated code"))
+    page = write_report(
+        options.out or (source if source.is_dir() else source.parent),
+        records,
+        title=options.title or DEFAULT_TITLE,
+        source_files=files,
+        parts=sections,
+        png=options.png,
+        page_only=options.page_only,
+    )
     print("\n".join([*summary_lines(records), "", f"report: {page}"]))
     return 0
+
+
+def _kernels(options: argparse.Namespace) -> int:
+    records, files = load_ops(options.source)
+    out = options.out or (options.source if options.source.is_dir() else options.source.parent)
+    title = options.title or op_report.DEFAULT_TITLE
+    print(f"report: {op_report.write_op_report(out, records, title=title, source_files=files)}")
+    return 0
+
+
+def _document(options: argparse.Namespace) -> int:
+    text = options.source.read_text(encoding="utf-8")
+    page = (options.out or options.source.parent) / f"{options.source.stem}.html"
+    title = options.title or parts.title_of(text, options.source.stem)
+    write_files({page: parts.document_page(text, title=title)})
+    print(f"page: {page}")
+    return 0
+
+
+def _compare(options: argparse.Namespace) -> int:
+    thresholds = Thresholds(size=options.min_change / 100, confidence=options.confidence / 100)
+    old, new = (load_steps(path)[0] for path in (options.source, options.new))
+    comparison = compare_runs(old, new, thresholds)
+    names = str(options.source), str(options.new)
+    print("\n".join(runs_report.lines(comparison, names)))
+    if options.html is not None:
+        write_files({options.html: runs_report.page(comparison, names)})
+        print(f"\npage: {options.html}")
+    is_worse = bool(comparison.of("regression")) or (options.fail_on_missing and bool(comparison.only_old))
+    return 1 if is_worse else 0
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ of devices; and against the baseline only at the same sequence length.
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -101,10 +102,16 @@ class Baselines:
         return record.tokens_per_s / baseline.tokens_per_s
 
     def ratio_interval(self, record: Record) -> tuple[float, float] | None:
-        """Bounds of `ratio` when both step times take the ends of their intervals that are furthest apart."""
+        """Bounds of `ratio`: those of samples taken in turns with the baseline's, where the record has them.
+
+        Else both step times take the ends of their intervals that are furthest apart.
+        """
         ratio, baseline = self.ratio(record), self.of(record)
         if ratio is None or baseline is None or record is baseline:
             return None
+        low, high = record.comparison.get("low"), record.comparison.get("high")
+        if isinstance(low, int | float) and isinstance(high, int | float) and 0 < low <= high < math.inf:
+            return 1 / high, 1 / low
         if record.interval_s is None or baseline.interval_s is None or not record.step_s or not baseline.step_s:
             return None
         slow = record.interval_s[1] / record.step_s
@@ -181,7 +188,8 @@ def headline(group: Group, records: Sequence[Record], baselines: Baselines) -> H
     elif bounds[0] > 1:
         verdict = "Faster than the baseline over the whole interval."
         if group.kind == "measured":
-            verdict += " The two were timed one after the other."
+            in_turns = "in turns" if best.comparison else "one after the other"
+            verdict += f" The two were timed {in_turns}."
     else:
         verdict = "The interval includes 1: not distinguishable from the baseline."
     return Headline(

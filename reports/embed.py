@@ -10,7 +10,9 @@ A thousand records repeat the same configuration and environment a thousand time
 
 from __future__ import annotations
 
+import base64
 import json
+import zlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -23,8 +25,7 @@ def pack(rows: Sequence[Any]) -> dict[str, Any]:
     if len(present) == len(rows) and all(isinstance(row, dict) for row in rows) and any(rows):
         keys = sorted({key for row in rows for key in row})
         return {"object": {key: pack([row.get(key, _ABSENT) for row in rows]) for key in keys}}
-    # JSON text tells 1, 1.0 and true apart, which Python's equality does not.
-    texts = ["" if row is _ABSENT else json.dumps(row, sort_keys=True) for row in rows]
+    texts = ["" if row is _ABSENT else _text(row) for row in rows]
     values = dict(zip(texts, rows, strict=True))
     if len(present) == len(rows):
         if len(values) == 1:
@@ -34,6 +35,11 @@ def pack(rows: Sequence[Any]) -> dict[str, Any]:
     values.pop("", None)
     index = {text: i for i, text in enumerate(values)} | {"": -1}
     return {"pick": [index[text] for text in texts], "of": list(values.values())}
+
+
+def _text(row: Any) -> str:
+    """What tells 1, 1.0, true and "1" apart, which Python's equality does not."""
+    return json.dumps(row, sort_keys=True) if isinstance(row, dict | list | tuple) else repr(row)
 
 
 def unpack(column: dict[str, Any], num_rows: int) -> list[Any]:
@@ -51,6 +57,15 @@ def _cell(column: dict[str, Any], i: int) -> Any:
         return _ABSENT if chosen < 0 else column["of"][chosen]
     cells = {key: _cell(child, i) for key, child in column["object"].items()}
     return {key: value for key, value in cells.items() if value is not _ABSENT}
+
+
+def compressed(data: Any) -> str:
+    """JSON, deflated (zlib's format, `DecompressionStream("deflate")` of browsers) and in base64.
+
+    Base64 holds no character that could end a script element, whatever strings the data holds.
+    """
+    text = json.dumps(data, separators=(",", ":"), allow_nan=False)
+    return base64.b64encode(zlib.compress(text.encode(), 7)).decode()
 
 
 def script_json(data: Any) -> str:

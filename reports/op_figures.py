@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 from longreel.reports import formatting
-from longreel.reports.figures import SETTINGS, WIDTH
+from longreel.reports.frame import SETTINGS, WIDTH
 from longreel.reports.op_records import OpRecord
 from longreel.reports.svg import INK, PALETTE, inline, printable
 from longreel.reports.ticks import thin

@@ -17,6 +17,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from longreel.reports import embed, formatting
+from longreel.reports.export import csv_cell
 from longreel.reports.op_compare import ROOFLINE_OPS, Peers, Rooflines, groups
 from longreel.reports.op_figures import draw_rates, rate_unit
 from longreel.reports.op_gaps import Gap, gaps
@@ -160,7 +161,8 @@ def csv_text(records: Sequence[OpRecord]) -> str:
     writer = csv.writer(out, lineterminator="\n")
     writer.writerow([*CSV_FIELDS, *CSV_DERIVED])
     for record, computed in zip(points, _derived(points), strict=True):
-        writer.writerow([*(_field(record, path) for path in CSV_FIELDS.values()), *computed.values()])
+        row = [*(_field(record, path) for path in CSV_FIELDS.values()), *computed.values()]
+        writer.writerow([csv_cell(value) for value in row])
     return out.getvalue()
 
 

@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import MISSING, asdict, dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields
 from typing import Any, Literal, get_args
 
 SCHEMA_VERSION = 3
@@ -150,6 +150,21 @@ class Record:
         return "step" if "process_before" in self.memory else "process"
 
     @property
+    def worst_error(self) -> float | None:
+        """The largest relative error against the oracle, None where nothing was compared."""
+        return max((value for name, value in self.error.items() if name != "tolerance"), default=None)
+
+    @property
+    def identity(self) -> tuple[Any, ...]:
+        """What says which point this is, but for details of its configuration."""
+        return tuple(getattr(self, name) for name in _IDENTITY)
+
+    @property
+    def point(self) -> str:
+        """The point and its configuration, whatever commit and environment the record is of."""
+        return json.dumps([*self.identity, dict(self.config)], sort_keys=True, default=str)
+
+    @property
     def key(self) -> str:
         """Hash of configuration, commit and environment: two records with one key are the same point."""
         identity = {name: getattr(self, name) for name in _IDENTITY} | {
@@ -165,8 +180,12 @@ class Record:
         Raises:
             ValueError: another number is not finite.
         """
+        return json.dumps(self.to_dict(), sort_keys=True, allow_nan=False)
+
+    def to_dict(self) -> dict[str, Any]:
+        """What the line holds; the fields' own objects, not copies of them."""
         error = {name: value if math.isfinite(value) else str(value) for name, value in self.error.items()}
-        return json.dumps(asdict(self) | {"key": self.key, "error": error}, sort_keys=True, allow_nan=False)
+        return {f.name: getattr(self, f.name) for f in fields(self)} | {"key": self.key, "error": error}
 
     @classmethod
     def from_json(cls, line: str) -> Record:

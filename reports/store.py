@@ -1,20 +1,20 @@
-"""Record files: append-only JSON lines that survive a crash in the middle of a write, and their export to CSV."""
+"""Record files: append-only JSON lines that survive a crash in the middle of a write."""
 
 from __future__ import annotations
 
 import contextlib
-import csv
 import fcntl
+import gzip
 import io
 import json
 import os
 import sys
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Protocol, TypeVar
 
-from longreel.reports.compare import Baselines
 from longreel.reports.records import Record
 
 
@@ -28,49 +28,6 @@ class Keyed(Protocol):
 
 
 AnyRecord = TypeVar("AnyRecord", bound=Keyed)
-
-# CSV column -> field of the record, dotted where it lies inside a mapping.
-CSV_FIELDS = {
-    "key": "key",
-    "kind": "kind",
-    "regime": "regime",
-    "status": "status",
-    "reason": "reason",
-    "model": "model",
-    "device": "device",
-    "num_devices": "num_devices",
-    "strategy": "strategy",
-    "sp_degree": "sp_degree",
-    "dp_degree": "dp_degree",
-    "engine": "engine",
-    "policy": "policy",
-    "attention": "attention",
-    "seq_len": "seq_len",
-    "batch_per_group": "batch_per_group",
-    "is_baseline": "is_baseline",
-    "step_s": "step_s",
-    "step_low_s": "interval_s.0",
-    "step_high_s": "interval_s.1",
-    "memory_allocated_bytes": "memory.allocated",
-    "memory_reserved_bytes": "memory.reserved",
-    "memory_device_bytes": "memory.device",
-    "memory_process_bytes": "memory.process",
-    "memory_process_before_bytes": "memory.process_before",
-    "memory_limit_bytes": "memory_limit",
-    "memory_usable_bytes": "memory_usable",
-    "flops": "flops",
-    "hw_flops": "hw_flops",
-    "mfu": "mfu",
-    "hfu": "hfu",
-    "error_loss": "error.loss",
-    "error_grad": "error.grad",
-    "error_tolerance": "error.tolerance",
-    "energy_j": "energy_j",
-    "commit": "provenance.commit",
-}
-# Columns that are computed: tokens and samples per second over all devices, tokens/s over the baseline's of the same
-# group and length, bytes one rank sends in a step over all collectives, number of timed steps.
-CSV_DERIVED = ("tokens_per_s", "samples_per_s", "ratio_to_baseline", "bytes_sent", "num_samples")
 
 
 def append(path: str | os.PathLike[str], record: Keyed) -> None:
@@ -148,7 +105,8 @@ def load(path: str | os.PathLike[str]) -> list[Record]:
 def load_lines(path: str | os.PathLike[str], parse: Callable[[str], AnyRecord]) -> list[AnyRecord]:
     """As load, for records that another function reads from their lines."""
     path = Path(path)
-    lines = path.read_bytes().split(b"\n")
+    data = read_bytes(path)
+    lines = data.split(b"\n")
     last = lines.pop()
     if _is_whole(last) or not last.strip() or not _is_beginning(last):
         lines.append(last)
@@ -167,6 +125,17 @@ def load_lines(path: str | os.PathLike[str], parse: Callable[[str], AnyRecord]) 
     return records
 
 
+def read_bytes(path: Path) -> bytes:
+    """The lines of a record file, unpacked where its name ends in .gz; ValueError where that is not whole."""
+    data = path.read_bytes()
+    if path.suffix != ".gz":
+        return data
+    try:
+        return gzip.decompress(data)
+    except (OSError, EOFError, zlib.error) as error:
+        raise ValueError(f"{path}: not a whole gzip file: {error}") from None
+
+
 def latest(records: Iterable[AnyRecord]) -> list[AnyRecord]:
     """One record per key, the last one written, in the order in which the points first appeared.
 
@@ -176,32 +145,6 @@ def latest(records: Iterable[AnyRecord]) -> list[AnyRecord]:
     for record in records:
         by_key[record.key] = record
     return list(by_key.values())
-
-
-def derived(record: Record, baselines: Baselines) -> dict[str, float | int | None]:
-    """The values of CSV_DERIVED for one record; None (an empty cell) where there is no valid figure."""
-    ok = record.status == "ok"
-    return {
-        "tokens_per_s": record.tokens_per_s if ok else None,
-        "samples_per_s": record.samples_per_s if ok else None,
-        "ratio_to_baseline": baselines.ratio(record),
-        "bytes_sent": sum(record.traffic.values()) if record.traffic else None,
-        "num_samples": len(record.samples_s),
-    }
-
-
-def csv_text(records: Sequence[Record]) -> str:
-    """The records as CSV: a header line, then a line per record with the columns of CSV_FIELDS and CSV_DERIVED.
-
-    Units are in the names: `_s` seconds, `_bytes` bytes; throughputs are per second over all devices.
-    """
-    baselines = Baselines(records)
-    out = io.StringIO()
-    writer = csv.writer(out, lineterminator="\n")
-    writer.writerow([*CSV_FIELDS, *CSV_DERIVED])
-    for record in records:
-        writer.writerow([*(_field(record, name) for name in CSV_FIELDS.values()), *derived(record, baselines).values()])
-    return out.getvalue()
 
 
 @contextlib.contextmanager
@@ -217,7 +160,7 @@ def warnings_as_lines(prefix: str = "") -> Iterator[None]:
         yield
 
 
-def write_files(contents: dict[Path, str]) -> None:
+def write_files(contents: Mapping[Path, str | bytes]) -> None:
     """Write files as a set: all are complete under temporary names before the first gets its own."""
     staged: list[tuple[Path, Path]] = []
     try:
@@ -225,17 +168,9 @@ def write_files(contents: dict[Path, str]) -> None:
             path.parent.mkdir(parents=True, exist_ok=True)
             temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
             staged.append((temporary, path))
-            temporary.write_text(text, encoding="utf-8")
+            temporary.write_bytes(text if isinstance(text, bytes) else text.encode())
         for temporary, path in staged:
             os.replace(temporary, path)
     finally:
         for temporary, _ in staged:
             temporary.unlink(missing_ok=True)
-
-
-def _field(record: Record, path: str) -> object:
-    name, _, rest = path.partition(".")
-    value = getattr(record, name)
-    if not rest or value is None:
-        return value
-    return value[int(rest)] if rest.isdigit() else value.get(rest)

@@ -8,16 +8,21 @@ from dataclasses import dataclass
 from longreel.reports import formatting
 from longreel.reports.compare import Baselines
 from longreel.reports.records import Record
+from longreel.reports.verdicts import verdict
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Column:
-    """`name` heads the column, with the unit of its figures; `about` explains it."""
+    """`name` heads the column, with the unit of its figures; `about` explains it.
+
+    `value` is the column of the CSV that it is sorted by, where its text is not enough.
+    """
 
     name: str
     unit: str = ""
     numeric: bool = True
     about: str = ""
+    value: str = ""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -56,36 +61,48 @@ def build_table(records: Sequence[Record], baselines: Baselines) -> Table:
     tolerances = {r.error["tolerance"] for r in records if "tolerance" in r.error}
     one_tolerance = len(tolerances) == 1
     columns = (
-        Column(name="Length", unit="tokens", about="Tokens per sample, × samples per SP group where there are several"),
+        Column(
+            name="Length",
+            unit="tokens",
+            about="Tokens per sample, × samples per SP group where there are several",
+            value="seq_len",
+        ),
         Column(name="Strategy", numeric=False, about="Sequence-parallel strategy"),
         Column(name="SP", about="Sequence-parallel degree"),
         Column(name="DP", about="Data-parallel degree"),
         Column(name="Engine", numeric=False, about="Sharding engine"),
         Column(name="Policy", numeric=False, about="Activation policy"),
         Column(name="Attention", numeric=False, about="Attention provider that ran or is assumed"),
-        Column(name="Step time", unit=second_name, about="Of the slowest rank, with its interval"),
-        Column(name="Tokens/s", about="Over all devices"),
-        Column(name="Samples/s", about="Over all devices"),
-        Column(name="Ratio", unit="× baseline", about="Tokens/s over the baseline's at the same length"),
+        Column(name="Step time", unit=second_name, about="Of the slowest rank, with its interval", value="step_s"),
+        Column(name="Tokens/s", about="Over all devices", value="tokens_per_s"),
+        Column(
+            name="Ratio",
+            unit="× baseline",
+            about="Tokens/s over the baseline's at the same length",
+            value="ratio_to_baseline",
+        ),
+        Column(name="Verdict", numeric=False, about="On the ratio, from its interval; see what the labels mean"),
         Column(
             name="Step memory" if of_step else "Memory",
             unit=f"{memory_name} of process" if of_step else memory_name,
             about="What a step adds to the process of the rank where that is most, of that process's peak"
             if of_step
             else "Peak of the rank that holds most",
+            value="peak_memory_bytes",
         ),
-        Column(name="Sent", unit=f"{sent_name}/step", about="Bytes one rank sends in a step"),
+        Column(name="Sent", unit=f"{sent_name}/step", about="Bytes one rank sends in a step", value="bytes_sent"),
         Column(
             name="Error",
             unit=f"≤ {tolerances.pop():.0e}".replace("e-0", "e-") if one_tolerance else "",
             about="Largest relative error of loss and gradient against the oracle, and its tolerance",
+            value="worst_error",
         ),
     )
 
     def row(r: Record) -> Row:
         ok = r.status == "ok"
         ratio = baselines.ratio(r)
-        worst = max((value for name, value in r.error.items() if name != "tolerance"), default=None)
+        worst = r.worst_error
         tolerance = r.error.get("tolerance")
         cells = (
             Cell(text=f"{r.seq_len:,}", note="" if r.batch_per_group == 1 else f"× {r.batch_per_group}"),
@@ -100,8 +117,8 @@ def build_table(records: Sequence[Record], baselines: Baselines) -> Table:
                 note=formatting.interval(r.interval_s, second) if ok else "",
             ),
             Cell(text=formatting.number(r.tokens_per_s if ok else None)),
-            Cell(text=formatting.number(r.samples_per_s if ok else None)),
             Cell(text=formatting.MISSING if ratio is None else f"{ratio:.2f}"),
+            Cell(text=verdict(r, baselines) or formatting.MISSING),
             Cell(
                 text=formatting.number(None if r.peak_memory is None else r.peak_memory / memory),
                 note=f"of {formatting.number(r.memory['process'] / memory)}" if r.memory_meaning == "step" else "",

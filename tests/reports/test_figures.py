@@ -11,6 +11,7 @@ import pytest
 from longreel.reports.compare import group_records
 from longreel.reports.figures import draw_group
 from longreel.reports.formatting import length, number
+from longreel.reports.scaling import draw_devices
 from longreel.reports.series import build_series
 from longreel.reports.svg import standalone
 from longreel.reports.ticks import log_ticks, thin
@@ -49,12 +50,14 @@ def test_series_end_at_the_first_length_out_of_memory(sweep):
 def test_figures_have_the_intended_series_and_labels(sweep):
     group, records = group_of(sweep, "predicted")
     drawings = {d.name: d for d in draw_group(group, records)}
-    assert set(drawings) == {"throughput", "memory", "ratio"}
+    parts = {"parts-8192", "parts-819200"}
+    assert set(drawings) == {"throughput", "memory", "traffic", "exposed", "degrees-8192", "degrees-819200"} | parts
     lines = {"series-baseline", "series-fastseq-sp-8", "series-ulysses-sp-2", "series-ulysses-sp-8"}
-    for name, drawing in drawings.items():
+    for name in ("throughput", "memory", "exposed"):
+        drawing = drawings[name]
         ids = {i.split("-", 2)[2] for i in re.findall(r'id="([^"]+)"', drawing.svg) if "series-" in i}
-        marks = {"series-limit", "series-oom-baseline"} if name == "memory" else set()
-        assert ids == lines | marks
+        ends = {"series-oom-baseline"} if name != "exposed" else set()
+        assert ids == lines | ends | ({"series-limit"} if name == "memory" else set())
         texts = [e.text for e in ElementTree.fromstring(drawing.svg).iter("{http://www.w3.org/2000/svg}text")]
         assert any("(PREDICTED)" in text for text in texts)
         assert {"8K", "128K", "fastseq, SP 8", "baseline: ZeRO-2, SP 1"} <= set(texts)
@@ -68,7 +71,7 @@ def test_figures_have_the_intended_series_and_labels(sweep):
 def test_line_of_other_values_is_named_alone(sweep):
     group, records = group_of(sweep, "predicted")
     slower = [replace(r, step_s=1.01 * r.step_s) if r.strategy == "ulysses" and r.step_s else r for r in records]
-    throughput, memory, _ = draw_group(group, slower)
+    throughput, memory = draw_group(group, slower)[:2]
     assert ">ulysses, SP 8<" in throughput.svg
     assert ">ulysses = fastseq, SP 8<" in memory.svg
 
@@ -114,8 +117,7 @@ def test_memory_of_processes_is_the_steps_own(sweep):
 def test_one_or_two_lengths_are_bars_as_long_as_their_values(sweep, lengths):
     group, records = group_of(sweep, "measured")
     drawings = {d.name: d for d in draw_group(group, [r for r in records if r.seq_len in lengths])}
-    # At one length ratios repeat the throughputs.
-    assert set(drawings) == {"throughput", "memory"} | ({"ratio"} if len(lengths) == 2 else set())
+    assert set(drawings) == {"throughput", "memory", "traffic"}
     svg = drawings["throughput"].svg
     widths = {}
     for slug, d in re.findall(r'id="\S+?series-(\S+)">\s*<path d="([^"]+)"', svg):
@@ -140,6 +142,73 @@ def test_bars_say_what_did_not_fit(sweep):
     filled = {slug: "fill: none" not in style for slug, style in BARS.findall(memory)}
     assert [slug for slug, is_filled in filled.items() if not is_filled] == ["baseline-at-614400"]
     assert len(filled) == 8
+
+
+def test_marks_lie_on_their_lines(sweep):
+    group, records = group_of(sweep, "predicted")
+    for drawing in draw_group(group, records)[:2]:
+        marks = [m for m in drawing.marks if m.record.strategy == "ulysses" and m.record.sp_degree == 8]
+        path = re.search(r'id="\S+series-ulysses-sp-8">\s*<path d="([^"]+)"', drawing.svg)
+        places = [tuple(map(float, p)) for p in re.findall(r"[ML] ([\d.]+) ([\d.]+)", path[1])]
+        assert len(marks) == len(places) == 4
+        for mark, place in zip(marks, places, strict=True):
+            assert (mark.x, mark.y) == pytest.approx(place, abs=0.02)
+    assert [m.value for m in marks] == [m.record.peak_memory for m in marks]
+
+
+def test_lines_end_in_a_cross_behind_their_last_point(sweep):
+    group, records = group_of(sweep, "predicted")
+    throughput = draw_group(group, records)[0]
+    cross = re.search(r'series-oom-baseline">.*?<use [^>]*x="([\d.]+)" y="([\d.]+)"', throughput.svg, re.DOTALL)
+    (last,) = (m for m in throughput.marks if m.record.is_baseline and m.record.seq_len == 131072)
+    assert (float(cross[1]), float(cross[2])) == (pytest.approx(last.x + 11, abs=0.1), pytest.approx(last.y, abs=0.1))
+
+
+def test_parts_of_a_step_are_stacked_to_its_time_per_sample(sweep):
+    """Reads the bars back: their widths are those of the parts, each over the samples of a step."""
+    group, records = group_of(sweep, "predicted")
+    parts = next(d for d in draw_group(group, records) if d.name == "parts-8192")
+    # Communication is hatched: filled by a pattern.
+    fill = r"fill: (?:var\(--series-(\d)|url)"
+    bars = re.findall(rf'<path d="M ([\d.]+) ([\d.]+) L ([\d.]+) [^"]*" [^>]*style="{fill}', parts.svg)
+    widths = {}
+    for left, up, right, colour in bars:
+        widths[colour, float(up)] = float(right) - float(left)
+    by_colour = {c: [w for (colour, _), w in sorted(widths.items()) if colour == c] for c in ("0", "4", "")}
+    rows = [m.record for m in parts.marks]
+    assert len(rows) == 4
+    scale = by_colour["0"][0] / (rows[0].breakdown["attention"] / rows[0].dp_degree)
+    for colour, name in (("0", "attention"), ("4", "matmul"), ("", "sequence")):
+        expected = [scale * r.breakdown[name] / r.dp_degree for r in rows]
+        assert by_colour[colour][: len(rows)] == pytest.approx(expected, abs=0.03), name
+
+
+def test_scaling_over_degrees_and_devices(sweep, make_record):
+    group, records = group_of(sweep, "predicted")
+    degrees = next(d for d in draw_group(group, records) if d.name == "degrees-8192")
+    assert [(m.record.strategy, m.record.sp_degree) for m in degrees.marks] == [
+        ("fastseq", 8),
+        ("ulysses", 2),
+        ("ulysses", 8),
+    ]
+    more = [make_record(num_devices=n, strategy="ulysses", sp_degree=n, step_s=2 / n) for n in (2, 4)]
+    more += [make_record(num_devices=n, is_baseline=True) for n in (2, 4)]
+    ((family, drawing),) = draw_devices(group_records(more), png=False)
+    assert family.num_devices == 4
+    assert [(m.record.is_baseline, m.record.num_devices) for m in drawing.marks] == [
+        (True, 2),
+        (True, 4),
+        (False, 2),
+        (False, 4),
+    ]
+    assert draw_devices(group_records(sweep), png=False) == []
+
+
+def test_png_is_a_picture_of_the_same_figure(make_record):
+    ((group, found),) = group_records([make_record(is_baseline=True)]).items()
+    assert draw_group(group, found)[0].png is None
+    png = draw_group(group, found, png=True)[0].png
+    assert png[:8] == b"\x89PNG\r\n\x1a\n"
 
 
 def test_points_lie_where_their_values_are(sweep):
@@ -203,7 +272,7 @@ def test_group_without_a_figure_draws_nothing(make_record):
 @pytest.mark.parametrize("interval", [None, (1.9, 2.2)])
 def test_single_point_is_drawn(make_record, interval):
     ((group, found),) = group_records([make_record(is_baseline=True, interval_s=interval)]).items()
-    assert [d.name for d in draw_group(group, found)] == ["throughput", "memory"]
+    assert [d.name for d in draw_group(group, found)] == ["throughput", "memory", "traffic"]
 
 
 @pytest.mark.parametrize(

@@ -1,14 +1,19 @@
 from __future__ import annotations
 
+import base64
 import json
+import random
 import re
+import zlib
 from collections import Counter
 from dataclasses import replace
 from html.parser import HTMLParser
+from typing import Any
 
 import pytest
 
-from longreel.reports import embed, store
+from longreel.reports import embed, export
+from longreel.reports.compare import Baselines
 from longreel.reports.html import render, write_report
 from longreel.reports.records import Record
 
@@ -53,70 +58,106 @@ class Page(HTMLParser):
             self._into.append(data.strip())
 
 
-def embedded(text: str) -> list[Record]:
-    match = re.search(r'<script type="application/json" id="records">(.*?)</script>', text, re.DOTALL)
+def embedded_data(text: str) -> dict[str, Any]:
+    match = re.search(r'<script type="application/octet-stream" id="data">([\w+/=]*)</script>', text)
     assert match is not None
-    data = json.loads(match[1])
+    return json.loads(zlib.decompress(base64.b64decode(match[1])))
+
+
+def rows_of(text: str) -> list[list[str]]:
+    """The tables' rows as text, a cell's note behind it, then status and reason."""
+    data = embedded_data(text)
+    rows = []
+    for group in data["groups"]:
+        count = len(group["records"])
+        columns = zip(*(embed.unpack(column, count) for column in group["texts"]), strict=True)
+        notes = zip(*(embed.unpack(column, count) for column in group["notes"]), strict=True)
+        for cells, small, i in zip(columns, notes, group["records"], strict=True):
+            record = Record.from_json(json.dumps(embed.unpack(data["records"], data["num_records"])[i]))
+            words = [f"{cell} {note}".strip() for cell, note in zip(cells, small, strict=True)]
+            rows.append([*words, record.status, record.reason or ""])
+    return rows
+
+
+def embedded(text: str) -> list[Record]:
+    data = embedded_data(text)
     return [Record.from_json(json.dumps(row)) for row in embed.unpack(data["records"], data["num_records"])]
 
 
 def test_page_has_its_sections_in_order_and_every_record(sweep):
     text = render(sweep, title="A sweep", source_files=["/somewhere/records.jsonl"])
     page = Page(text)
-    assert page.headings == ["Headlines", "Figures", "Tables", "Environment", "What the labels mean"]
-    assert page.tags["figure"] == 6
-    assert page.tags["table"] == 2
-    assert len(page.rows) == len(sweep) + 2
+    sections = ["Headlines", "Published and ours", "Figures", "Ratios", "Rows", "Provenance", "What the labels mean"]
+    assert page.headings == sections
+    assert page.tags["figure"] == 11
+    # The published rows and two heat maps; rows are written by the page's script.
+    assert page.tags["table"] == 3
+    assert len(rows_of(text)) == len(sweep)
     assert embedded(text) == sweep
     assert "from records.jsonl" in text
     assert "/somewhere" not in text
 
 
-def test_table_names_its_baseline_and_marks_it_once_per_length(sweep):
-    page = Page(render(sweep))
-    assert page.captions == [
-        "Baseline: ZeRO-2, SP 1, DP 2, local, policy full. Ratios compare with it at the same length.",
-        "Baseline: ZeRO-2, SP 1, DP 8, local, policy full. Ratios compare with it at the same length.",
+def test_table_names_its_baseline_and_marks_it_once_per_length(report):
+    for devices in (2, 8):
+        words = f"Baseline: ZeRO-2, SP 1, DP {devices}, local, policy full. Ratios compare with it at the same length."
+        assert report.count(words) == 1
+    data = embedded_data(report)
+    marked = [
+        row[0]
+        for row, is_marked in zip(rows_of(report), [m for g in data["groups"] for m in g["is_baseline"]], strict=True)
+        if is_marked
     ]
-    marked = [row for row in page.rows if "baseline" in row]
-    assert [row[0] for row in marked] == ["1,024", "2,048", "4,096", "8,192", "131,072", "614,400", "819,200"]
+    assert marked == ["1,024", "2,048", "4,096", "8,192", "131,072", "614,400", "819,200"]
 
 
-def test_failing_row_shows_its_reason_and_no_speed(sweep):
-    page = Page(render(sweep))
-    (wrong,) = (row for row in page.rows if "wrong" in row)
+def test_failing_row_shows_its_reason_and_no_speed(report):
+    rows = rows_of(report)
+    (wrong,) = (row for row in rows if "wrong" in row)
+    assert wrong[0] == "1,024"
     assert wrong[-1] == "grad off by 3"
-    assert "1,024" in wrong
-    assert wrong.count("–") == 4  # step time, tokens/s, samples/s, ratio
-    assert any("needs 85 GiB of 80 GiB" in row for row in page.rows)
+    assert wrong.count("–") == 4  # step time, tokens/s, ratio, verdict
+    assert any("needs 85 GiB of 80 GiB" in row for row in rows)
 
 
-def test_labels_name_the_kind_of_every_group(sweep):
-    text = render(sweep)
-    for label in ("MEASURED", "PREDICTED"):
-        # Headline, figures, table and environment of the one group of each kind; the legend; the title of each figure.
-        assert text.count(f">{label}</span>") == 5
-        assert len(re.findall(rf"<text[^>]*>[^<]*\({label}\)</text>", text)) == 3
-    assert text.count(">EMULATED</span>") == 1
+def test_labels_name_the_kind_of_every_group(report):
+    for label, figures in (("MEASURED", 3), ("PREDICTED", 8)):
+        # Headline, figures, ratios, table and environment of the one group of each kind; the legend; every figure.
+        assert report.count(f">{label}</span>") == 6
+        assert len(re.findall(rf"<text[^>]*>[^<]*\({label}\)</text>", report)) == figures
+    assert report.count(">EMULATED</span>") == 1
 
 
-def test_page_refers_to_nothing_outside_itself(sweep):
-    text = render(sweep)
-    assert all(a.startswith("#") or a == "data:," for a in Page(text).addresses)
-    outside = set(re.findall(r"https?://[^\"' )<]+", text))
-    assert outside == {"http://www.w3.org/2000/svg", "http://www.w3.org/1999/xlink"}
-    assert "@import" not in text
-    assert "fetch(" not in text
+def test_heat_map_has_a_row_per_configuration_and_its_figures_point_at_records(report, sweep):
+    assert report.count('<th scope="row">local, SP 1, full<span class="mark">baseline</span>') == 2
+    data = embedded_data(report)
+    known = [Record.from_json(json.dumps(row)) for row in embed.unpack(data["records"], len(sweep))]
+    for i, text in re.findall(r'<td data-i="(\d+)"[^>]*>(\d\.\d\d)\n', report):
+        assert f"{Baselines(known).ratio(known[int(i)]):.2f}" == text
+    marks = re.findall(r'data-marks="([^"]+)" data-name="g2-throughput"', report)[0].split()
+    assert [known[int(m.split(",")[2])].kind for m in marks] == ["predicted"] * 14
 
 
-def test_hostile_strings_stay_text(sweep):
-    clean = Page(render(sweep)).tags
+def test_page_refers_to_nothing_outside_itself(report):
+    assert all(a.startswith("#") or a == "data:," for a in Page(report).addresses)
+    outside = set(re.findall(r"https?://[^\"' )<]+", report))
+    assert outside == {"http://www.w3.org/2000/svg"}
+    assert "@import" not in report
+    assert "fetch(" not in report
+
+
+def test_hostile_strings_stay_text(sweep, report):
+    clean = Page(report).tags
     text = ("model", "device", "strategy", "engine", "policy", "attention", "reason")
     hostile = [
         replace(
             r,
             **{name: f"{getattr(r, name)}{HOSTILE}" for name in text},
             config={HOSTILE: HOSTILE} | dict(r.config),
+            breakdown={HOSTILE: 1.0} | dict(r.breakdown) if r.breakdown else {},
+            telemetry={HOSTILE: HOSTILE},
+            comparison={"verdict": HOSTILE},
+            traffic={HOSTILE: 7},
             provenance=dict(r.provenance) | {"command": HOSTILE, "commit": HOSTILE, HOSTILE: HOSTILE},
         )
         for r in sweep
@@ -133,13 +174,24 @@ def test_hostile_strings_stay_text(sweep):
 def test_only_the_last_record_of_a_point_is_shown(make_record):
     failed, again = make_record(status="error", reason="worker died"), make_record()
     text = render([failed, again])
-    assert len(Page(text).rows) == 2
+    assert len(rows_of(text)) == 1
     assert "1 earlier records of the same points are left out" in text
     assert "worker died" not in text
 
 
 def test_thousand_records_stay_under_a_megabyte(sweep):
-    records = [replace(r, config=dict(r.config) | {"seed": i}) for i in range(1000 // len(sweep) + 1) for r in sweep]
+    noise = random.Random(0)
+
+    def another(r: Record, i: int) -> Record:
+        """The same point of another seed, with figures that cannot be packed."""
+        if r.step_s is None:
+            return replace(r, config=dict(r.config) | {"seed": i})
+        step = r.step_s * noise.uniform(1, 2)
+        samples = tuple(step * noise.uniform(0.9, 1.1) for _ in r.samples_s)
+        parts = {name: noise.random() for name in r.breakdown}
+        return replace(r, config=dict(r.config) | {"seed": i}, step_s=step, samples_s=samples, breakdown=parts)
+
+    records = [another(r, i) for i in range(1000 // len(sweep) + 1) for r in sweep]
     assert len(render(records[:1000]).encode()) < 1_000_000
 
 
@@ -159,10 +211,21 @@ def test_write_report_writes_page_csv_and_figures(tmp_path, sweep):
     page = write_report(tmp_path / "out", sweep, title="A sweep")
     assert page == tmp_path / "out" / "report.html"
     assert page.read_text(encoding="utf-8") == render(sweep, title="A sweep")
-    assert (tmp_path / "out" / "records.csv").read_text(encoding="utf-8") == store.csv_text(sweep)
+    assert (tmp_path / "out" / "records.csv").read_text(encoding="utf-8") == export.csv_text(sweep)
     figures = sorted(p.name for p in (tmp_path / "out" / "figures").iterdir())
-    assert len(figures) == 6
+    # Eleven figures of the page with their points, and both heat maps.
+    assert Counter(name.rpartition(".")[2] for name in figures) == {"svg": 13, "csv": 11}
     assert "1-measured-full-2x-cpu-process-throughput.svg" in figures
+    assert "var(" not in (tmp_path / "out" / "figures" / figures[-1]).read_text()
+
+
+def test_png_and_page_only_are_options(tmp_path, make_record):
+    records = [make_record(is_baseline=True), make_record(policy="none", step_s=1.0)]
+    write_report(tmp_path / "all", records, png=True)
+    figures = [path.suffix for path in (tmp_path / "all" / "figures").iterdir()]
+    assert Counter(figures) == {".svg": 4, ".png": 3, ".csv": 3}
+    write_report(tmp_path / "page", records, page_only=True)
+    assert [path.name for path in (tmp_path / "page").iterdir()] == ["report.html"]
 
 
 def test_figures_of_an_earlier_report_go_and_other_files_stay(tmp_path, sweep):
@@ -170,12 +233,11 @@ def test_figures_of_an_earlier_report_go_and_other_files_stay(tmp_path, sweep):
     (tmp_path / "figures" / "mine-throughput.svg").write_text("")
     measured = [r for r in sweep if r.kind == "measured"]
     write_report(tmp_path, measured)
-    names = sorted(path.name for path in (tmp_path / "figures").iterdir())
+    names = sorted(path.stem for path in (tmp_path / "figures").glob("*.svg"))
     assert names == [
-        *(f"1-measured-full-2x-cpu-process-{n}.svg" for n in ("memory", "ratio", "throughput")),
-        *names[3:],
+        *(f"1-measured-full-2x-cpu-process-{n}" for n in ("memory", "ratio", "throughput", "traffic")),
+        "mine-throughput",
     ]
-    assert names[3:] == ["mine-throughput.svg"]
 
 
 @pytest.mark.parametrize("name", ["report.html", "records.csv", "figures"])
@@ -195,10 +257,12 @@ def test_page_that_is_a_folder_is_an_error(tmp_path, sweep):
 
 def test_memory_of_a_process_is_shown_as_the_step_and_the_whole(make_record):
     text = render([make_record(is_baseline=True)])
-    assert "Step memory<small>MiB of process</small>" in text
-    assert "<td>40.0 <small>of 713</small>" in text
+    names = [(c["name"], c["unit"]) for c in embedded_data(text)["groups"][0]["columns"]]
+    assert ("Step memory", "MiB of process") in names
+    assert rows_of(text)[0][names.index(("Step memory", "MiB of process"))] == "40.0 of 713"
     assert "40.0 MiB step memory" in text
-    assert "Step memory" not in render([make_record(memory={"allocated": 2**30})])
+    allocated = embedded_data(render([make_record(memory={"allocated": 2**30})]))
+    assert "Step memory" not in [c["name"] for c in allocated["groups"][0]["columns"]]
 
 
 def test_group_whose_ranks_share_cores_says_so(make_record):
@@ -214,5 +278,5 @@ def test_ratio_without_a_verdict_is_no_headline(make_record):
 
 
 def test_several_samples_per_group_stand_beside_the_length(make_record):
-    page = Page(render([make_record(), make_record(batch_per_group=4)]))
-    assert [row[:2] for row in page.rows[1:]] == [["1,024", "local"], ["1,024", "× 4"]]
+    text = render([make_record(), make_record(batch_per_group=4)])
+    assert [row[:2] for row in rows_of(text)] == [["1,024", "local"], ["1,024 × 4", "local"]]
