@@ -57,6 +57,10 @@ class _Counting:
 
         def call(*args: Any, **kwargs: Any) -> Any:
             bound = signature.bind(*args, **kwargs).arguments
+            tensors = [value for value in bound.values() if isinstance(value, Tensor)]
+            if not all(tensor.is_floating_point() for tensor in tensors):
+                # Sizes that ranks compare, not a layer's traffic.
+                return function(*args, **kwargs)
             self._sent[f"{self._part}.{name}"] += sent_bytes(name, bound, dist.get_world_size(bound.get("group")))
             return function(*args, **kwargs)
 

@@ -131,10 +131,9 @@ class ParallelDiT:
 
         Raises:
             ValueError: the configuration does not take this batch, the sequence has fewer tokens than ranks, or (on
-                every rank of the SP group) its ranks pack different clips.
+                every rank of the SP group) its ranks hold batches of different sizes.
         """
-        if isinstance(batch, PackedBatch):
-            self._check_packed(batch)
+        self._check_batch(batch)
         grids = [self.model_config.grid(*size) for size in _sizes(batch)]
         rows = self._rows(batch.text, [math.prod(grid) for grid in grids])
         # One sample of a packed batch after the other, or all samples of the other kind at once.
@@ -173,14 +172,18 @@ class ParallelDiT:
 
         Returns:
             [B, T, H, W, C_in], fp32 (fp64 in an fp64 run).
+
+        Raises:
+            ValueError: as of loss().
         """
         config = self.model_config
-        grid = config.grid(*latents.shape[1:4])
-        num_video = math.prod(grid)
-        rows = self._rows(text, [num_video])
         batch = Batch(
             latents=latents, noise=latents, timestep=timestep, text=text, labels=labels, global_samples=len(latents)
         )
+        self._check_batch(batch)
+        grid = config.grid(*latents.shape[1:4])
+        num_video = math.prod(grid)
+        rows = self._rows(text, [num_video])
         (clip,) = rows.clips
         prediction = self._data_channels(self._forward(self._patches(latents, clip), rows, [grid], batch))
         # Ranks hold different numbers of video rows: whole rows of the sequence are gathered, text rows as zeros.
@@ -204,24 +207,24 @@ class ParallelDiT:
         check_ranks(rows.lengths.valid, self.mesh.sp_degree)
         return rows
 
-    def _check_packed(self, batch: PackedBatch) -> None:
-        """ValueError on every rank of the SP group if its ranks pack different clips.
+    def _check_batch(self, batch: Batch | PackedBatch) -> None:
+        """ValueError on every rank of the SP group if its ranks hold batches of different sizes.
 
         What is compared is the batch as it came: a rank that looked at its own sizes first would raise alone, and leave
         the others waiting.
         """
-        if self.model_config.cross_layout == "published":
+        packed = isinstance(batch, PackedBatch)
+        if packed and self.model_config.cross_layout == "published":
             raise ValueError("cross_layout 'published' takes no packed batch; use cross_layout 'replicated'")
-        check_agreement(
-            "cu_seqlens of the packed clips (their number, [T, H, W, C_in] of each, text [N, L, text_dim], labels [N])",
-            [
-                len(batch.latents),
-                *(size for clip in batch.latents for size in clip.shape),
-                *(size for beside in (batch.text, batch.labels) if beside is not None for size in beside.shape),
-            ],
-            self.mesh.sp_group,
-            batch.timestep.device,
-        )
+        beside = [size for value in (batch.text, batch.labels) for size in ((-1,) if value is None else value.shape)]
+        if isinstance(batch, PackedBatch):
+            name = "cu_seqlens of the packed clips (their number, [T, H, W, C_in] of each"
+            sizes = [len(batch.latents), *(size for clip in batch.latents for size in clip.shape)]
+        else:
+            name = "sizes of the batch (latents and noise [B, T, H, W, C_in]"
+            sizes = [*batch.latents.shape, *batch.noise.shape]
+        name += ", text [N, L, text_dim], labels [N], -1 for none, samples of the step)"
+        check_agreement(name, [*sizes, *beside, batch.global_samples], self.mesh.sp_group, batch.timestep.device)
 
     def _forward(
         self, tokens: Tensor, rows: Rows, grids: list[tuple[int, int, int]], batch: Batch | PackedBatch

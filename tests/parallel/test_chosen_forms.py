@@ -13,12 +13,14 @@ from longreel.models.sequence import SequenceLengths
 from longreel.parallel.config import ParallelConfig
 from longreel.parallel.mesh import build_mesh
 from longreel.parallel.predict.fake_world import fake_world
-from longreel.parallel.strategies import build_strategy, fastseq, usp
+from longreel.parallel.strategies import build_strategy, fastseq, fastseq_attention, usp
 from longreel.parallel.strategies.fastseq import ATTENTION_FROM
 from longreel.parallel.strategies.usp import CHUNKS_FROM
 
 HEADS, HEAD_DIM = 16, 1
 WIDTH = HEADS * HEAD_DIM
+# dQ, dK and dV in fp32: 2 samples of 8 tokens, half of the heads.
+SUMS_BYTES = 4 * 2 * 8 * 3 * WIDTH // 2
 
 
 class Asked(Exception):
@@ -80,3 +82,29 @@ def test_attention_on_chunks_is_taken_from_long_ones(overlap, short, long):
     assert asked_for("fastseq", 2, ATTENTION_FROM, fastseq_overlap=overlap)["chunked"] is long
     # One rank has nothing to wait for.
     assert asked_for("fastseq", 1, ATTENTION_FROM, fastseq_overlap=overlap)["chunked"] is False
+
+
+@pytest.mark.parametrize(
+    ("policy", "limit", "chunked"),
+    [
+        pytest.param("none", 0, True, id="none"),
+        pytest.param("keep_attention", SUMS_BYTES, True, id="lean-small"),
+        pytest.param("keep_attention", SUMS_BYTES - 1, False, id="lean-large"),
+    ],
+)
+def test_a_lean_backward_goes_by_chunks_while_its_sums_are_small(policy, limit, chunked):
+    x, qkv = torch.zeros(2, 4, WIDTH, dtype=torch.bfloat16, requires_grad=True), nn.Linear(WIDTH, 3 * WIDTH).bfloat16()
+    with (
+        fake_world(2),
+        mock.patch.object(fastseq_attention, "LEAN_SUMS_BYTES", limit),
+        mock.patch.object(
+            fastseq_attention, "attend_project_backward", wraps=fastseq_attention.attend_project_backward
+        ) as by_chunks,
+    ):
+        config = ParallelConfig(
+            strategy="fastseq", sp_degree=2, attention_provider="torch", fastseq_overlap="attention", policy=policy
+        )
+        sp = build_strategy(config, build_mesh(sp_degree=2))
+        out = sp.self_attention(x, qkv, num_heads=HEADS, lengths=SequenceLengths(valid=7, padded=8))
+        out.backward(torch.zeros_like(out))
+    assert by_chunks.called is chunked

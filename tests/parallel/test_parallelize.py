@@ -94,9 +94,10 @@ def test_ranks_that_pack_other_clips_all_say_so(run_distributed):
         run_distributed(packed_differently, 4, [[first, other] for other in (second, taller, second, second)], [6] * 4)
     )
     assert said == {
-        "cu_seqlens of the packed clips (their number, [T, H, W, C_in] of each, text [N, L, text_dim], labels [N]) "
-        "differ between the 4 ranks of a group, which must hold the same: "
-        "ranks 0, 2, 3: [2, 2, 4, 4, 4, 2, 6, 4, 4, 2, 6, 16]; rank 1: [2, 2, 4, 4, 4, 2, 8, 4, 4, 2, 6, 16]"
+        "cu_seqlens of the packed clips (their number, [T, H, W, C_in] of each, text [N, L, text_dim], labels [N], "
+        "-1 for none, samples of the step) differ between the 4 ranks of a group, which must hold the same: "
+        "ranks 0, 2, 3: [2, 2, 4, 4, 4, 2, 6, 4, 4, 2, 6, 16, ...] (14 values, from index 0); "
+        "rank 1: [2, 2, 4, 4, 4, 2, 8, 4, 4, 2, 6, 16, ...] (14 values, from index 0)"
     }
 
 
@@ -116,6 +117,48 @@ def test_a_rank_whose_batch_is_wrong_by_itself_leaves_none_waiting(run_distribut
     # Rank 0 would raise by itself, or in the model, before the others have heard of it.
     (message,) = set(run_distributed(packed_differently, 2, [clips, [(2, 8, 4, 4)]], [tokens, 6], timeout=20.0))
     assert "differ between the 2 ranks of a group" in message
+
+
+def differing_batch(by_rank: list[tuple[tuple[int, ...], int, int]], sample: bool) -> str:
+    """What a rank says that holds zeros of a shape, text tokens and samples of a step, at its place."""
+    mesh = build_mesh(sp_degree=dist.get_world_size())
+    spread = ParallelDiT(
+        cases.randomised_dit(cases.tiny_config("cross"), torch.float64), mesh, cases.fp64("ulysses", mesh.sp_degree)
+    )
+    # The first step agrees.
+    data = cases.samples(2, torch.float64)
+    with torch.no_grad():
+        spread.loss(Batch(**data, global_samples=2))
+    shape, tokens, global_samples = by_rank[mesh.sp_rank]
+    latents, text = torch.zeros(shape), torch.zeros(shape[0], tokens, 16)
+    fields = {"latents": latents, "timestep": torch.zeros(shape[0]), "text": text}
+    with pytest.raises(ValueError, match="sizes of the batch") as caught:
+        spread.velocity(**fields) if sample else spread.loss(
+            Batch(**fields, noise=latents, global_samples=global_samples)
+        )
+    return str(caught.value)
+
+
+USUAL = (2, 4, 8, 4, 4), 6, 2
+OTHERS = {
+    "as-many-tokens": ((2, 4, 4, 8, 4), 6, 2),
+    "fewer-samples": ((1, 4, 8, 4, 4), 6, 2),
+    "no-multiple-of-the-patch": ((2, 5, 8, 3, 4), 6, 2),
+    "other-text": ((2, 4, 8, 4, 4), 5, 2),
+    # Which sampling does not know of.
+    "other-step": ((2, 4, 8, 4, 4), 6, 3),
+}
+
+
+@pytest.mark.parametrize(
+    ("other", "sample"),
+    [(other, False) for other in OTHERS] + [(other, True) for other in OTHERS if other != "other-step"],
+)
+def test_a_dense_batch_that_differs_on_one_rank_is_an_error_of_all(run_distributed, other, sample):
+    batches = [USUAL, USUAL, OTHERS[other], USUAL]
+    (message,) = set(run_distributed(differing_batch, 4, batches, sample, timeout=20.0))
+    assert "differ between the 4 ranks of a group" in message
+    assert "ranks 0, 1, 3: " in message and "; rank 2: " in message
 
 
 def more_ranks_than_tokens() -> None:

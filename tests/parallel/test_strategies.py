@@ -24,7 +24,7 @@ from longreel.parallel.mesh import build_mesh
 from longreel.parallel.parallelize import Batch, ParallelDiT
 from longreel.parallel.strategies import USP, FastSeq, Local, build_strategy
 from longreel.parallel.strategies.exchange import exchange_attention_op
-from longreel.parallel.strategies.fastseq import fastseq_attention_op
+from longreel.parallel.strategies.fastseq_attention import fastseq_attention_op
 from longreel.parallel.strategies.layout import gather_heads, scatter_heads
 
 HEADS, HEAD_DIM, TEXT, DEPTH = 8, 8, 6, 2
