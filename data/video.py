@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from bisect import bisect_right
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from fractions import Fraction
@@ -173,7 +173,7 @@ def to_float(clip: Tensor) -> Tensor:
     return clip.to(torch.float32) / 127.5 - 1.0
 
 
-def write_mp4(path: Path, frames: Tensor, fps: float) -> str:
+def write_mp4(path: Path, frames: Tensor, fps: float, *, metadata: Mapping[str, str] | None = None) -> str:
     """Encode frames as an mp4 that any player opens; the file appears complete or not at all.
 
     Args:
@@ -181,6 +181,7 @@ def write_mp4(path: Path, frames: Tensor, fps: float) -> str:
         frames: [T, H, W, 3] RGB in [-1, 1], values outside are clipped. Odd sizes lose nothing: the last row or column
             is repeated, since 4:2:0 video needs even sizes.
         fps: frames per second, MIN_FPS to MAX_FPS.
+        metadata: of the container, by the keys that mp4 has: `title`, `comment`, `artist`, ...
 
     Returns:
         Name of the encoder that wrote it: `libx264`, or `mpeg4` where this build of FFmpeg has no H.264.
@@ -202,6 +203,7 @@ def write_mp4(path: Path, frames: Tensor, fps: float) -> str:
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         with av.open(str(partial), "w", format="mp4") as container:
+            container.metadata.update(metadata or {})
             stream = container.add_stream(encoder, rate=Fraction(fps).limit_denominator(30000), options=options)
             assert isinstance(stream, av.VideoStream)
             stream.height, stream.width = levels.shape[1:3]

@@ -1,13 +1,14 @@
 """Rectified flow: straight paths between data (t = 0) and noise (t = 1), and the Euler sampler along them.
 
-x_t = (1 - t) x0 + t noise; the model predicts the velocity dx/dt = noise - x0.
+x_t = (1 - t) x0 + t noise; the model predicts the velocity dx/dt = noise - x0, or x0 itself, from which it follows.
 Source: Liu et al. 2022, Flow Straight and Fast (arXiv:2209.03003); Lipman et al. 2022 (arXiv:2210.02747).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal
+from dataclasses import dataclass
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -16,6 +17,10 @@ from torch import Tensor
 TIMESTEP_SCALE = 1000.0
 
 TimestepDistribution = Literal["uniform", "logit-normal"]
+FlowPrediction = Literal["velocity", "x0"]
+
+# Below this t the error of a predicted x0 is not weighed up any further: its weight 1 / t^2 would go to infinity.
+MIN_WEIGHED_T = 0.05
 
 
 def interpolate(x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
@@ -73,12 +78,51 @@ def sample_timesteps(
     raise ValueError(f"distribution must be uniform or logit-normal, got {distribution!r}")
 
 
-def guided_velocity(conditional: Tensor, unconditional: Tensor, scale: float) -> Tensor:
-    """Classifier-free guidance: unconditional + scale * (conditional - unconditional); scale 1 is no guidance.
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RectifiedFlow:
+    """The objective `flow`, see longreel.models.objective.Objective.
 
-    Source: Ho and Salimans 2022 (arXiv:2207.12598), in the form in which 1 is neutral.
+    Args:
+        prediction: `velocity`; or `x0`, from which the velocity (x_t - x0) / t follows and whose error is weighed as
+            that of the velocity is. Patches of many numbers on a narrow model need it: noise fills all of a patch's
+            dimensions and does not fit through the model, data does (Li and He 2025, arXiv:2511.13720).
+        distribution: of training timesteps, see sample_timesteps.
     """
-    return unconditional + scale * (conditional - unconditional)
+
+    prediction: FlowPrediction = "velocity"
+    distribution: TimestepDistribution = "uniform"
+
+    def __post_init__(self) -> None:
+        for name, kind in (("prediction", FlowPrediction), ("distribution", TimestepDistribution)):
+            if getattr(self, name) not in get_args(kind):
+                raise ValueError(f"{name} must be one of {', '.join(get_args(kind))}; got {getattr(self, name)!r}")
+
+    @property
+    def learn_sigma(self) -> bool:
+        """No variance is learned."""
+        return False
+
+    def draw_timestep(self, generator: torch.Generator) -> Tensor:
+        """See Objective."""
+        return sample_timesteps(generator, 1, distribution=self.distribution)
+
+    def model_timestep(self, t: Tensor) -> Tensor:
+        """See Objective."""
+        return t * TIMESTEP_SCALE
+
+    def prepare(self, x0: Tensor, noise: Tensor, t: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """See Objective."""
+        target = velocity_target(x0, noise) if self.prediction == "velocity" else x0
+        return interpolate(x0, noise, t), (target,)
+
+    def token_loss(self, output: Tensor, targets: tuple[Tensor, ...], t: Tensor) -> Tensor:
+        """See Objective: the mean square of the velocity's error."""
+        error = (output[..., : targets[0].shape[-1]] - targets[0]).square().flatten(2).mean(-1)
+        return error if self.prediction == "velocity" else error / t[:, None].clamp(min=MIN_WEIGHED_T).square()
+
+    def velocity(self, output: Tensor, x: Tensor, t: float) -> Tensor:
+        """The velocity at (x, t > 0) that an output for it, [B, ...] as x, stands for."""
+        return output if self.prediction == "velocity" else (x - output) / t
 
 
 @torch.no_grad()

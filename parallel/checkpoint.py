@@ -1,7 +1,7 @@
-"""Checkpoints: model, optimizer and step, sharded over the ranks that write them, readable by any other number.
+"""Checkpoints: the whole state of a run, sharded over the ranks that write it, readable by any other number.
 
-A checkpoint is a folder `step-000200` that appears complete or not at all: it is written under another name and
-renamed when every rank is done.
+A checkpoint is a folder `step-000200` that appears complete or not at all (longreel.parallel.checkpoint_writer). Its
+run.json holds the digest of every file, so that damage is known before anything is trained on it.
 """
 
 from __future__ import annotations
@@ -9,20 +9,27 @@ from __future__ import annotations
 import json
 import pickle
 import re
-import shutil
+import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
-from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.device_mesh import DeviceMesh
 
-from longreel.parallel.comm import all_reduce_sum
-from longreel.parallel.engine import Engine
+from longreel.parallel.checkpoint_files import (
+    DESCRIPTION,
+    IndexReader,
+    WeightsOnlyPlanner,
+    description_digest,
+    file_digests,
+    one_line,
+)
+from longreel.parallel.comm import all_gather_objects, all_reduce_sum
 
-VERSION = 1
+VERSION = 2
 _NAME = re.compile(r"step-(\d{6,})")
 
 
@@ -32,123 +39,150 @@ def checkpoints(folder: Path) -> list[Path]:
     return [path for _, path in sorted(found)]
 
 
-def find_checkpoint(path: Path) -> Path:
-    """The checkpoint that a path means: itself, or the newest of the run in that folder.
+def candidates(path: Path) -> list[Path]:
+    """The checkpoints that a path means, the one to prefer last: itself, or those of the run in that folder.
 
     Raises:
-        ValueError: neither is there.
+        ValueError: there is none.
     """
-    if (path / "run.json").is_file():
-        return path
+    if (path / DESCRIPTION).is_file():
+        return [path]
     for folder in (path / "checkpoints", path):
         if found := checkpoints(folder):
-            return found[-1]
+            return found
     raise ValueError(f"{path}: no checkpoint there; give a folder step-NNNNNN or the out folder of a training run")
 
 
-def save_checkpoint(
-    folder: Path,
-    step: int,
-    engine: Engine,
-    config: dict[str, Any],
-    mesh: DeviceMesh,
-) -> Path:
-    """Write a checkpoint; every rank calls it.
+def newest_whole(found: list[Path], mesh: DeviceMesh) -> tuple[Path, list[str]]:
+    """The newest undamaged checkpoint, and what is wrong with each newer one; every rank calls it and gets the same.
 
     Args:
-        folder: `checkpoints/` of the run. step: optimizer steps done.
-        engine: any, its optimizer attached; names in the file are those of the plain model.
-        config: the resolved configuration of the run, for JSON.
-        mesh: one axis over all ranks.
-
-    Returns:
-        The checkpoint's folder.
+        found: oldest first, at least one. mesh: one axis over all ranks, which share the reading.
 
     Raises:
-        OSError: it cannot be written.
+        ValueError: all are damaged; says how each is.
     """
-    final, partial = folder / f"step-{step:06d}", folder / f".step-{step:06d}.partial"
-    first = mesh.get_rank() == 0
-    if first:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-    wait_for_all(mesh)
-    state = engine.state()
+    damages: list[str] = []
+    for path in reversed(found):
+        try:
+            check_whole(path, mesh)
+        except ValueError as error:
+            damages.append(str(error))
+        else:
+            return path, damages
+    raise ValueError("; ".join(damages))
+
+
+def check_whole(checkpoint: Path, mesh: DeviceMesh) -> None:
+    """Read every byte of a checkpoint and compare digests; each rank reads a share of the files.
+
+    Raises:
+        ValueError: on every rank: it is damaged or no checkpoint of this version; names the file.
+    """
+    rank, size, problem = mesh.get_local_rank(), mesh.size(), None
     try:
-        dcp.save(state, checkpoint_id=partial)
-    except dcp.api.CheckpointException as error:
-        raise OSError(f"{final}: cannot write the checkpoint: {_first(error)}") from error
-    if first:
-        run = {"version": VERSION, "step": step, "config": config}
-        (partial / "run.json").write_text(json.dumps(run, indent=1) + "\n", encoding="utf-8")
-        shutil.rmtree(final, ignore_errors=True)
-        partial.rename(final)
-    wait_for_all(mesh)
-    return final
+        check_files(checkpoint, rank, size)
+    except ValueError as error:
+        problem = str(error)
+    everyone = all_gather_objects(problem, mesh.get_group().group_name)
+    if said := [problem for problem in everyone if problem is not None]:
+        raise ValueError(said[0])
 
 
-def read_run(checkpoint: Path) -> tuple[int, dict[str, Any]]:
-    """(steps done, configuration) of a checkpoint; ValueError if it is not one of this version."""
-    path = checkpoint / "run.json"
+def check_files(checkpoint: Path, rank: int = 0, size: int = 1) -> None:
+    """One rank's share of check_whole, or all of it; ValueError names the file that is damaged."""
+    files = read_description(checkpoint)["files"]
+    for name in sorted(files)[rank::size]:
+        try:
+            found = file_digests(checkpoint, [name])[name]
+        except FileNotFoundError as error:
+            raise ValueError(f"{checkpoint / name}: damaged: the file is missing") from error
+        except OSError as error:
+            raise ValueError(f"{checkpoint / name}: damaged: {error.strerror}") from error
+        if found != files[name]:
+            raise ValueError(f"{checkpoint / name}: damaged: its bytes are not those that were written")
+    IndexReader(checkpoint).read_metadata()
+
+
+def read_description(checkpoint: Path) -> dict[str, Any]:
+    """What run.json says; ValueError if it is damaged or not one of this version."""
+    path = checkpoint / DESCRIPTION
     try:
         run = json.loads(path.read_text(encoding="utf-8"))
-        version, step, config = run["version"], run["step"], run["config"]
-        if type(step) is not int or step < 0:
-            raise ValueError(f"step: expected a count, got {step!r}")
-        if not isinstance(config, dict):
-            raise ValueError(f"config: expected an object, got {config!r}")
+        if not isinstance(run, dict):
+            raise ValueError(f"expected an object, got {run!r}")
+        if run["version"] != VERSION:
+            raise ValueError(f"checkpoint version {run['version']}, this version reads {VERSION}")
+        if run["digest"] != description_digest(run):
+            raise ValueError("its text is not what was written")
+        kinds = {"step": int, "config": dict, "files": dict}
+        for name, kind in kinds.items():
+            if type(run[name]) is not kind:
+                raise ValueError(f"{name}: expected {kind.__name__}, got {run[name]!r}")
     except FileNotFoundError as error:
-        raise ValueError(f"{checkpoint}: not a checkpoint, run.json is missing") from error
+        raise ValueError(f"{checkpoint}: not a checkpoint, {DESCRIPTION} is missing") from error
+    except OSError as error:
+        raise ValueError(f"{path}: damaged: {error.strerror}") from error
     except KeyError as error:
         raise ValueError(f"{path}: damaged: {error.args[0]} is missing") from error
     except (ValueError, TypeError, RecursionError) as error:
         raise ValueError(f"{path}: damaged: {error}") from error
-    if version != VERSION:
-        raise ValueError(f"{path}: checkpoint version {version}, this version reads {VERSION}")
-    return step, config
+    return run
 
 
-def load_checkpoint(checkpoint: Path, engine: Engine) -> None:
-    """Read a checkpoint into a wrapped model and its optimizer, if one is attached; every rank calls it.
+def read_run(checkpoint: Path) -> tuple[int, dict[str, Any]]:
+    """(steps done, configuration) of a checkpoint; ValueError if it is damaged or not one of this version."""
+    run = read_description(checkpoint)
+    return run["step"], run["config"]
+
+
+def load_checkpoint(checkpoint: Path, state: dict[str, Any]) -> None:
+    """Read a checkpoint into a state of any engine and any number of ranks; every rank calls it.
+
+    Args:
+        checkpoint: checked before by newest_whole or check_whole. state: of Engine.state(), filled in place.
 
     Raises:
         ValueError: the checkpoint holds another model or is damaged.
     """
-    _check_index(checkpoint)
     try:
-        state = engine.state()
-        dcp.load(state, checkpoint_id=checkpoint)
-        engine.load_state(state)
-    except (dcp.api.CheckpointException, RuntimeError) as error:
-        raise ValueError(f"{checkpoint}: does not fit this model or is damaged: {_first(error)}") from error
+        dcp.load(state, storage_reader=IndexReader(checkpoint), planner=WeightsOnlyPlanner())
+    except (dcp.api.CheckpointException, RuntimeError, pickle.UnpicklingError) as error:
+        raise ValueError(f"{checkpoint}: does not fit this model or is damaged: {one_line(error)}") from error
 
 
-def _check_index(checkpoint: Path) -> None:
-    """ValueError unless the index of the tensors can be read: reading the tensors would log pages about it."""
+def has_ema(checkpoint: Path) -> bool:
+    """Whether a moving average of the weights is in a checkpoint."""
+    return any(name.startswith("ema.") for name in IndexReader(checkpoint).read_metadata().state_dict_metadata)
+
+
+def read_weights(checkpoint: Path, weights: str) -> dict[str, Tensor]:
+    """Whole weights of a checkpoint on the CPU, by the plain model's names, in this process alone.
+
+    Args:
+        weights: `model` or `ema`.
+
+    Raises:
+        ValueError: there are none of these, or they are damaged.
+    """
+    index = IndexReader(checkpoint).read_metadata().state_dict_metadata
+    prefix = f"{weights}."
+    entries = {name: entry for name, entry in index.items() if name.startswith(prefix)}
+    if not entries:
+        raise ValueError(f"{checkpoint}: holds no {weights} weights; those of `model` are always there")
+    state = {
+        name: torch.empty(entry.size, dtype=entry.properties.dtype)
+        for name, entry in entries.items()
+        if isinstance(entry, TensorStorageMetadata)
+    }
     try:
-        index = dcp.FileSystemReader(checkpoint).read_metadata()
-    except (
-        # What unpickling bytes that are no pickle, or not all of one, raises.
-        pickle.UnpicklingError,
-        ArithmeticError,
-        AttributeError,
-        EOFError,
-        ImportError,
-        LookupError,
-        MemoryError,
-        OSError,
-        TypeError,
-        ValueError,
-    ) as error:
-        raise ValueError(f"{checkpoint / '.metadata'}: missing or damaged: {_first(error)}") from error
-    if not isinstance(index, Metadata):
-        raise ValueError(f"{checkpoint / '.metadata'}: damaged: holds no index of tensors")
-
-
-def prune_checkpoints(folder: Path, keep: int) -> None:
-    """Delete all but the newest `keep` checkpoints; one rank calls it."""
-    for path in checkpoints(folder)[:-keep]:
-        shutil.rmtree(path)
+        with warnings.catch_warnings():
+            # It says that no other process takes part.
+            warnings.simplefilter("ignore", UserWarning)
+            dcp.load(state, storage_reader=IndexReader(checkpoint), planner=WeightsOnlyPlanner(), no_dist=True)
+    except (dcp.api.CheckpointException, RuntimeError, pickle.UnpicklingError) as error:
+        raise ValueError(f"{checkpoint}: damaged: {one_line(error)}") from error
+    return {name.removeprefix(prefix): tensor for name, tensor in state.items()}
 
 
 def wait_for_all(mesh: DeviceMesh) -> None:
@@ -156,10 +190,3 @@ def wait_for_all(mesh: DeviceMesh) -> None:
     token = torch.zeros(1, device=mesh.device_type)
     total: Tensor = all_reduce_sum(token, mesh.get_group().group_name)
     total.item()
-
-
-def _first(error: BaseException) -> str:
-    """The reason of the first rank that failed, in one line."""
-    if isinstance(error, dcp.api.CheckpointException) and error.failures:
-        error = next(iter(error.failures.values()))[0]
-    return " ".join(str(error).split())[:300] or type(error).__name__

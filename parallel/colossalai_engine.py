@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from longreel.models.dit import DiT
 from longreel.parallel.comm import all_gather
 from longreel.parallel.config import ParallelConfig
-from longreel.parallel.engine import Engine, plain_name
+from longreel.parallel.engine import Engine, clip_parts, plain_name
 from longreel.parallel.mesh import ParallelMesh
 
 if TYPE_CHECKING:
@@ -92,6 +92,23 @@ class ColossalAIEngine(Engine):
         """One optimizer step; gradients are gone after it."""
         self._sharded.step()
         self._sharded.zero_grad()
+
+    def clip(self, max_norm: float | None) -> Tensor:
+        """See Engine."""
+        parts = [self._sharded.get_working_grad_by_param_id(id(p)) for p in self.module.parameters()]
+        return clip_parts([part for part in parts if part is not None], max_norm, sharded=True)
+
+    def masters(self) -> dict[str, Tensor]:
+        """See Engine: fp32, a part of each."""
+        return {name: self._master(parameter) for name, parameter in self._named_parameters().items()}
+
+    def whole_masters(self, parts: dict[str, Tensor]) -> dict[str, Tensor]:
+        """See Engine."""
+        return {name: self._whole(parts[name], parameter) for name, parameter in self._named_parameters().items()}
+
+    def parts_of_masters(self, whole: dict[str, Tensor]) -> dict[str, Tensor]:
+        """See Engine."""
+        return {name: self._part(tensor) for name, tensor in whole.items()}
 
     def full_gradients(self) -> dict[str, Tensor]:
         """See Engine."""

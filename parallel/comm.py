@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -95,6 +96,21 @@ def all_reduce_sum(x: Tensor, group: str) -> Tensor:
     out = x.clone(memory_format=torch.contiguous_format)
     dist.all_reduce(out, group=_named(group))
     return out
+
+
+def start_all_reduce_sum(x: Tensor, group: str) -> Exchange:
+    """Start all_reduce_sum() in the background."""
+    out = x.clone(memory_format=torch.contiguous_format)
+    work = dist.all_reduce(out, group=_named(group), async_op=True)
+    assert work is not None
+    return Exchange(out, (work,), x)
+
+
+def all_gather_objects(value: Any, group: str) -> list[Any]:
+    """Every rank's value, by rank, through pickles: for what is small and rare."""
+    everyone: list[Any] = [None] * group_size(group)
+    dist.all_gather_object(everyone, value, group=_named(group))
+    return everyone
 
 
 def over_ranks(value: float, group: str, device: torch.device | str = "cpu") -> list[float]:

@@ -5,6 +5,7 @@ Every engine averages gradients over all dp x sp ranks; longreel.parallel.parall
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from torch.utils.checkpoint import create_selective_checkpoint_contexts
 
 from longreel.models.block import DiTBlock
 from longreel.models.dit import DiT
+from longreel.parallel.comm import all_reduce_sum, world
 from longreel.parallel.config import DTYPES, HALF_PRECISIONS, POLICIES, ParallelConfig
 from longreel.parallel.mesh import ParallelMesh
 from longreel.parallel.offload import HostStore, OffloadedBlock
@@ -89,6 +91,43 @@ class Engine:
     def backward(self, loss: Tensor) -> None:
         """Backward, and the average of gradients over all ranks."""
         (loss if self.scaler is None else self.scaler.scale(loss)).backward()
+
+    def accumulating(self) -> AbstractContextManager[Any]:
+        """Around forward and backward of every micro-batch of a step but the last.
+
+        fsdp2 and colossalai reduce gradients in each all the same: to hold them whole until the last would cost what
+        their sharding saves.
+        """
+        return self.module.no_sync() if isinstance(self.module, DistributedDataParallel) else nullcontext()
+
+    def clip(self, max_norm: float | None) -> Tensor:
+        """Norm of all gradients together, whole and not scaled, before step(); all ranks call it, none waits for it.
+
+        Args:
+            max_norm: gradients are scaled down to it if their norm is above; None: they stay as they are.
+
+        Returns:
+            A scalar; not finite where the gradients are not.
+        """
+        if self.scaler is not None:
+            assert self.optimizer is not None
+            self.scaler.unscale_(self.optimizer)
+        grads = [parameter.grad for parameter in self.module.parameters() if parameter.grad is not None]
+        return clip_parts(
+            [local_part(grad) for grad in grads], max_norm, sharded=any(isinstance(grad, DTensor) for grad in grads)
+        )
+
+    def masters(self) -> dict[str, Tensor]:
+        """What the optimizer updates, by the plain model's names: this rank's part, or whole where not sharded."""
+        return {plain_name(name): parameter for name, parameter in self.module.named_parameters()}
+
+    def whole_masters(self, parts: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Tensors like masters() as a checkpoint takes them; all ranks call it."""
+        return parts
+
+    def parts_of_masters(self, whole: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The inverse of whole_masters."""
+        return whole
 
     def step(self) -> None:
         """One optimizer step; gradients are gone after it."""
@@ -184,6 +223,22 @@ def full_gradients(module: nn.Module) -> dict[str, Tensor]:
         grad = parameter.grad
         grads[plain_name(name)] = grad.full_tensor() if isinstance(grad, DTensor) else grad
     return grads
+
+
+def clip_parts(grads: list[Tensor], max_norm: float | None, *, sharded: bool) -> Tensor:
+    """Norm of gradients of which every rank holds parts (or all of them), scaled down in place where above max_norm."""
+    norm = torch.nn.utils.get_total_norm(grads)
+    if sharded:
+        norm = all_reduce_sum(norm.square(), world()).sqrt()
+    if max_norm is not None:
+        # The small number is that of torch.nn.utils.clip_grads_with_norm_.
+        torch._foreach_mul_(grads, (max_norm / (norm + 1e-6)).clamp(max=1.0))
+    return norm
+
+
+def local_part(tensor: Tensor) -> Tensor:
+    """What this rank holds of a tensor that may be sharded."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def plain_name(name: str) -> str:

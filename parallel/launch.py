@@ -121,6 +121,7 @@ def run_script(
     config_type: type[Config],
     args: Sequence[str],
     *,
+    expand: Callable[[Sequence[str]], Sequence[str]] | None = None,
     prepare: Callable[[Config], Config] | None = None,
 ) -> int:
     """Parse the command line, join the process group and work; what the user got wrong becomes one line.
@@ -130,6 +131,7 @@ def run_script(
             torchrun).
         config_type: dataclass that the command line is made of; a field timeout_s of it limits collectives, in seconds.
         args: the command line without the program's name.
+        expand: puts words of a preset into the command line.
         prepare: makes the configuration whole before there is a process group; the same on every rank.
 
     Returns:
@@ -138,7 +140,7 @@ def run_script(
     """
     report = _Reporter()
     with report.errors():
-        config = parse_arguments(config_type, args)
+        config = parse_arguments(config_type, args if expand is None else expand(args))
         if prepare is not None:
             config = prepare(config)
         report.timeout_s = getattr(config, "timeout_s", TIMEOUT_SECONDS)

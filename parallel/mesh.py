@@ -144,15 +144,22 @@ def build_mesh(
     )
 
 
-def _subgroup(members: list[list[int]], device_type: str, axis: str) -> dist.ProcessGroup:
-    """This rank's group out of those that the ranks fall into, with the time limit of the default group."""
+def time_limit(device_type: str) -> timedelta | None:
+    """How long a collective of the default group may take; None of a fake one, which has no limit.
+
+    For groups beside it: PyTorch would give them its own default, 30 minutes on gloo.
+    """
     default = dist.group.WORLD
     assert default is not None
-    # PyTorch gives a group its own default, 30 minutes on gloo; a fake group has no options and no limit.
-    timeout: timedelta | None = None
-    if not is_fake(world()):
-        timeout = default._get_backend(torch.device(device_type)).options._timeout
-    group, _ = dist.new_subgroups_by_enumeration(members, timeout=timeout, group_desc=axis)
+    if is_fake(world()):
+        return None
+    limit: timedelta = default._get_backend(torch.device(device_type)).options._timeout
+    return limit
+
+
+def _subgroup(members: list[list[int]], device_type: str, axis: str) -> dist.ProcessGroup:
+    """This rank's group out of those that the ranks fall into, with the time limit of the default group."""
+    group, _ = dist.new_subgroups_by_enumeration(members, timeout=time_limit(device_type), group_desc=axis)
     assert group is not None
     return group
 

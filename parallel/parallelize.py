@@ -19,7 +19,8 @@ from torch.utils.checkpoint import checkpoint
 
 from longreel.models.config import DiTConfig
 from longreel.models.dit import DiT
-from longreel.models.flow import TIMESTEP_SCALE, interpolate, velocity_target
+from longreel.models.flow import RectifiedFlow
+from longreel.models.objective import Objective
 from longreel.models.patches import grid_coords, patchify, unpatchify
 from longreel.models.sequence import SequenceParallel
 from longreel.parallel.agreement import check_agreement
@@ -37,7 +38,7 @@ class Batch:
 
     Args:
         latents, noise: [B, T, H, W, C_in]. B may differ between dp ranks.
-        timestep: [B] in [0, 1], fp32: 0 is data, 1 is noise.
+        timestep: [B], fp32, in the objective's units: for a flow in [0, 1], 0 being data, 1 noise.
         text: [B, L, text_dim] features, or None for a model without text.
         labels: [B] class labels, or None.
         global_samples: samples of the whole step, over dp ranks and micro-batches.
@@ -57,7 +58,7 @@ class PackedBatch:
 
     Args:
         latents, noise: of N clips, each [T, H, W, C_in]. N may differ between dp ranks.
-        timestep: [N] in [0, 1], fp32. text: [N, L, text_dim] or None. labels: [N] or None.
+        timestep: [N], fp32, as in Batch. text: [N, L, text_dim] or None. labels: [N] or None.
         global_samples: clips of the whole step, over dp ranks and micro-batches.
     """
 
@@ -87,20 +88,31 @@ class ParallelDiT:
         model: the whole model, the same parameters on every rank.
         mesh: dp x sp ranks.
         config: strategy, engine, policy, precision.
+        objective: what it learns; rectified flow if not given.
         store: host memory of policy `offload`; one within config's budget if not given.
 
     Raises:
-        ValueError: the mesh does not fit the configuration, or the ranks do not divide the heads.
+        ValueError: the mesh does not fit the configuration, the ranks do not divide the heads, or the objective needs a
+            model with learn_sigma.
     """
 
     def __init__(
-        self, model: DiT, mesh: ParallelMesh, config: ParallelConfig, *, store: HostStore | None = None
+        self,
+        model: DiT,
+        mesh: ParallelMesh,
+        config: ParallelConfig,
+        *,
+        objective: Objective | None = None,
+        store: HostStore | None = None,
     ) -> None:
         if mesh.sp_degree != config.sp_degree:
             raise ValueError(f"the mesh has sp_degree {mesh.sp_degree}, the configuration {config.sp_degree}")
         config.check_heads(model.config.num_heads)
         if config.head_chunks is not None:
             check_head_chunks(config.head_chunks, model.config.num_heads // config.heads_degree)
+        self.objective: Objective = objective or RectifiedFlow()
+        if self.objective.learn_sigma and not model.config.learn_sigma:
+            raise ValueError("this objective learns a variance; build the model with learn_sigma=True")
         self.model_config: DiTConfig = model.config
         self.config = config
         self.mesh = mesh
@@ -123,7 +135,7 @@ class ParallelDiT:
         return torch.float64 if self.config.precision == "fp64" else torch.float32
 
     def loss(self, batch: Batch | PackedBatch) -> Tensor:
-        """This rank's share of the rectified-flow loss; give it to engine.backward().
+        """This rank's share of the objective's loss; give it to engine.backward().
 
         Returns:
             A scalar. Its mean over all ranks is the mean over samples and tokens of one device, and so are the
@@ -137,23 +149,19 @@ class ParallelDiT:
         grids = [self.model_config.grid(*size) for size in _sizes(batch)]
         rows = self._rows(batch.text, [math.prod(grid) for grid in grids])
         # One sample of a packed batch after the other, or all samples of the other kind at once.
-        noised, targets = [], []
-        for i, clip in enumerate(rows.clips):
-            latents, noise = (
-                (batch.latents[i][None], batch.noise[i][None])
-                if isinstance(batch, PackedBatch)
-                else (batch.latents, batch.noise)
-            )
-            t = batch.timestep[i : i + 1] if isinstance(batch, PackedBatch) else batch.timestep
+        prepared, times = [], []
+        for clip, (latents, noise, timestep) in zip(rows.clips, _parts(batch), strict=True):
+            times.append(timestep.to(self.loss_dtype))
             x0, noise = (self._patches(x, clip) for x in (latents, noise))
-            noised.append(interpolate(x0, noise, t.to(self.loss_dtype)))
-            targets.append(velocity_target(x0, noise))
-        prediction = self._forward(torch.cat(noised, dim=1), rows, grids, batch)
-        predictions = prediction.split([target.shape[1] for target in targets], dim=1)
+            prepared.append(self.objective.prepare(x0, noise, times[-1]))
+        prediction = self._forward(torch.cat([noised for noised, _ in prepared], dim=1), rows, grids, batch)
+        predictions = prediction.split([noised.shape[1] for noised, _ in prepared], dim=1)
         errors = [
-            self._squared_error(predicted[:, : clip.num_video], target[:, : clip.num_video])
+            self._loss_sum(*(x[:, : clip.num_video] for x in (predicted, *targets)), t=t)
             / (math.prod(grid) * batch.global_samples)
-            for clip, grid, predicted, target in zip(rows.clips, grids, predictions, targets, strict=True)
+            for clip, grid, predicted, (_, targets), t in zip(
+                rows.clips, grids, predictions, prepared, times, strict=True
+            )
             if clip.num_video
         ]
         # Without video rows the loss is still tied to the graph: this rank's collectives in backward must run.
@@ -161,17 +169,17 @@ class ParallelDiT:
         return loss * (self.mesh.dp_degree * self.mesh.sp_degree)
 
     @torch.no_grad()
-    def velocity(
+    def output(
         self, latents: Tensor, timestep: Tensor, text: Tensor | None = None, labels: Tensor | None = None
     ) -> Tensor:
-        """Predicted velocity of noised latents, whole, on every rank of the SP group.
+        """What the model says of noised latents, whole, on every rank of the SP group.
 
         Args:
-            latents: [B, T, H, W, C_in], the same on each rank. timestep: [B] in [0, 1].
+            latents: [B, T, H, W, C_in], the same on each rank. timestep: [B] in the objective's units.
             text: [B, L, text_dim]. labels: [B].
 
         Returns:
-            [B, T, H, W, C_in], fp32 (fp64 in an fp64 run).
+            [B, T, H, W, C_out], fp32 (fp64 in an fp64 run).
 
         Raises:
             ValueError: as of loss().
@@ -185,12 +193,12 @@ class ParallelDiT:
         num_video = math.prod(grid)
         rows = self._rows(text, [num_video])
         (clip,) = rows.clips
-        prediction = self._data_channels(self._forward(self._patches(latents, clip), rows, [grid], batch))
+        prediction = self._forward(self._patches(latents, clip), rows, [grid], batch).to(self.loss_dtype)
         # Ranks hold different numbers of video rows: whole rows of the sequence are gathered, text rows as zeros.
         num_text = rows.lengths.valid - num_video
         local = F.pad(prediction, (0, 0, clip.text[1] - clip.text[0], 0))
         whole = self.strategy.unshard(local, 1)[:, num_text : num_text + num_video]
-        return unpatchify(whole, grid, config.patch_size, config.in_channels)
+        return unpatchify(whole, grid, config.patch_size, config.out_channels)
 
     def _patches(self, latents: Tensor, clip: ClipRows) -> Tensor:
         """This rank's rows of latents [B, T, H, W, C_in]: [B, v, patch_dim], zeros for padding."""
@@ -250,7 +258,7 @@ class ParallelDiT:
         return self.module(
             tokens,
             torch.cat(coords),
-            batch.timestep.to(self.loss_dtype) * TIMESTEP_SCALE,
+            self.objective.model_timestep(batch.timestep.to(self.loss_dtype)),
             text=text,
             labels=batch.labels,
             sp=self.strategy,
@@ -259,26 +267,32 @@ class ParallelDiT:
             packing=packing,
         )
 
-    def _squared_error(self, predicted: Tensor, target: Tensor) -> Tensor:
-        """Sum over tokens of the mean square of [B, v, ...]; by tiles, if there are, whose fp32 terms do not stay."""
+    def _loss_sum(self, predicted: Tensor, *targets: Tensor, t: Tensor) -> Tensor:
+        """Sum of the objective's loss over tokens of [B, v, ...]; by tiles, if there are, whose fp32 terms do not stay.
 
-        def of(part: Tensor, wanted: Tensor) -> Tensor:
-            return (self._data_channels(part) - wanted).square().mean(-1).sum()
+        Gradients of the loss go through the output alone: targets are data.
+        """
+        config = self.model_config
+
+        def of(part: Tensor, *wanted: Tensor) -> Tensor:
+            output = part.to(self.loss_dtype).unflatten(-1, (-1, config.out_channels))
+            wanted = tuple(x.unflatten(-1, (-1, config.in_channels)) for x in wanted)
+            return self.objective.token_loss(output, wanted, t).sum()
 
         tile = self.config.mlp_tile
         if tile is None:
-            return of(predicted, target)
-        tiles = zip(predicted.split(tile, dim=1), target.split(tile, dim=1), strict=True)
-        sums = [checkpoint(of, *both, use_reentrant=False, preserve_rng_state=False) for both in tiles]
+            return of(predicted, *targets)
+        tiles = zip(*(x.split(tile, dim=1) for x in (predicted, *targets)), strict=True)
+        sums = [checkpoint(of, *parts, use_reentrant=False, preserve_rng_state=False) for parts in tiles]
         return torch.stack(sums).sum()
 
-    def _data_channels(self, prediction: Tensor) -> Tensor:
-        """The velocity of the prediction [B, s, volume * C_out], in loss_dtype: a learned sigma is left out."""
-        config = self.model_config
-        prediction = prediction.to(self.loss_dtype)
-        if config.learn_sigma:
-            prediction = prediction.unflatten(-1, (-1, config.out_channels))[..., : config.in_channels].flatten(-2)
-        return prediction
+
+def _parts(batch: Batch | PackedBatch) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """(latents, noise, timestep) with a batch dim, of each clip of a packed batch or of all samples at once."""
+    if isinstance(batch, PackedBatch):
+        parts = zip(batch.latents, batch.noise, batch.timestep.split(1), strict=True)
+        return [(latents[None], noise[None], timestep) for latents, noise, timestep in parts]
+    return [(batch.latents, batch.noise, batch.timestep)]
 
 
 def _sizes(batch: Batch | PackedBatch) -> list[tuple[int, ...]]:

@@ -1,144 +1,110 @@
-"""What one training run or one sampling run is: data only, checked on construction, also the command line."""
+"""What one training run is: data only, checked on construction, also the command line; and as JSON."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal, get_args
 
 import tyro
 
 from longreel.data.demo import DEMO_FRAMES
-from longreel.data.video import MAX_FPS, MIN_FPS
-from longreel.models.config import Conditioning, CrossLayout, DiTConfig, preset
+from longreel.models.autoencoders import Autoencoder, AutoencoderConfig
+from longreel.models.config import DiTConfig
+from longreel.models.objective import ObjectiveConfig
+from longreel.models.text import TextEncoder, TextEncoderConfig
 from longreel.parallel.config import ParallelConfig
 from longreel.parallel.launch import TIMEOUT_SECONDS
+from longreel.parallel.model_choice import ModelChoice, check_at_least
+from longreel.parallel.optimizer_config import OptimizerConfig
 
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ModelChoice:
-    """Which DiT to train on raw pixels.
-
-    Args:
-        preset: name of a preset (`dit-s-2` ... `dit-xl-4`), whose depth, width and heads then count; without one the
-            three below do, a model small enough for a CPU.
-        depth: number of blocks.
-        hidden_size: width of the model.
-        num_heads: attention heads.
-        patch_size: (frames, height, width) of one patch in pixels. A patch of more numbers (3 colours each) than the
-            model is wide cannot be predicted exactly.
-        conditioning: how the caption enters: `adaln`, `cross` or `in_context`.
-        text_only: leave self-attention out; needs conditioning `cross`.
-        cross_layout: text attention on `replicated` text, or as `published`: heads split, text tokens sharded.
-        text_dim: width of the byte-level text features, even.
-        max_text_tokens: bytes of a caption that are read, plus 2; at least 3.
-    """
-
-    preset: str | None = None
-    depth: int = 2
-    hidden_size: int = 128
-    num_heads: int = 4
-    patch_size: tuple[int, int, int] = (2, 4, 4)
-    conditioning: Conditioning = "cross"
-    text_only: bool = False
-    cross_layout: CrossLayout = "replicated"
-    text_dim: int = 128
-    max_text_tokens: int = 48
-
-    def __post_init__(self) -> None:
-        for name in ("depth", "hidden_size", "num_heads", "text_dim", "max_text_tokens"):
-            _at_least(self, name, 1)
-        if self.text_dim % 2:
-            raise ValueError(f"text_dim must be even and at least 2, got {self.text_dim}")
-        if self.max_text_tokens < 3:
-            raise ValueError(f"max_text_tokens must be at least 3 (begin, one byte, end), got {self.max_text_tokens}")
-        self.build()
-
-    def build(self) -> DiTConfig:
-        """The model's configuration; ValueError for an unknown preset or sizes that do not fit."""
-        shared: dict[str, Any] = {
-            "patch_size": tuple(self.patch_size),
-            "in_channels": 3,
-            "conditioning": self.conditioning,
-            "text_only": self.text_only,
-            "cross_layout": self.cross_layout,
-            "text_dim": self.text_dim,
-            "max_text_tokens": self.max_text_tokens,
-        }
-        if self.preset is not None:
-            return preset(self.preset, **shared)
-        return DiTConfig(depth=self.depth, hidden_size=self.hidden_size, num_heads=self.num_heads, **shared)
+Grouping = Literal["packed", "buckets"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrainConfig:
-    """Train a video DiT on raw pixels with rectified flow.
+    """Train a video DiT.
 
     Args:
-        videos: folder of video files.
-        captions: JSON list of {"file", "captions"}; captions.json in the folder of videos if not given.
+        videos: folder of video files, decoded while training.
+        shards: folder of latents that data/prepare.py wrote, trained at their own sizes.
+        captions: of --videos: captions file; captions.json in the folder of videos if not given.
         demo: draw and encode four small clips and train on those instead.
+        preset: name of a set of choices that stands in front of the command line's; see longreel.parallel.presets.
         out: folder of everything the run writes: metrics.jsonl, checkpoints/, demo/.
-        resume: go on from the newest checkpoint in `out`.
+        init: weights to start from: a safetensors file of parallel/export.py.
+        resume: go on from the newest whole checkpoint in `out`.
         steps: optimizer steps, counted from the start of the run, resumed or not.
-        batch_size: samples of one step over all ranks; ranks need not get the same number.
+        batch_size: samples of one step over all ranks; ranks need not get the same number. Of --shards and
+            --native-sizes: groups of clips, one micro-batch each; a multiple of the data-parallel degree.
+        token_budget: of --shards and --native-sizes: video tokens of one group at most.
+        grouping: of --shards and --native-sizes: `packed`, clips of any sizes in one sequence, or `buckets`, clips of
+            one size in one batch.
+        native_sizes: of --videos: clips keep their own height and width, cropped to whole patches, and are packed.
         num_frames: frames of a clip.
         height: of a clip, pixels.
         width: of a clip, pixels.
         frame_stride: distance of a clip's frames in the video.
-        learning_rate: of AdamW.
-        warmup_steps: steps over which the learning rate rises to its value.
-        betas: of AdamW.
-        weight_decay: of AdamW.
         caption_dropout: share of samples that train with the empty caption, which guidance needs.
         seed: of weights, data order, captions, timesteps and noise.
         checkpoint_every: steps between checkpoints; the last step always gets one.
         keep: newest checkpoints kept.
+        keep_best: keep the checkpoint of the lowest mean loss since the one before it, too.
+        background_save: write checkpoints while training goes on.
         log_every: steps between lines of metrics.jsonl.
+        tensorboard: write the figures to `out`/tensorboard, too.
         timeout_s: seconds that a collective may take and that ranks wait for each other; one that is gone is named
             after 30 s, or after timeout_s if that is shorter.
         profile: folder for a Chrome trace of each rank (rank-N.json); none if not given.
         profile_steps: first and last step traced, counted from 1.
         model: which DiT.
+        objective: what it learns.
+        optimizer: how.
+        compression: the space it is trained in.
+        text: how captions are read.
         parallel: how it is spread over the ranks.
         policy_reason: why policy `auto` became what parallel.policy says; not a choice of the command line.
     """
 
     videos: Path | None = None
+    shards: Path | None = None
     captions: Path | None = None
     demo: bool = False
+    preset: str | None = None
     out: Path = Path("out/train")
+    init: Path | None = None
     resume: bool = False
     steps: int = 300
     batch_size: int = 4
+    token_budget: int | None = None
+    grouping: Grouping = "packed"
+    native_sizes: bool = False
     num_frames: int = 8
     height: int = 32
     width: int = 32
     frame_stride: int = 1
-    learning_rate: float = 3e-3
-    warmup_steps: int = 10
-    betas: tuple[float, float] = (0.9, 0.99)
-    weight_decay: float = 0.0
     caption_dropout: float = 0.1
     seed: int = 0
     checkpoint_every: int = 100
     keep: int = 2
+    keep_best: bool = True
+    background_save: bool = True
     log_every: int = 1
+    tensorboard: bool = False
     timeout_s: float = TIMEOUT_SECONDS
     profile: Path | None = None
     profile_steps: tuple[int, int] = (3, 4)
     model: ModelChoice = field(default_factory=ModelChoice)
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    compression: AutoencoderConfig = field(default_factory=AutoencoderConfig)
+    text: TextEncoderConfig = field(default_factory=TextEncoderConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     policy_reason: Annotated[str | None, tyro.conf.Suppress] = None
 
     def __post_init__(self) -> None:
-        if self.demo == (self.videos is not None):
-            raise ValueError(
-                "give a folder of videos (--videos) or --demo" + (", not both" if self.demo else "; neither was given")
-            )
-        if self.captions is not None and self.demo:
-            raise ValueError("--demo writes its own captions; give --captions only with --videos")
+        self._check_sources()
         for name in (
             "steps",
             "batch_size",
@@ -150,23 +116,18 @@ class TrainConfig:
             "keep",
             "log_every",
         ):
-            _at_least(self, name, 1)
-        _at_least(self, "warmup_steps", 0)
-        _at_least(self, "weight_decay", 0)
-        if not 0 < self.learning_rate < math.inf:
-            raise ValueError(f"learning_rate must be positive and finite, got {self.learning_rate}")
-        if not all(0 <= beta < 1 for beta in self.betas):
-            raise ValueError(f"betas must be in [0, 1), got {self.betas}")
+            check_at_least(self, name, 1)
         if not 0 <= self.caption_dropout <= 1:
             raise ValueError(f"caption_dropout must be in [0, 1], got {self.caption_dropout}")
-        _check_seed(self.seed)
-        _check_timeout(self.timeout_s)
+        check_seed(self.seed)
+        check_timeout(self.timeout_s)
         first, last = self.profile_steps
         if self.profile is not None and not 1 <= first <= last <= self.steps:
             raise ValueError(
                 f"profile_steps must be a first and a last step within 1 to {self.steps} (steps), got {first} {last}"
             )
-        self.model.build().grid(self.num_frames, self.height, self.width)
+        if self.compression.autoencoder == "raw" and not self.many_sizes:
+            self.model.build().grid(self.num_frames, self.height, self.width)
         span = (self.num_frames - 1) * self.frame_stride + 1
         if self.demo and span > DEMO_FRAMES:
             raise ValueError(
@@ -174,91 +135,100 @@ class TrainConfig:
                 f"the clips of --demo have {DEMO_FRAMES}"
             )
 
+    def _check_sources(self) -> None:
+        given = [name for name in ("videos", "shards", "demo") if getattr(self, name)]
+        if len(given) != 1:
+            raise ValueError(
+                "give a folder of videos (--videos), one of shards (--shards) or --demo"
+                + (f", not {' and '.join(given)}" if given else "; none was given")
+            )
+        if self.captions is not None and self.videos is None:
+            raise ValueError(f"--{given[0]} has its own captions; give --captions only with --videos")
+        if self.native_sizes and self.videos is None:
+            raise ValueError(f"native_sizes goes with --videos; got it with --{given[0]}")
+        if self.grouping not in get_args(Grouping):
+            raise ValueError(f"grouping must be one of {', '.join(get_args(Grouping))}; got {self.grouping!r}")
+        if self.many_sizes and self.optimizer.accumulation != 1:
+            raise ValueError(
+                f"accumulation {self.optimizer.accumulation}: groups of --shards and --native-sizes are micro-batches "
+                "already; a batch_size above the data-parallel degree accumulates"
+            )
+        if self.many_sizes and self.token_budget is None:
+            raise ValueError("clips of their own sizes go in groups: give --token-budget, video tokens of one group")
+        if not self.many_sizes and self.token_budget is not None:
+            raise ValueError("token_budget goes with --shards or --native-sizes: other clips have one size")
+        if self.token_budget is not None:
+            check_at_least(self, "token_budget", 1)
+
     @property
-    def tokens_per_sample(self) -> int:
-        """Video tokens of one clip."""
-        t, h, w = self.model.build().grid(self.num_frames, self.height, self.width)
-        return t * h * w
+    def many_sizes(self) -> bool:
+        """Whether clips keep their own sizes."""
+        return self.shards is not None or self.native_sizes
+
+    def dit(self, autoencoder: Autoencoder, encoder: TextEncoder) -> DiTConfig:
+        """The model, whose ends fit what compresses videos and reads captions."""
+        return self.model.build(
+            in_channels=autoencoder.channels,
+            raw=autoencoder.name == "raw",
+            learn_sigma=self.objective.build().learn_sigma,
+            text_dim=encoder.text_dim,
+            max_text_tokens=encoder.max_tokens,
+        )
+
+    def latent_size(self, autoencoder: Autoencoder) -> tuple[int, int, int]:
+        """(T, H, W) of a clip's latents; ValueError names the size that does not divide."""
+        factors = autoencoder.time_factor, autoencoder.space_factor, autoencoder.space_factor
+        sizes = []
+        for name, factor in zip(("num_frames", "height", "width"), factors, strict=True):
+            size = getattr(self, name)
+            if size % factor:
+                raise ValueError(f"{name} = {size} is not a multiple of {factor}, which {autoencoder.name} divides by")
+            sizes.append(size // factor)
+        return sizes[0], sizes[1], sizes[2]
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class SampleConfig:
-    """Turn a checkpoint and a prompt into an mp4.
-
-    Args:
-        checkpoint: folder of one checkpoint, or the `out` folder of a run, whose newest one is taken.
-        prompt: caption; the empty one is what guidance steers away from.
-        out: the mp4 file.
-        steps: Euler steps from noise to video.
-        guidance: classifier-free guidance scale; 1 is none and costs half.
-        seed: of the noise.
-        num_frames: frames of the video; as many as a training clip has if not given.
-        height: pixels, that of the training clips if not given.
-        width: pixels, that of the training clips if not given.
-        fps: frames per second of the file, 0.1 to 1000.
-        timeout_s: seconds that a collective may take and that ranks wait for each other.
-        parallel: how the model is spread over the ranks.
-    """
-
-    checkpoint: Path
-    prompt: str
-    out: Path = Path("clip.mp4")
-    steps: int = 50
-    guidance: float = 2.0
-    seed: int = 0
-    num_frames: int | None = None
-    height: int | None = None
-    width: int | None = None
-    fps: float = 8
-    timeout_s: float = TIMEOUT_SECONDS
-    parallel: ParallelConfig = field(default_factory=ParallelConfig)
-
-    def __post_init__(self) -> None:
-        _at_least(self, "steps", 1)
-        for name in ("num_frames", "height", "width"):
-            if getattr(self, name) is not None:
-                _at_least(self, name, 1)
-        if not 0 < self.guidance < math.inf:
-            raise ValueError(f"guidance must be positive and finite, got {self.guidance}")
-        if not MIN_FPS <= self.fps <= MAX_FPS:
-            raise ValueError(f"fps must be between {MIN_FPS} and {MAX_FPS:.0f}, got {self.fps}")
-        _check_seed(self.seed)
-        _check_timeout(self.timeout_s)
-        if self.out.suffix != ".mp4":
-            raise ValueError(f"out must be an .mp4 file, got {self.out}")
-
-
-def to_json(config: TrainConfig | SampleConfig) -> dict[str, Any]:
-    """The whole tree as what JSON holds: paths become strings."""
+def to_json(config: Any) -> dict[str, Any]:
+    """A whole tree of configurations as what JSON holds: paths become strings."""
     return _plain(asdict(config))
 
 
-def model_from_json(data: dict[str, Any]) -> DiTConfig:
-    """The model of a configuration written by to_json; ValueError if it does not fit this version."""
-    if not isinstance(data.get("model"), dict):
-        raise ValueError(f"model: expected the sizes of a model, got {data.get('model')!r}")
-    model = data["model"]
-    patch = model.get("patch_size")
-    if not isinstance(patch, list) or not all(type(size) is int for size in patch):
-        raise ValueError(f"model.patch_size: expected three whole numbers, got {patch!r}")
-    for name in ("depth", "hidden_size", "num_heads", "text_dim", "max_text_tokens"):
-        _integer(model, name, "model.")
+def from_json(kind: type[Any], data: dict[str, Any], name: str) -> Any:
+    """A configuration of some kind from the entry `name` of what to_json wrote.
+
+    Raises:
+        ValueError: it is missing, holds wrong types, or is not one of this version; names the field.
+    """
+    fields = data.get(name)
+    if not isinstance(fields, dict):
+        raise ValueError(f"{name}: expected an object, got {fields!r}")
     try:
-        return ModelChoice(**(model | {"patch_size": tuple(patch)})).build()
+        return kind(**{key: tuple(item) if isinstance(item, list) else item for key, item in fields.items()})
     except TypeError as error:
-        raise ValueError(f"model: not one of this version: {error}") from error
+        raise ValueError(f"{name}: not one of this version: {error}") from error
 
 
-def clip_size_from_json(data: dict[str, Any]) -> dict[str, int]:
+def clip_size_from_json(data: Any) -> dict[str, int]:
     """num_frames, height and width of the training clips; ValueError names what is missing or no number."""
-    return {name: _integer(data, name) for name in ("num_frames", "height", "width")}
+    if not isinstance(data, dict):
+        raise ValueError(f"clip_size: expected an object, got {data!r}")
+    sizes = {name: data.get(name) for name in ("num_frames", "height", "width")}
+    for name, size in sizes.items():
+        if type(size) is not int:
+            raise ValueError(f"{name}: expected a whole number, got {size!r}")
+    return {name: size for name, size in sizes.items() if type(size) is int}
 
 
-def _integer(data: dict[str, Any], name: str, inside: str = "") -> int:
-    value = data.get(name)
-    if type(value) is not int:
-        raise ValueError(f"{inside}{name}: expected a whole number, got {value!r}")
-    return value
+def check_timeout(seconds: float) -> None:
+    """ValueError unless it is a time limit that collectives can have."""
+    # A year: what PyTorch counts in milliseconds overflows far beyond.
+    if not 1 <= seconds <= 31_536_000 or math.isnan(seconds):
+        raise ValueError(f"timeout_s must be between 1 and 31536000 seconds, got {seconds}")
+
+
+def check_seed(seed: int) -> None:
+    """ValueError unless generators take it."""
+    if not 0 <= seed < 2**63:
+        raise ValueError(f"seed must be between 0 and 2**63 - 1, got {seed}")
 
 
 def _plain(value: Any) -> Any:
@@ -267,23 +237,3 @@ def _plain(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_plain(item) for item in value]
     return str(value) if isinstance(value, Path) else value
-
-
-def _at_least(config: object, name: str, least: float) -> None:
-    value = getattr(config, name)
-    if not value >= least:
-        raise ValueError(f"{name} must be at least {least}, got {value}")
-    # PyTorch answers larger sizes with a TypeError and a stack of its own.
-    if value >= 2**31:
-        raise ValueError(f"{name} must be below 2**31, got {value}")
-
-
-def _check_timeout(seconds: float) -> None:
-    # A year: what PyTorch counts in milliseconds overflows far beyond.
-    if not 1 <= seconds <= 31_536_000:
-        raise ValueError(f"timeout_s must be between 1 and 31536000 seconds, got {seconds}")
-
-
-def _check_seed(seed: int) -> None:
-    if not 0 <= seed < 2**63:
-        raise ValueError(f"seed must be between 0 and 2**63 - 1, got {seed}")

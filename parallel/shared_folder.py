@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import secrets
+import tempfile
 from pathlib import Path
 
 import torch
@@ -44,3 +45,13 @@ def check_shared(folder: Path, mesh: ParallelMesh) -> None:
             f"out: {folder} is not one folder for all ranks: ranks {missing} do not see what rank 0 writes; put it on "
             "a file system that all nodes share"
         )
+
+
+def check_writable(folder: Path) -> None:
+    """Create a folder if needed and make sure that files can be written there; OSError if not."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise OSError(f"{folder}: cannot be written: {error.strerror}") from error

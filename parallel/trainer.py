@@ -1,62 +1,37 @@
-"""The training loop: rectified flow on raw pixels, AdamW, one line of metrics per step, checkpoints."""
+"""The training loop: batches, optimizer steps, one line of figures per step, checkpoints, and an orderly end."""
 
 from __future__ import annotations
 
-import json
 import math
-import os
-import resource
-import tempfile
 import time
-from contextlib import nullcontext
+from collections import Counter
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from torch.distributed.tensor import DTensor
 
-from longreel.data.captions import load_captions
-from longreel.data.clips import ClipDataset
-from longreel.data.demo import make_demo_folder
 from longreel.kernels import resolve_attention_provider
 from longreel.models.dit import DiT
-from longreel.models.text import ByteTextEncoder
 from longreel.parallel.agreement import check_agreement
-from longreel.parallel.batches import build_batch, check_same_clips, split_samples
-from longreel.parallel.checkpoint import (
-    checkpoints,
-    load_checkpoint,
-    prune_checkpoints,
-    read_run,
-    save_checkpoint,
-    wait_for_all,
-)
-from longreel.parallel.comm import all_gather
-from longreel.parallel.config import POLICIES, check_ranks
+from longreel.parallel.batches import Prefetched, check_same_clips
+from longreel.parallel.checkpoint import checkpoints
+from longreel.parallel.checkpoint_writer import CheckpointWriter, remove_unfinished
+from longreel.parallel.clip_sources import Source, open_source
+from longreel.parallel.comm import all_gather, world
+from longreel.parallel.config import HALF_PRECISIONS, POLICIES, check_ranks
+from longreel.parallel.finite_watch import FiniteWatch, write_bad_batch
 from longreel.parallel.mesh import build_mesh, largest_of_node, nodes_of_ranks
+from longreel.parallel.metrics_log import MetricsLog, Utilisation, memory_bytes
 from longreel.parallel.parallelize import ParallelDiT
+from longreel.parallel.resume import check_resumed_clips, checkpoint_to_resume, set_aside
 from longreel.parallel.run_config import TrainConfig, to_json
-from longreel.parallel.shared_folder import check_shared
+from longreel.parallel.shared_folder import check_shared, check_writable
 from longreel.parallel.step_trace import StepTrace
-
-# What may differ between a run and its continuation: where things are, how long it goes on, how it is spread.
-_FREE_ON_RESUME = {
-    "videos",
-    "captions",
-    "out",
-    "resume",
-    "steps",
-    "checkpoint_every",
-    "keep",
-    "log_every",
-    "timeout_s",
-    "profile",
-    "profile_steps",
-    "parallel",
-    "policy_reason",
-}
+from longreel.parallel.stopping import Termination
+from longreel.parallel.train_state import TrainState
+from longreel.parallel.weights_file import load_initial_weights
 
 
 class Trainer:
@@ -66,17 +41,15 @@ class Trainer:
         config: the run. device: of this rank. console: where rank 0 reports; stderr if not given.
 
     Raises:
-        ValueError: the run cannot work: sizes, ranks, videos, captions, or an earlier run in the way.
+        ValueError: the run cannot work: sizes, ranks, videos, captions, weights, or an earlier run in the way.
         OSError: files cannot be read, or `out` cannot be written.
     """
 
     def __init__(self, config: TrainConfig, device: torch.device, *, console: Console | None = None) -> None:
+        self._began = time.perf_counter()
         self.config = config
         self.device = device
-        model_config = config.model.build()
-        config.parallel.check_heads(model_config.num_heads)
-        in_sequence = config.model.max_text_tokens if config.model.conditioning == "in_context" else 0
-        check_ranks(config.tokens_per_sample + in_sequence, config.parallel.sp_degree)
+        config.parallel.check_heads(config.model.build().num_heads)
         self._nodes = nodes_of_ranks()
         self.mesh = build_mesh(
             sp_degree=config.parallel.sp_degree,
@@ -88,33 +61,56 @@ class Trainer:
         self._first = self.mesh.flat.get_rank() == 0
         self._check_same_policy()
         self._console = console or Console(stderr=True, soft_wrap=True, highlight=False, markup=False)
-        split_samples(config.batch_size, self.mesh.dp_degree, self.mesh.dp_rank)
 
         # Everything that can be wrong is looked at before anything is written.
-        resumed = self._earlier_run()
-        clips = None if config.demo else self._open_clips(*self._sources())
-        if resumed is not None and clips is not None:
-            self._check_resumed_clips(resumed, clips)
+        resumed, remarks = checkpoint_to_resume(config, self.checkpoint_folder, self.mesh)
         resolve_attention_provider(config.parallel.attention_provider, device)
-        self.encoder = ByteTextEncoder(model_config.text_dim, model_config.max_text_tokens)
+        self.source: Source = open_source(config, device, self.mesh, self._say)
+        self.config = config = self.source.config
+        in_sequence = self.source.model.max_text_tokens if self.source.model.conditioning == "in_context" else 0
+        check_ranks(self.source.fewest_tokens + in_sequence, config.parallel.sp_degree)
+        if resumed is not None and self.source.clips is not None:
+            check_resumed_clips(resumed, self.source.clips.digest, len(self.source.clips))
         torch.manual_seed(config.seed)
-        self.model = ParallelDiT(DiT(model_config).to(device), self.mesh, config.parallel)
-        self.optimizer = torch.optim.AdamW(
-            self.model.parameters(), lr=config.learning_rate, betas=config.betas, weight_decay=config.weight_decay
-        )
-        self.model.engine.attach(self.optimizer)
-        self.step = 0
+        model = DiT(self.source.model)
+        if config.init is not None and resumed is None:
+            load_initial_weights(config.init, model)
+        self.model = ParallelDiT(model.to(device), self.mesh, config.parallel, objective=config.objective.build())
+        self.state = TrainState(self.model, config.optimizer, config.steps)
         if resumed is not None:
-            load_checkpoint(resumed, self.model.engine)
-            self.step = read_run(resumed)[0]
-        self._first_bad_step = torch.tensor(math.inf, dtype=torch.float64, device=device)
+            self.state.load(resumed)
+        scaled = self.model.engine.loss_scale is not None
+        self._watch = FiniteWatch(world(), device, scaled_loss=scaled)
+        self._loss_since_save = torch.zeros((), dtype=torch.float64, device=device)
+        self._saved_at = self.step
 
         check_writable(config.out)
         check_shared(config.out, self.mesh)
         if self.checkpoint_folder.exists():
             check_writable(self.checkpoint_folder)
-        self.clips = clips or self._open_clips(*self._draw_demo())
+            if self._first:
+                remove_unfinished(self.checkpoint_folder)
+                if resumed is not None:
+                    set_aside(resumed, self.checkpoint_folder)
+        for remark in remarks:
+            self._say(remark if resumed is None else f"{remark}; going back to {resumed.name}")
+        self.clips = self.source.ready()
         check_same_clips(self.clips, self.mesh)
+        self.batches = Prefetched(self.source.batches(self.model.objective, device))
+        half = config.parallel.precision in HALF_PRECISIONS
+        self._utilisation = Utilisation(self.source.model, device, self.mesh.flat.size(), half=half)
+        self._writer = CheckpointWriter(
+            self.checkpoint_folder,
+            self.mesh.flat,
+            keep=config.keep,
+            keep_best=config.keep_best,
+            background=config.background_save,
+        )
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps done."""
+        return self.state.step
 
     @property
     def checkpoint_folder(self) -> Path:
@@ -122,154 +118,153 @@ class Trainer:
         return self.config.out / "checkpoints"
 
     def train(self) -> Path:
-        """Train up to config.steps.
+        """Train up to config.steps, or until SIGTERM.
 
         Returns:
             The last checkpoint.
 
         Raises:
-            ValueError: the loss or a parameter is not finite any more; checkpoints are left as they are.
+            ValueError: the loss, the gradients or a parameter are not finite any more; checkpoints are left as they
+                are, and the batch is described in `out`.
             VideoError: a clip cannot be decoded.
-            OSError: metrics or checkpoints cannot be written.
+            OSError: metrics, or the last checkpoint, cannot be written.
         """
         config = self.config
-        if self._first:
-            self._keep_metrics_up_to(self.step)
-            self._say(
-                f"{len(self.clips)} clips, {config.tokens_per_sample} tokens each; "
-                f"{self.mesh.dp_degree} data-parallel x {self.mesh.sp_degree} sequence-parallel ranks"
-                + (f"; resumed after step {self.step}" if self.step else "")
+        with ExitStack() as stack:
+            log = stack.enter_context(
+                MetricsLog(
+                    config.out,
+                    first=self._first,
+                    console=self._console,
+                    step=self.step,
+                    steps=config.steps,
+                    tensorboard=config.tensorboard,
+                )
             )
-            if config.policy_reason is not None:
-                self._say(f"policy {config.policy_reason}")
-        metrics = (config.out / "metrics.jsonl").open("a", encoding="utf-8") if self._first else nullcontext()
-        saved: Path | None = None
-        with metrics as file, self._progress() as progress:
-            task = progress.add_task("train", total=config.steps, completed=self.step, figures="")
-            began, since = time.perf_counter(), self.step
+            stack.callback(self.batches.close)
+            stack.callback(self._finish_saving)
+            termination = stack.enter_context(Termination(world()))
             trace = StepTrace(config.profile, config.profile_steps, rank=self.mesh.flat.get_rank(), device=self.device)
+            self._introduce()
+            started_at, pace = self.step, _Pace()
             while self.step < config.steps:
                 with trace.step(self.step + 1):
-                    loss = self.train_step()
-                if self.step % config.log_every == 0 or self.step == config.steps:
-                    figures = self._figures(loss)
-                    seconds = time.perf_counter() - began
-                    figures["seconds"] = seconds / (self.step - since)
-                    figures["tokens_per_s"] = config.batch_size * config.tokens_per_sample / figures["seconds"]
-                    began, since = time.perf_counter(), self.step
-                    if file is not None:
-                        file.write(json.dumps(figures) + "\n")
-                        file.flush()
-                    self._show(progress, figures)
-                    if not math.isfinite(figures["loss"]):
-                        raise ValueError(
-                            f"the loss is {figures['loss']} at step {self.step}; use a learning_rate below "
-                            f"{config.learning_rate}"
-                        )
-                progress.update(task, completed=self.step)
-                if self.step % config.checkpoint_every == 0 or self.step == config.steps:
-                    saved = self._save()
-                    began = time.perf_counter()
-        if saved is None:
-            saved = checkpoints(self.checkpoint_folder)[-1]
+                    loss, norm = self.train_step()
+                pace.add(self.batches.clips_by_tokens(self.step - 1))
+                if self.step == started_at + 1 and started_at:
+                    loss.item()
+                    self._say(f"first step after {time.perf_counter() - self._began:.1f} s")
+                stop = termination.agreed()
+                last = stop or self.step == config.steps
+                if self.step % config.log_every == 0 or last:
+                    log.write(self._figures(loss, norm) | pace.figures(self._utilisation))
+                    self._check_finite()
+                    pace = _Pace()
+                log.moved(self.step)
+                if self.step % config.checkpoint_every == 0 or last:
+                    self._save(last=last)
+                    # What saving took is not training's time.
+                    pace = _Pace()
+                if stop:
+                    if self.step < config.steps:
+                        self._say(f"stopped by SIGTERM after step {self.step}; --resume goes on from there")
+                    break
+        saved = checkpoints(self.checkpoint_folder)[-1]
         self._say(f"checkpoint: {saved}")
         return saved
 
-    def train_step(self) -> torch.Tensor:
-        """One optimizer step; returns this rank's share of the loss, whose mean over all ranks is the loss."""
-        config = self.config
-        batch = build_batch(
-            self.clips,
-            self.encoder,
-            seed=config.seed,
-            step=self.step,
-            batch_size=config.batch_size,
-            caption_dropout=config.caption_dropout,
-            mesh=self.mesh,
-            device=self.device,
-        )
-        for group in self.optimizer.param_groups:
-            group["lr"] = config.learning_rate * min(1.0, (self.step + 1) / (config.warmup_steps + 1))
-        loss = self.model.loss(batch)
-        self.model.engine.backward(loss)
-        self.model.engine.step()
-        self.step += 1
-        # Noted on the device: waiting for every step's loss would stall it.
-        bad = torch.where(loss.detach().isfinite(), math.inf, float(self.step))
-        self._first_bad_step = torch.minimum(self._first_bad_step, bad)
-        return loss.detach()
+    def train_step(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """One optimizer step.
 
-    def _figures(self, loss: torch.Tensor) -> dict[str, Any]:
-        """Global loss, largest memory of any rank, host memory where activations go there; waits for the device."""
-        numbers = [loss.double(), float(memory_bytes(self.device)), float(self.model.store.pinned_bytes)]
+        Returns:
+            (this rank's share of the loss, whose mean over all ranks is the loss; norm of all gradients).
+        """
+        loss, norm = self.state.advance(self.batches.micro_batches(self.step))
+        self._watch.note(self.step, loss, norm)
+        self._loss_since_save += loss.double()
+        return loss, norm
+
+    def _introduce(self) -> None:
+        self._say(
+            f"{len(self.clips)} clips, {self.source.told}; "
+            f"{self.mesh.dp_degree} data-parallel x {self.mesh.sp_degree} sequence-parallel ranks"
+            + (f"; resumed after step {self.step}" if self.step else "")
+        )
+        if self.config.policy_reason is not None:
+            self._say(f"policy {self.config.policy_reason}")
+
+    def _figures(self, loss: torch.Tensor, norm: torch.Tensor) -> dict[str, Any]:
+        """Figures of a step over all ranks; waits for the device."""
+        numbers = [
+            loss.double(),
+            float(memory_bytes(self.device)),
+            float(self.model.store.pinned_bytes),
+        ]
         share = torch.stack([torch.as_tensor(n, dtype=torch.float64, device=loss.device) for n in numbers])
         everyone = all_gather(share, self.mesh.flat.get_group().group_name)
         figures: dict[str, Any] = {
             "step": self.step,
             "loss": float(everyone[:, 0].mean()),
+            "grad_norm": float(norm),
+            "learning_rate": self.state.optimizer.param_groups[0]["lr"],
             "memory": int(everyone[:, 1].max()),
         }
         if self.config.policy_reason is not None:
             figures["policy"] = self.config.parallel.policy
         if (scale := self.model.engine.loss_scale) is not None:
             figures["loss_scale"] = scale
+            figures["skipped_steps"] = self._watch.skipped_steps
+            if not math.isfinite(figures["grad_norm"]):
+                self._say(f"step {self.step} left out: gradients overflowed; the loss is now scaled by {scale:g}")
         if self.config.parallel.policy == "offload":
             figures["host_memory"] = int(everyone[:, 2].max())
             figures["host_memory_of_node"] = largest_of_node(everyone[:, 2].tolist(), self._nodes)
         return figures
 
-    def _check_finite(self) -> None:
-        """ValueError on every rank if any rank met a loss that is not finite, or holds such a parameter."""
-        with torch.no_grad():
-            finite = [local_part(p).isfinite().all() for p in self.model.parameters()]
-        share = torch.stack([self._first_bad_step, torch.stack(finite).all().double()])
-        everyone = all_gather(share, self.mesh.flat.get_group().group_name)
-        bad_step, all_finite = float(everyone[:, 0].min()), bool(everyone[:, 1].all())
-        if math.isfinite(bad_step):
-            what = f"the loss is not finite at step {int(bad_step)}"
-        elif not all_finite:
-            what = f"the parameters are not finite at step {self.step}"
-        else:
+    def _check_finite(self, *, parameters: bool = False) -> None:
+        """ValueError on every rank if any rank met a loss or gradients that are not finite, or holds such a parameter.
+
+        Which samples the step was made of is written to `out`.
+        """
+        found = self._watch.check(self.step, self.model.parameters() if parameters else ())
+        if found is None:
             return
+        step, what, ranks = found
+        if self._first:
+            path = write_bad_batch(self.config.out, step, what, ranks, self.batches.describe)
+            self._say(f"the samples of step {step} are in {path}")
         raise ValueError(
-            f"{what}, so step {self.step} is not saved; use a learning_rate below {self.config.learning_rate}"
+            f"{what}; what was saved up to step {self._saved_at} stays; use a learning_rate below "
+            f"{self.config.optimizer.learning_rate}, or clip_norm"
         )
 
-    def _save(self) -> Path:
-        self._check_finite()
-        flat = self.mesh.flat
-        config = to_json(self.config) | {"clips": self.clips.digest}
-        saved = save_checkpoint(self.checkpoint_folder, self.step, self.model.engine, config, flat)
-        if self._first:
-            prune_checkpoints(self.checkpoint_folder, self.config.keep)
-        return saved
+    def _save(self, *, last: bool) -> None:
+        self._check_finite(parameters=True)
+        mean = self._loss_since_save / max(1, self.step - self._saved_at)
+        score = float(all_gather(mean.reshape(1), self.mesh.flat.get_group().group_name).mean())
+        self._loss_since_save.zero_()
+        config = to_json(self.config) | {
+            "clips": self.clips.digest,
+            "dit": to_json(self.source.model),
+            "clip_size": self.source.clip_size,
+        }
+        try:
+            self._writer.save(self.step, self.state.state(), config, score=score)
+            if last:
+                self._writer.wait()
+        except OSError as error:
+            if last:
+                raise
+            # The next one may find room; what is there stays as it is.
+            self._say(f"warning: {error}; training goes on")
+        self._saved_at = self.step
 
-    def _earlier_run(self) -> Path | None:
-        """The checkpoint to go on from; ValueError when `out` holds another run or none to resume."""
-        config = self.config
-        found = checkpoints(self.checkpoint_folder)
-        self._check_same_runs(found)
-        if not config.resume:
-            if found:
-                raise ValueError(
-                    f"{config.out}: holds a run already ({found[-1].name}); use --resume to go on with it, "
-                    "or another --out"
-                )
-            return None
-        if not found:
-            raise ValueError(f"{config.out}: no checkpoint to resume from")
-        step, before = read_run(found[-1])
-        if step > config.steps:
-            raise ValueError(f"{found[-1]}: has {step} steps already, and steps is {config.steps}")
-        runs = before, to_json(config)
-        before, now = (run | {"precision": run.get("parallel", {}).get("precision")} for run in runs)
-        for name in now.keys() - _FREE_ON_RESUME:
-            if before.get(name) != now[name]:
-                raise ValueError(
-                    f"cannot resume with another {name}: the run in {config.out} has {before.get(name)}, "
-                    f"the command line {now[name]}"
-                )
-        return found[-1]
+    def _finish_saving(self) -> None:
+        """However training ends, a checkpoint that is being written becomes whole if its ranks live."""
+        try:
+            self._writer.close()
+        except OSError as error:
+            self._say(f"warning: {error}")
 
     def _check_same_policy(self) -> None:
         """ValueError if ranks with different devices or memory chose different policies."""
@@ -282,119 +277,35 @@ class Trainer:
                 f"--host-memory-gib, or name a policy: {error}"
             ) from error
 
-    def _check_same_runs(self, found: list[Path]) -> None:
-        """ValueError if ranks see different checkpoints in `out`."""
-        steps = [int(path.name.partition("-")[2]) for path in found]
-        try:
-            check_agreement("steps of checkpoints", steps, self.mesh.flat.get_group().group_name, self.device)
-        except ValueError as error:
-            raise ValueError(
-                f"out: {self.config.out} is not one folder for all ranks; put it on a file system that all nodes "
-                f"share: {error}"
-            ) from error
-
-    def _check_resumed_clips(self, resumed: Path, clips: ClipDataset) -> None:
-        if read_run(resumed)[1].get("clips") != clips.digest:
-            raise ValueError(
-                f"cannot resume with other videos or captions: {resumed} was trained on other clips than the "
-                f"{len(clips)} given; give the same ones, or another --out to start a new run"
-            )
-
-    def _sources(self) -> tuple[Path, Path]:
-        """(folder of videos, captions file)."""
-        folder = self.config.videos
-        assert folder is not None
-        if not folder.is_dir():
-            raise ValueError(f"videos: {folder} is not a folder")
-        return folder, self.config.captions or folder / "captions.json"
-
-    def _draw_demo(self) -> tuple[Path, Path]:
-        folder = self.config.out / "demo"
-        if self._first:
-            make_demo_folder(folder)
-        wait_for_all(self.mesh.flat)
-        return folder, folder / "captions.json"
-
-    def _open_clips(self, folder: Path, captions: Path) -> ClipDataset:
-        config = self.config
-        files = load_captions(captions)
-        clips = ClipDataset(
-            folder,
-            files,
-            num_frames=config.num_frames,
-            height=config.height,
-            width=config.width,
-            stride=config.frame_stride,
-        )
-        if clips.skipped:
-            self._say(f"skipped {len(clips.skipped)} of {len(files)} videos:")
-            for name, reason in clips.skipped:
-                self._say(f"  {name}: {reason}")
-        return clips
-
-    def _keep_metrics_up_to(self, step: int) -> None:
-        """Drop lines that a resumed run will write again, and those of an unfinished run that left no checkpoint."""
-        path = self.config.out / "metrics.jsonl"
-        if not path.exists():
-            return
-        kept = []
-        for line in path.read_text(encoding="utf-8").splitlines():
-            # The last line may have been cut off by a crash.
-            if line.endswith("}") and json.loads(line)["step"] <= step:
-                kept.append(line + "\n")
-        partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-        partial.write_text("".join(kept), encoding="utf-8")
-        os.replace(partial, path)
-
-    def _progress(self) -> Progress:
-        return Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[figures]}"),
-            TimeRemainingColumn(),
-            console=self._console,
-            disable=not self._first or not self._console.is_terminal,
-        )
-
-    def _show(self, progress: Progress, figures: dict[str, Any]) -> None:
-        text = (
-            f"loss {figures['loss']:.4f}  {figures['tokens_per_s']:,.0f} tokens/s  {figures['memory'] / 2**20:,.0f} MiB"
-        )
-        progress.update(progress.task_ids[0], figures=text)
-        if not self._console.is_terminal and self.step % max(1, self.config.steps // 10) == 0:
-            self._say(f"step {self.step}/{self.config.steps}  {text}")
-
     def _say(self, line: str) -> None:
         if self._first:
             self._console.print(line)
+
+
+class _Pace:
+    """Time and tokens since the figures before."""
+
+    def __init__(self) -> None:
+        self._began, self._steps = time.perf_counter(), 0
+        self._trained: Counter[int] = Counter()
+
+    def add(self, clips_by_tokens: dict[int, int]) -> None:
+        """Count a step of the clips {video tokens: number}."""
+        self._steps += 1
+        self._trained.update(clips_by_tokens)
+
+    def figures(self, utilisation: Utilisation) -> dict[str, float]:
+        """Seconds of a step, tokens a second over all ranks, and MFU where the devices' peak is known."""
+        seconds = time.perf_counter() - self._began
+        tokens = sum(tokens * number for tokens, number in self._trained.items())
+        mfu = utilisation.mfu(self._trained, seconds)
+        figures = {"seconds": seconds / self._steps, "tokens_per_s": tokens / seconds}
+        return figures if mfu is None else figures | {"mfu": mfu}
 
 
 def train(config: TrainConfig, device: torch.device) -> None:
     """Train as configured and say how to sample from the result."""
     trainer = Trainer(config, device)
     trainer.train()
-    _, captions = trainer.clips[0]
-    trainer._say(f'sample it: python parallel/sample.py --checkpoint {config.out} --prompt "{captions[0]}"')
-
-
-def local_part(tensor: torch.Tensor) -> torch.Tensor:
-    """What this rank holds of a tensor that may be sharded."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
-def memory_bytes(device: torch.device) -> int:
-    """Peak bytes so far: allocated on a CUDA device, else resident in this process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-def check_writable(folder: Path) -> None:
-    """Create a folder if needed and make sure that files can be written there; OSError if not."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise OSError(f"{folder}: cannot be written: {error.strerror}") from error
+    caption = trainer.clips[0].captions[0]
+    trainer._say(f'sample it: python parallel/sample.py --checkpoint {config.out} --prompt "{caption}"')

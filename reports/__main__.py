@@ -1,6 +1,7 @@
 """`python -m longreel.reports`: records in, a page with its table and figures out; or two runs, compared.
 
 python -m longreel.reports FILE_OR_FOLDER [--out DIR]      a sweep, or a campaign of single ops
+python -m longreel.reports RUN_FOLDER [--out DIR]          a training run: run.html
 python -m longreel.reports DOCUMENT.md [--out DIR]         a document as a page, such as docs/codegen.md
 python -m longreel.reports OLD NEW [--html FILE]           what changed between two runs
 """
@@ -8,7 +9,6 @@ python -m longreel.reports OLD NEW [--html FILE]           what changed between 
 from __future__ import annotations
 
 import argparse
-import gc
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,6 +16,7 @@ from typing import NoReturn
 
 from longreel.reports import op_report, parts, runs_report
 from longreel.reports.html import DEFAULT_TITLE, write_report
+from longreel.reports.run_page import is_run, write_run_page
 from longreel.reports.runs import Thresholds, compare_runs
 from longreel.reports.sources import holds_ops, load_ops, load_steps
 from longreel.reports.store import warnings_as_lines, write_files
@@ -38,6 +39,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with warnings_as_lines("longreel.reports: "):
             if options.new is not None:
                 return _compare(options)
+            if is_run(options.source):
+                print(f"report: {write_run_page(options.source, options.out or options.source)}")
+                return 0
             if options.source.suffix == ".md":
                 return _document(options)
             return _kernels(options) if holds_ops(options.source) else _sweep(options)
@@ -76,8 +80,6 @@ def _parser() -> argparse.ArgumentParser:
 def _sweep(options: argparse.Namespace) -> int:
     source: Path = options.source
     records, files = load_steps(source)
-    # Thousands of records stay to the end: the collector need not look through them after every few figures.
-    gc.freeze()
     sections = []
     if options.kernels is not None:
         sections.append(parts.kernels_part(load_ops(options.kernels)[0]))

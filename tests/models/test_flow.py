@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from longreel.models.flow import euler_sample, guided_velocity, interpolate, sample_timesteps, velocity_target
+from longreel.models.flow import RectifiedFlow, euler_sample, interpolate, sample_timesteps, velocity_target
 
 
 def test_endpoints_and_velocity_are_of_the_straight_path():
@@ -68,11 +68,26 @@ def test_timesteps_follow_the_generator_and_stay_in_range(distribution):
     assert abs(middle - (0.5 if distribution == "uniform" else 0.728)) < 0.015
 
 
-def test_guidance_is_neutral_at_one_and_null_at_zero():
-    conditional, null = torch.randn(3, dtype=torch.float64), torch.randn(3, dtype=torch.float64)
-    torch.testing.assert_close(guided_velocity(conditional, null, 1.0), conditional)
-    assert torch.equal(guided_velocity(conditional, null, 0.0), null)
-    torch.testing.assert_close(guided_velocity(conditional, null, 4.0), 4 * conditional - 3 * null)
+def test_a_perfect_prediction_of_x0_loses_nothing_and_samples_the_data():
+    flow = RectifiedFlow(prediction="x0")
+    x0, noise = torch.randn(2, 3, 4, dtype=torch.float64), torch.randn(2, 3, 4, dtype=torch.float64)
+    t = torch.tensor([0.5, 0.01], dtype=torch.float64)
+    _, targets = flow.prepare(x0, noise, t)
+    shaped = [target[..., None] for target in targets]
+    assert torch.equal(flow.token_loss(x0[..., None], shaped, t), torch.zeros(2, 3, dtype=torch.float64))
+    out = euler_sample(lambda x, time: flow.velocity(x0, x, time), noise, 7)
+    torch.testing.assert_close(out, x0, rtol=0, atol=1e-12)
+
+
+def test_an_error_of_x0_weighs_as_that_of_the_velocity():
+    x0, noise, error = (torch.randn(2, 3, 4, 1, dtype=torch.float64) for _ in range(3))
+    t = torch.tensor([0.5, 0.2], dtype=torch.float64)
+    said = x0 + error
+    by_x0 = RectifiedFlow(prediction="x0").token_loss(said, (x0,), t)
+    x_t = interpolate(x0, noise, t)
+    velocity = (x_t - said) / t.view(-1, 1, 1, 1)
+    by_velocity = RectifiedFlow().token_loss(velocity, (velocity_target(x0, noise),), t)
+    torch.testing.assert_close(by_x0, by_velocity)
 
 
 @pytest.mark.parametrize(

@@ -11,8 +11,10 @@ from longreel.parallel.auto_policy import with_policy
 from longreel.parallel.checkpoint import checkpoints, read_run
 from longreel.parallel.config import ParallelConfig
 from longreel.parallel.launch import run_script
-from longreel.parallel.run_config import ModelChoice, SampleConfig, TrainConfig
+from longreel.parallel.model_choice import ModelChoice
+from longreel.parallel.run_config import TrainConfig
 from longreel.parallel.sample import sample
+from longreel.parallel.sample_config import SampleConfig
 from longreel.parallel.trainer import train
 
 SIZES = {"depth": 1, "hidden-size": 32, "num-heads": 4, "num-frames": 4, "height": 16, "width": 16, "batch-size": 1}

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-import json
+import io
+import os
 import pickle
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,18 +14,23 @@ import pytest
 import torch
 from torch import Tensor
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, get_optimizer_state_dict
+from torch.distributed.tensor import DTensor
 
 from longreel.models.config import DiTConfig
 from longreel.models.dit import DiT
 from longreel.parallel.checkpoint import (
+    candidates,
+    check_whole,
     checkpoints,
-    find_checkpoint,
     load_checkpoint,
-    prune_checkpoints,
+    newest_whole,
     read_run,
-    save_checkpoint,
+    read_weights,
 )
+from longreel.parallel.checkpoint_files import IndexReader, WeightsOnlyPlanner, write_description
+from longreel.parallel.checkpoint_writer import CheckpointWriter, prune_checkpoints
 from longreel.parallel.config import ParallelConfig
+from longreel.parallel.ema import ExponentialMovingAverage
 from longreel.parallel.launch import process_group
 from longreel.parallel.mesh import build_mesh
 from longreel.parallel.parallelize import Batch, ParallelDiT
@@ -54,17 +62,41 @@ def whole_state(spread: ParallelDiT, optimizer: torch.optim.Optimizer) -> dict[s
     return {name: value.clone() for name, value in flat.items()}
 
 
-def save_on_ranks(folder: Path, config: ParallelConfig) -> dict[str, Tensor]:
+def save(folder: Path, spread: ParallelDiT, number: int = 1, *, background: bool = False, **described: Any) -> None:
+    writer = CheckpointWriter(folder, spread.mesh.flat, keep=9, background=background)
+    ema = ExponentialMovingAverage(spread.engine)
+    writer.save(number, spread.engine.state() | {"ema": ema.state()}, {"name": "test"}, **described)
+    # What is written is what was there at the call.
+    with torch.no_grad():
+        for parameter in spread.parameters():
+            parameter += 1
+    writer.close()
+    with torch.no_grad():
+        for parameter in spread.parameters():
+            parameter -= 1
+
+
+def save_on_ranks(folder: Path, config: ParallelConfig, background: bool = False) -> dict[str, Tensor]:
     spread, optimizer = build(config, seed=0)
     step(spread)
-    save_checkpoint(folder, 1, spread.engine, {"name": "test"}, spread.mesh.flat)
-    return whole_state(spread, optimizer)
+    state = whole_state(spread, optimizer)
+    save(folder, spread, background=background)
+    return state
 
 
 def load_on_ranks(folder: Path, config: ParallelConfig) -> dict[str, Tensor]:
     spread, optimizer = build(config, seed=1)
-    load_checkpoint(find_checkpoint(folder), spread.engine)
-    return whole_state(spread, optimizer)
+    ema = ExponentialMovingAverage(spread.engine)
+    checkpoint, _ = newest_whole(candidates(folder), spread.mesh.flat)
+    state = spread.engine.state() | {"ema": ema.state()}
+    load_checkpoint(checkpoint, state)
+    spread.engine.load_state(state)
+    ema.load_state(state["ema"])
+    loaded = whole_state(spread, optimizer)
+    for name, average in ema.state().items():
+        whole = average.full_tensor() if isinstance(average, DTensor) else average
+        assert torch.equal(whole, loaded[name]), name
+    return loaded
 
 
 SAVERS = {
@@ -79,7 +111,7 @@ SAVERS = {
 def test_any_ranks_engine_and_policy_read_what_any_other_wrote(
     tmp_path: Path, run_distributed: Any, saver: str, loader: str
 ) -> None:
-    saved = run_distributed(save_on_ranks, SAVERS[saver][0], tmp_path, SAVERS[saver][1])[0]
+    saved = run_distributed(save_on_ranks, SAVERS[saver][0], tmp_path, SAVERS[saver][1], True)[0]
     loaded = run_distributed(load_on_ranks, SAVERS[loader][0], tmp_path, SAVERS[loader][1])[0]
     assert saved.keys() == loaded.keys()
     assert any(name.endswith("/exp_avg_sq") for name in saved)
@@ -87,6 +119,10 @@ def test_any_ranks_engine_and_policy_read_what_any_other_wrote(
     assert not any("_checkpoint_wrapped_module" in name or "module." in name for name in saved)
     for name, value in saved.items():
         assert torch.equal(loaded[name], value), name
+    alone = read_weights(candidates(tmp_path)[-1], "ema")
+    assert alone.keys() < saved.keys()
+    for name, value in alone.items():
+        assert torch.equal(value, saved[name]), name
 
 
 def scale_after_overflow(folder: Path) -> float | None:
@@ -97,7 +133,7 @@ def scale_after_overflow(folder: Path) -> float | None:
     # As if the overflow were that of the step's own gradients.
     spread.engine.scaler.scale(torch.zeros(()))
     spread.engine.step()
-    save_checkpoint(folder, 2, spread.engine, {}, spread.mesh.flat)
+    save(folder, spread, 2)
     return spread.engine.loss_scale
 
 
@@ -106,7 +142,9 @@ def test_an_fp16_run_goes_on_with_its_loss_scale(tmp_path: Path) -> None:
         scale = scale_after_overflow(tmp_path)
         resumed, _ = build(ParallelConfig(precision="fp16"), seed=1)
         fresh = resumed.engine.loss_scale
-        load_checkpoint(find_checkpoint(tmp_path), resumed.engine)
+        state = resumed.engine.state()
+        load_checkpoint(candidates(tmp_path)[-1], state)
+        resumed.engine.load_state(state)
         assert scale == resumed.engine.loss_scale == 2.0**15
         assert fresh == 2.0**16
 
@@ -120,7 +158,7 @@ def saved(tmp_path: Path) -> Path:
 
 def test_saved_folder_is_found_and_described(saved: Path) -> None:
     for path in (saved, saved.parent, saved.parent.parent):
-        assert find_checkpoint(path) == saved
+        assert candidates(path) == [saved]
     assert read_run(saved) == (1, {"name": "test"})
     assert [p.name for p in saved.parent.iterdir()] == ["step-000001"]
 
@@ -134,14 +172,36 @@ def test_newest_is_by_number_and_unfinished_ones_do_not_count(tmp_path: Path) ->
     assert (tmp_path / ".step-2000000.partial").exists()
 
 
-def test_write_that_fails_leaves_no_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("background", [False, True])
+def test_full_disk_leaves_the_checkpoint_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, background: bool
+) -> None:
     def full_disk(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(torch, "save", full_disk)
-    with process_group(), pytest.raises(OSError, match=r"step-000001: cannot write the checkpoint: .*No space left"):
-        save_on_ranks(tmp_path, ParallelConfig())
-    assert checkpoints(tmp_path) == []
+    with process_group():
+        spread, _ = build(ParallelConfig(), seed=0)
+        step(spread)
+        save(tmp_path, spread, 1)
+        with monkeypatch.context() as patched:
+            patched.setattr(torch, "save", full_disk)
+            with pytest.raises(OSError, match=r"cannot write the checkpoint: .*No space left"):
+                save(tmp_path, spread, 2, background=background)
+        assert [p.name for p in tmp_path.iterdir()] == ["step-000001"]
+        check_whole(tmp_path / "step-000001", spread.mesh.flat)
+        save(tmp_path, spread, 2)
+    assert [p.name for p in checkpoints(tmp_path)] == ["step-000001", "step-000002"]
+
+
+def test_the_newest_and_the_best_are_kept(tmp_path: Path) -> None:
+    for number, score in ((1, 0.5), (2, 0.1), (3, None), (4, 0.3), (5, 0.4)):
+        folder = tmp_path / f"step-{number:06d}"
+        folder.mkdir()
+        write_description(folder, {"version": 2, "step": number, "config": {}, "files": {}, "score": score})
+    prune_checkpoints(tmp_path, 2, keep_best=True)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["step-000002", "step-000004", "step-000005"]
+    prune_checkpoints(tmp_path, 2)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["step-000004", "step-000005"]
 
 
 def test_left_over_partial_is_replaced(tmp_path: Path) -> None:
@@ -155,7 +215,8 @@ def test_left_over_partial_is_replaced(tmp_path: Path) -> None:
 def load_here(checkpoint: Path, hidden_size: int = 32) -> None:
     with process_group():
         spread, _ = build(ParallelConfig(), seed=0, hidden_size=hidden_size)
-        load_checkpoint(checkpoint, spread.engine)
+        check_whole(checkpoint, spread.mesh.flat)
+        load_checkpoint(checkpoint, spread.engine.state())
 
 
 def test_another_model_is_refused(saved: Path) -> None:
@@ -164,48 +225,98 @@ def test_another_model_is_refused(saved: Path) -> None:
     assert "\n" not in str(raised.value)
 
 
-@pytest.mark.parametrize("damage", ["missing-shard", "cut-shard", "empty-shard"])
-def test_damaged_tensors_are_refused(saved: Path, damage: str) -> None:
-    shard = next(saved.glob("*.distcp"))
-    if damage == "missing-shard":
-        shard.unlink()
-    elif damage == "cut-shard":
-        shard.write_bytes(shard.read_bytes()[:1000])
-    else:
-        shard.write_bytes(b"")
-    with pytest.raises(ValueError, match=r"step-000001: does not fit this model or is damaged: \S") as raised:
-        load_here(saved)
-    assert "\n" not in str(raised.value)
+def flip(path: Path, place: int) -> None:
+    """Turn one bit of a byte over, counted from the end where negative."""
+    content = bytearray(path.read_bytes())
+    content[place] ^= 1
+    path.write_bytes(content)
+
+
+DAMAGES: dict[str, Callable[[Path], object]] = {
+    "missing-shard": lambda folder: next(folder.glob("*.distcp")).unlink(),
+    "cut-shard": lambda folder: os.truncate(next(folder.glob("*.distcp")), 1000),
+    "flipped-tensor": lambda folder: flip(next(folder.glob("*.distcp")), -2000),
+    "flipped-index": lambda folder: flip(folder / ".metadata", 500),
+    "missing-index": lambda folder: (folder / ".metadata").unlink(),
+    "flipped-description": lambda folder: flip(folder / "run.json", 40),
+    "missing-description": lambda folder: (folder / "run.json").unlink(),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damage_is_named_and_the_newest_whole_checkpoint_taken(saved: Path, tmp_path: Path, damage: str) -> None:
+    newer = saved.with_name("step-000002")
+    shutil.copytree(saved, newer)
+    DAMAGES[damage](newer)
+    with process_group():
+        mesh = build_mesh(sp_degree=1).flat
+        with pytest.raises(ValueError, match=r"step-000002.*(damaged|not a checkpoint)") as raised:
+            check_whole(newer, mesh)
+        assert "\n" not in str(raised.value)
+        assert newest_whole([saved, newer], mesh) == (saved, [str(raised.value)])
+        with pytest.raises(ValueError, match="step-000002"):
+            newest_whole([newer], mesh)
+
+
+def find_whole(folder: Path) -> tuple[Path, list[str]]:
+    return newest_whole(candidates(folder), build_mesh(sp_degree=1).flat)
+
+
+def test_ranks_share_the_reading_and_agree(tmp_path: Path, run_distributed: Any) -> None:
+    run_distributed(save_on_ranks, 2, tmp_path, ParallelConfig())
+    shutil.copytree(tmp_path / "step-000001", tmp_path / "step-000002")
+    flip(tmp_path / "step-000002" / "__1_0.distcp", -1000)
+    whole, damages = run_distributed(find_whole, 2, tmp_path)[1]
+    assert whole == tmp_path / "step-000001"
+    assert damages == [f"{tmp_path}/step-000002/__1_0.distcp: damaged: its bytes are not those that were written"]
+
+
+class Harmful:
+    """Pickled, a call of os.mkdir."""
+
+    def __init__(self, folder: str) -> None:
+        self.folder = folder
+
+    def __reduce__(self) -> Any:
+        return os.mkdir, (self.folder,)
 
 
 @pytest.mark.parametrize(
     "content",
-    [None, b"", b"garbage", b"\x80\x04", b"not a pickle\n" * 50, pickle.dumps({"no": "index"}), bytes(range(256))],
-    ids=["missing", "empty", "word", "cut", "text", "another-pickle", "bytes"],
+    [b"", b"garbage", b"\x80\x04", b"not a pickle\n" * 50, pickle.dumps({"no": "index"}), bytes(range(256))],
+    ids=["empty", "word", "cut", "text", "another-pickle", "bytes"],
 )
-def test_damaged_index_is_refused_without_a_log(
-    saved: Path, content: bytes | None, capfd: pytest.CaptureFixture[str]
-) -> None:
-    index = saved / ".metadata"
-    index.unlink() if content is None else index.write_bytes(content)
+def test_damaged_index_is_refused_without_a_log(saved: Path, content: bytes, capfd: pytest.CaptureFixture[str]) -> None:
+    (saved / ".metadata").write_bytes(content)
     with pytest.raises(ValueError, match=r"step-000001/\.metadata: (missing or )?damaged: \S") as raised:
-        load_here(saved)
+        IndexReader(saved).read_metadata()
     assert "\n" not in str(raised.value)
     assert "Traceback" not in "".join(capfd.readouterr())
+
+
+def test_a_pickle_that_runs_code_is_refused_and_not_run(saved: Path, tmp_path: Path) -> None:
+    (saved / ".metadata").write_bytes(pickle.dumps(Harmful(str(tmp_path / "made"))))
+    with pytest.raises(ValueError, match=r"asks for posix\.mkdir, which no index of tensors holds; refused"):
+        IndexReader(saved).read_metadata()
+    value = io.BytesIO()
+    torch.save(Harmful(str(tmp_path / "made")), value)
+    value.seek(0)
+    with pytest.raises(pickle.UnpicklingError):
+        WeightsOnlyPlanner().load_bytes(None, value)  # type: ignore[arg-type]
+    assert not (tmp_path / "made").exists()
 
 
 @pytest.mark.parametrize(
     ("content", "message"),
     [
         ("{", "damaged"),
-        ("[]", "damaged"),
-        ('{"version": 1}', "run.json: damaged: step is missing"),
-        ('{"version": 1, "step": "five", "config": {}}', "run.json: damaged: step: expected a count, got 'five'"),
-        ('{"version": 1, "step": 5, "config": []}', "run.json: damaged: config: expected an object"),
-        (json.dumps({"version": 99, "step": 1, "config": {}}), "checkpoint version 99, this version reads 1"),
+        ("[]", r"run.json: damaged: expected an object, got \[\]"),
+        ('{"version": 2}', "run.json: damaged: digest is missing"),
+        ('{"version": 2, "step": 1, "config": {}, "files": {}, "digest": "0"}', "damaged: its text is not what"),
+        ('{"version": 99, "step": 1, "config": {}}', "checkpoint version 99, this version reads 2"),
         (None, r"not a checkpoint, run\.json is missing"),
     ],
-    ids=["cut", "list", "keys", "step", "config", "version", "missing"],
+    ids=["cut", "list", "keys", "digest", "version", "missing"],
 )
 def test_damaged_description_is_refused(tmp_path: Path, content: str | None, message: str) -> None:
     if content is not None:
@@ -216,4 +327,4 @@ def test_damaged_description_is_refused(tmp_path: Path, content: str | None, mes
 
 def test_nothing_there(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no checkpoint there; give a folder"):
-        find_checkpoint(tmp_path)
+        candidates(tmp_path)

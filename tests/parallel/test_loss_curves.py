@@ -14,8 +14,10 @@ import pytest
 import torch
 
 from longreel.data.demo import make_demo_folder
+from longreel.models.text import TextEncoderConfig
 from longreel.parallel.config import ParallelConfig
-from longreel.parallel.run_config import ModelChoice, TrainConfig
+from longreel.parallel.model_choice import ModelChoice
+from longreel.parallel.run_config import TrainConfig
 from longreel.parallel.trainer import Trainer
 
 STEPS = 100
@@ -50,9 +52,7 @@ def curve(run_distributed: Any, world_size: int, config: TrainConfig) -> torch.T
 
 def run(videos: Path, out: Path, parallel: ParallelConfig) -> TrainConfig:
     """75 video tokens and 10 of text, which no degree divides; three samples, of which groups of ranks hold 2 and 1."""
-    model = ModelChoice(
-        depth=2, hidden_size=32, num_heads=4, conditioning="in_context", text_dim=16, max_text_tokens=10
-    )
+    model = ModelChoice(depth=2, hidden_size=32, num_heads=4, conditioning="in_context")
     sizes = {"num_frames": 6, "height": 20, "width": 20}
     return TrainConfig(
         videos=videos,
@@ -62,6 +62,7 @@ def run(videos: Path, out: Path, parallel: ParallelConfig) -> TrainConfig:
         caption_dropout=0.3,
         checkpoint_every=STEPS,
         model=model,
+        text=TextEncoderConfig(text_dim=16, max_text_tokens=10),
         parallel=parallel,
         **sizes,
     )

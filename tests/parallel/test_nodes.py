@@ -17,8 +17,10 @@ import torch.distributed as dist
 
 from longreel.data.command_line import parse_arguments
 from longreel.data.demo import make_demo_folder
+from longreel.parallel.config import ParallelConfig
 from longreel.parallel.mesh import build_mesh
-from longreel.parallel.run_config import ModelChoice, ParallelConfig, TrainConfig
+from longreel.parallel.model_choice import ModelChoice
+from longreel.parallel.run_config import TrainConfig
 from longreel.parallel.shared_folder import check_shared
 from longreel.parallel.trainer import Trainer
 

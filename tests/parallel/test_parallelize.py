@@ -133,7 +133,7 @@ def differing_batch(by_rank: list[tuple[tuple[int, ...], int, int]], sample: boo
     latents, text = torch.zeros(shape), torch.zeros(shape[0], tokens, 16)
     fields = {"latents": latents, "timestep": torch.zeros(shape[0]), "text": text}
     with pytest.raises(ValueError, match="sizes of the batch") as caught:
-        spread.velocity(**fields) if sample else spread.loss(
+        spread.output(**fields) if sample else spread.loss(
             Batch(**fields, noise=latents, global_samples=global_samples)
         )
     return str(caught.value)
@@ -232,23 +232,23 @@ def test_a_rank_may_hold_padding_only(run_distributed, strategy):
     check(run_distributed, config, cases.fp64(strategy, 8), (2,), torch.float64)
 
 
-def whole_velocity(config: DiTConfig, strategy: str, degree: int) -> Tensor:
+def whole_output(config: DiTConfig, strategy: str, degree: int) -> Tensor:
     model = cases.randomised_dit(config, torch.float64)
     parallel = cases.fp64(strategy, degree)
     data = cases.samples(2, torch.float64)
     mesh = build_mesh(sp_degree=degree, ulysses_degree=parallel.ulysses_degree)
     spread = ParallelDiT(model, mesh, parallel)
-    return spread.velocity(data["latents"], data["timestep"], data["text"])
+    return spread.output(data["latents"], data["timestep"], data["text"])
 
 
 @pytest.mark.parametrize("conditioning", ["adaln", "in_context", "published"])
 @pytest.mark.parametrize("strategy", STRATEGIES)
-def test_velocity_is_whole_and_equal_on_every_rank(run_distributed, strategy, conditioning):
+def test_output_is_whole_and_equal_on_every_rank(run_distributed, strategy, conditioning):
     config = cases.tiny_config(conditioning, learn_sigma=conditioning == "adaln")
-    reference = run_distributed(whole_velocity, 1, config, "local", 1)[0]
-    assert reference.shape == (2, *cases.LATENT_SHAPE)
-    for velocity in run_distributed(whole_velocity, 4, config, strategy, 4):
-        assert relative_error(velocity, reference) <= PARALLEL_TOLERANCE[torch.float64]
+    reference = run_distributed(whole_output, 1, config, "local", 1)[0]
+    assert reference.shape == (2, *cases.LATENT_SHAPE[:-1], config.out_channels)
+    for output in run_distributed(whole_output, 4, config, strategy, 4):
+        assert relative_error(output, reference) <= PARALLEL_TOLERANCE[torch.float64]
 
 
 def mismatched_mesh() -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,11 +13,17 @@ from torch import Tensor
 
 from longreel.data.demo import make_demo_folder
 from longreel.data.video import read_clip
+from longreel.models.text import TextEncoderConfig
+from longreel.parallel.checkpoint import read_run
 from longreel.parallel.config import ParallelConfig
 from longreel.parallel.launch import process_group
-from longreel.parallel.run_config import ModelChoice, SampleConfig, TrainConfig
+from longreel.parallel.model_choice import ModelChoice
+from longreel.parallel.optimizer_config import OptimizerConfig
+from longreel.parallel.run_config import TrainConfig
 from longreel.parallel.sample import sample, sample_video
+from longreel.parallel.sample_config import SampleConfig
 from longreel.parallel.trainer import Trainer
+from longreel.parallel.weights_file import write_weights
 
 
 @pytest.fixture(scope="module")
@@ -27,15 +31,14 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of a few large steps, so that gates, text and output layer all matter."""
     out = tmp_path_factory.mktemp("run")
     make_demo_folder(out / "videos", num_frames=6, size=24)
-    model = ModelChoice(
-        depth=2, hidden_size=32, num_heads=4, conditioning="in_context", text_dim=16, max_text_tokens=10
-    )
+    model = ModelChoice(depth=2, hidden_size=32, num_heads=4, conditioning="in_context")
     config = TrainConfig(
         videos=out / "videos",
         out=out / "run",
         model=model,
         steps=15,
-        learning_rate=1e-2,
+        text=TextEncoderConfig(text_dim=16, max_text_tokens=10),
+        optimizer=OptimizerConfig(learning_rate=1e-2),
         num_frames=6,
         height=20,
         width=20,
@@ -48,7 +51,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def configured(trained: Path, **overrides: Any) -> SampleConfig:
-    fields = {"checkpoint": trained, "prompt": "a red square", "steps": 4, "guidance": 2.0}
+    fields = {"checkpoint": trained, "prompt": ("a red square",), "steps": 4, "guidance": 2.0}
     return SampleConfig(**(fields | {"parallel": ParallelConfig(precision="fp64")} | overrides))
 
 
@@ -78,7 +81,7 @@ def test_every_rank_has_the_video_of_one(
 
 @pytest.mark.parametrize(
     "change",
-    [{"prompt": "a blue circle"}, {"guidance": 1.0}, {"seed": 1}, {"steps": 5}],
+    [{"prompt": ("a blue circle",)}, {"guidance": 1.0}, {"seed": 1}, {"steps": 5}],
     ids=lambda c: next(iter(c)),
 )
 def test_what_is_asked_for_matters(trained: Path, one_rank: Tensor, change: dict[str, Any]) -> None:
@@ -90,35 +93,31 @@ def test_what_is_asked_for_matters(trained: Path, one_rank: Tensor, change: dict
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"height": None}, "height: expected a whole number, got None"),
-        ({"num_frames": "six"}, "num_frames: expected a whole number, got 'six'"),
-        ({"model": None}, "model: expected the sizes of a model, got None"),
-        ({"depth": "two"}, "model.depth: expected a whole number, got 'two'"),
-        ({"rings": 3}, "model: not one of this version: .*'rings'"),
+        ({"clip_size": {"height": None}}, "height: expected a whole number, got None"),
+        ({"clip_size": {"num_frames": "six"}}, "num_frames: expected a whole number, got 'six'"),
+        ({"dit": None}, "dit: expected an object, got None"),
+        ({"dit": {"depth": "two"}}, "dit: not one of this version: "),
+        ({"dit": {"rings": 3}}, "dit: not one of this version: .*'rings'"),
     ],
     ids=["no-height", "text", "no-model", "depth", "unknown"],
 )
 def test_damaged_configuration_names_file_and_field(
     trained: Path, tmp_path: Path, change: dict[str, Any], message: str
 ) -> None:
-    checkpoint = tmp_path / "step-000015"
-    shutil.copytree(trained / "checkpoints" / "step-000015", checkpoint)
-    run = json.loads((checkpoint / "run.json").read_text())
+    config = read_run(trained / "checkpoints" / "step-000015")[1]
     for name, value in change.items():
-        part = run["config"] if name in run["config"] else run["config"]["model"]
-        part[name] = value
-        if value is None:
-            del part[name]
-    (checkpoint / "run.json").write_text(json.dumps(run))
+        config[name] = config[name] | value if isinstance(value, dict) else value
+    path = tmp_path / "weights.safetensors"
+    write_weights(path, {}, config)
     out = tmp_path / "new" / "clip.mp4"
-    with process_group() as device, pytest.raises(ValueError, match=f"step-000015/run.json: {message}"):
-        sample(configured(checkpoint, out=out), device)
+    with process_group() as device, pytest.raises(ValueError, match=rf"weights\.safetensors: {message}"):
+        sample(configured(path, out=out), device)
     assert not out.parent.exists()
 
 
 def test_guidance_of_one_leaves_the_empty_caption_out(trained: Path) -> None:
     with process_group():
-        empty = configured(trained, prompt="", guidance=1.0)
+        empty = configured(trained, prompt=("",), guidance=1.0)
         # With the empty prompt both sides of guidance are one, so any scale gives the unguided video.
         torch.testing.assert_close(sample_here(empty), sample_here(replace(empty, guidance=3.0)), rtol=0, atol=1e-6)
 

@@ -12,13 +12,17 @@ import torch
 from torch.distributed.checkpoint.state_dict import get_model_state_dict
 
 from longreel.data.demo import make_demo_folder
+from longreel.models.text import TextEncoderConfig
 from longreel.parallel.config import ParallelConfig
 from longreel.parallel.launch import process_group
-from longreel.parallel.run_config import ModelChoice, TrainConfig
+from longreel.parallel.model_choice import ModelChoice
+from longreel.parallel.optimizer_config import OptimizerConfig
+from longreel.parallel.run_config import TrainConfig
 from longreel.parallel.trainer import Trainer
 
 # 3 x 5 x 5 = 75 video tokens: no multiple of 2 or 4.
 SIZE = {"num_frames": 6, "height": 20, "width": 20}
+TEXT = TextEncoderConfig(text_dim=16, max_text_tokens=10)
 
 
 @pytest.fixture(scope="module")
@@ -29,11 +33,9 @@ def videos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def tiny(videos: Path, out: Path, *, conditioning: str = "cross", **overrides: Any) -> TrainConfig:
-    model = ModelChoice(
-        depth=2, hidden_size=32, num_heads=4, conditioning=conditioning, text_dim=16, max_text_tokens=10
-    )
-    fields = {"steps": 6, "batch_size": 3, "warmup_steps": 0, "caption_dropout": 0.3} | SIZE
-    return TrainConfig(videos=videos, out=out, model=model, **(fields | overrides))
+    model = ModelChoice(depth=2, hidden_size=32, num_heads=4, conditioning=conditioning)
+    fields = {"steps": 6, "batch_size": 3, "optimizer": OptimizerConfig(warmup_steps=0), "caption_dropout": 0.3} | SIZE
+    return TrainConfig(videos=videos, out=out, model=model, text=TEXT, **(fields | overrides))
 
 
 def train_here(config: TrainConfig) -> None:
@@ -111,7 +113,8 @@ def test_200_steps_on_real_videos(tmp_path: Path, run_distributed: Any, strategy
 
 
 def test_loss_falls_by_half(videos: Path, tmp_path: Path) -> None:
-    config = tiny(videos, tmp_path, steps=150, batch_size=4, learning_rate=5e-3, num_frames=2, height=8, width=8)
+    config = tiny(videos, tmp_path, steps=150, batch_size=4, num_frames=2, height=8, width=8)
+    config = replace(config, optimizer=OptimizerConfig(learning_rate=5e-3, warmup_steps=0))
     model = ModelChoice(depth=2, hidden_size=64, num_heads=4, patch_size=(1, 4, 4), conditioning="adaln")
     with process_group():
         train_here(replace(config, model=model, checkpoint_every=1000))
@@ -125,7 +128,7 @@ def test_metrics_have_what_the_progress_bar_shows(videos: Path, tmp_path: Path) 
     lines = metrics(tmp_path)
     assert [line["step"] for line in lines] == [2, 4, 5]
     for line in lines:
-        assert set(line) == {"step", "loss", "tokens_per_s", "memory", "seconds"}
+        assert set(line) == {"step", "loss", "grad_norm", "learning_rate", "tokens_per_s", "memory", "seconds"}
         assert line["tokens_per_s"] == pytest.approx(3 * 75 / line["seconds"])
         assert line["memory"] > 1 << 20
 
@@ -147,7 +150,8 @@ def test_offload_reports_host_memory_per_rank_and_node(videos: Path, tmp_path: P
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_resumed_run_equals_the_uninterrupted_one_exactly(videos: Path, tmp_path: Path, precision: Any) -> None:
-    config = tiny(videos, tmp_path / "whole", parallel=ParallelConfig(precision=precision), warmup_steps=4)
+    config = tiny(videos, tmp_path / "whole", parallel=ParallelConfig(precision=precision))
+    config = replace(config, optimizer=OptimizerConfig(warmup_steps=4, clip_norm=0.5, ema_decay=0.9))
     parts = replace(config, out=tmp_path / "parts", steps=4, checkpoint_every=2)
     states = []
     with process_group() as device:
@@ -191,12 +195,12 @@ def test_loss_that_is_not_finite_ends_the_run(videos: Path, tmp_path: Path) -> N
         trainer = Trainer(tiny(videos, tmp_path), device)
         with torch.no_grad():
             next(trainer.model.parameters()).fill_(float("nan"))
-        with pytest.raises(ValueError, match="the loss is nan at step 1; use a learning_rate below"):
+        with pytest.raises(ValueError, match=r"the loss is not finite at step 1; .* use a learning_rate below"):
             trainer.train()
     assert not (tmp_path / "checkpoints").exists()
 
 
-@pytest.mark.parametrize("what", ["loss", "parameters"])
+@pytest.mark.parametrize("what", ["loss", "gradients"])
 def test_a_diverged_run_keeps_the_checkpoint_it_has(videos: Path, tmp_path: Path, what: str) -> None:
     config = tiny(videos, tmp_path, steps=6, log_every=100, checkpoint_every=2, keep=1)
     with process_group() as device:
@@ -208,13 +212,14 @@ def test_a_diverged_run_keeps_the_checkpoint_it_has(videos: Path, tmp_path: Path
             # Step 3 of a run that logs nothing; the loss is fine again when step 4 saves.
             if trainer.step == 2 and what == "loss":
                 return loss + float("inf")
-            if trainer.step == 3 and what == "parameters":
+            if trainer.step == 3 and what == "gradients":
                 loss.register_hook(lambda grad: grad * float("nan"))
             return loss
 
         trainer.model.loss = diverge  # type: ignore[method-assign]
-        found = {"loss": "the loss is not finite at step 3", "parameters": "the parameters are not finite at step 4"}
-        with pytest.raises(ValueError, match=f"{found[what]}, so step 4 is not saved; use a learning_rate below"):
+        found = {"loss": "the loss is not finite at step 3", "gradients": "the gradient norm is not finite at step 4"}
+        saved = "what was saved up to step 2 stays; use a learning_rate below"
+        with pytest.raises(ValueError, match=f"{found[what]}; {saved}"):
             trainer.train()
     assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step-000002"]
 

@@ -13,9 +13,14 @@ import torch
 from longreel.data.captions import load_captions
 from longreel.data.clips import ClipDataset
 from longreel.data.demo import make_demo_folder
+from longreel.models.autoencoders import RawPixels
+from longreel.models.flow import RectifiedFlow
 from longreel.models.text import ByteTextEncoder
-from longreel.parallel.batches import NULL_CAPTION, build_batch, check_same_clips, draw_sample, split_samples
+from longreel.parallel.batches import DenseBatches, Samples, check_same_clips, draw_sample, split_samples
+from longreel.parallel.clip_sources import FixedSizeClips
 from longreel.parallel.mesh import build_mesh
+
+FLOW = RectifiedFlow()
 
 
 @pytest.mark.parametrize(("num_samples", "dp"), [(4, 1), (4, 4), (7, 2), (7, 3), (9, 4)])
@@ -31,30 +36,30 @@ def test_split_refuses_ranks_without_samples() -> None:
 
 
 def draw(seed: int = 0, sample: int = 0, step: int = 0, dropout: float = 0.0) -> tuple[str, Any, Any]:
-    return draw_sample(seed, sample, step, captions=("a", "b"), caption_dropout=dropout, size=(2, 3))
+    return draw_sample(seed, sample, step, num_captions=2, caption_dropout=dropout, size=(2, 3), objective=FLOW)
 
 
 def test_a_sample_is_its_seed_position_and_step() -> None:
     first, again = draw(1, 2, 3), draw(1, 2, 3)
-    assert first[0] == again[0]
-    assert torch.equal(first[1], again[1])
-    assert torch.equal(first[2], again[2])
+    assert first.caption == again.caption
+    assert torch.equal(first.timestep, again.timestep)
+    assert torch.equal(first.noise, again.noise)
     for other in (draw(2, 2, 3), draw(1, 3, 3), draw(1, 2, 4)):
-        assert not torch.equal(first[1], other[1])
-        assert not torch.equal(first[2], other[2])
+        assert not torch.equal(first.timestep, other.timestep)
+        assert not torch.equal(first.noise, other.noise)
 
 
 def test_captions_are_drawn_evenly_and_dropped_at_the_rate() -> None:
-    counts = Counter(draw(step=step, dropout=0.2)[0] for step in range(2000))
-    assert counts[NULL_CAPTION] / 2000 == pytest.approx(0.2, abs=0.04)
-    assert counts["a"] / 2000 == pytest.approx(0.4, abs=0.05)
-    assert draw(dropout=1.0)[0] == NULL_CAPTION
+    counts = Counter(draw(step=step, dropout=0.2).caption for step in range(2000))
+    assert counts[None] / 2000 == pytest.approx(0.2, abs=0.04)
+    assert counts[0] / 2000 == pytest.approx(0.4, abs=0.05)
+    assert draw(dropout=1.0).caption is None
 
 
 def test_dropout_changes_neither_timestep_nor_noise() -> None:
     kept, dropped = draw(dropout=0.0), draw(dropout=1.0)
-    assert torch.equal(kept[1], dropped[1])
-    assert torch.equal(kept[2], dropped[2])
+    assert torch.equal(kept.timestep, dropped.timestep)
+    assert torch.equal(kept.noise, dropped.noise)
 
 
 def test_batches_of_all_groups_are_the_batch_of_one_rank(tmp_path: Path) -> None:
@@ -62,15 +67,25 @@ def test_batches_of_all_groups_are_the_batch_of_one_rank(tmp_path: Path) -> None
     clips = ClipDataset(tmp_path, load_captions(captions), num_frames=4, height=8, width=8)
     encoder = ByteTextEncoder(8, 16)
 
-    def batch(dp_degree: int, dp_rank: int) -> Any:
+    def micro_batches(dp_degree: int, dp_rank: int, accumulation: int = 1) -> Any:
         mesh: Any = SimpleNamespace(dp_degree=dp_degree, dp_rank=dp_rank)
         device = torch.device("cpu")
-        return build_batch(clips, encoder, seed=3, step=5, batch_size=5, caption_dropout=0.3, mesh=mesh, device=device)
+        samples = Samples(
+            clips=FixedSizeClips(clips, RawPixels()),
+            encoder=encoder,
+            objective=FLOW,
+            seed=3,
+            caption_dropout=0.3,
+            mesh=mesh,
+            device=device,
+        )
+        return DenseBatches(samples, batch_size=5, accumulation=accumulation, tokens=8).micro_batches(5)
 
-    whole = batch(1, 0)
+    (whole,) = micro_batches(1, 0)
     assert whole.latents.shape == (5, 4, 8, 8, 3)
-    for dp_degree in (2, 3):
-        parts = [batch(dp_degree, rank) for rank in range(dp_degree)]
+    for dp_degree, accumulation in ((2, 1), (3, 1), (1, 3), (2, 2)):
+        parts = [part for rank in range(dp_degree) for part in micro_batches(dp_degree, rank, accumulation)]
+        assert len(parts) == dp_degree * accumulation
         for name in ("latents", "noise", "timestep", "text"):
             assert torch.equal(torch.cat([getattr(part, name) for part in parts]), getattr(whole, name)), name
         assert {part.global_samples for part in parts} == {5}
@@ -79,7 +94,9 @@ def test_batches_of_all_groups_are_the_batch_of_one_rank(tmp_path: Path) -> None
 def clips_of_rank(folders: list[Path]) -> str:
     mesh = build_mesh(sp_degree=1)
     folder = folders[mesh.dp_rank]
-    clips = ClipDataset(folder, load_captions(folder / "captions.json"), num_frames=4, height=8, width=8)
+    clips = FixedSizeClips(
+        ClipDataset(folder, load_captions(folder / "captions.json"), num_frames=4, height=8, width=8), RawPixels()
+    )
     try:
         check_same_clips(clips, mesh)
     except ValueError as error:

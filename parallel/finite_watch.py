@@ -1,0 +1,80 @@
+"""Whether losses, gradients and parameters stay finite, noted on the device, and what is kept when they do not."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from longreel.parallel.comm import all_gather
+from longreel.parallel.engine import local_part
+
+_LOSS, _GRADIENTS, _PARAMETERS = range(3)
+_NAMES = ("the loss is", "the gradient norm is", "the parameters are")
+
+
+class FiniteWatch:
+    """Notes the first step whose loss or gradients were not finite; nothing waits for the device until check().
+
+    Args:
+        group: name of the group of all ranks. device: of the tensors noted.
+        scaled_loss: gradients that are not finite are what scaling the loss is for; they are counted instead.
+    """
+
+    def __init__(self, group: str, device: torch.device, *, scaled_loss: bool) -> None:
+        self._group, self._scaled = group, scaled_loss
+        self._first = torch.full((2,), math.inf, dtype=torch.float64, device=device)
+        self._skipped = torch.zeros((), dtype=torch.float64, device=device)
+
+    @property
+    def skipped_steps(self) -> int:
+        """Steps left out since the start because gradients overflowed under a scaled loss; waits for the device."""
+        return int(self._skipped)
+
+    def note(self, step: int, loss: Tensor, norm: Tensor) -> None:
+        """Look at a step, counted from 1: this rank's share of the loss, and the norm of all gradients."""
+        good = torch.stack([loss.detach().double().isfinite(), norm.detach().double().isfinite()])
+        if self._scaled:
+            self._skipped += (~good[_GRADIENTS]).double()
+            good[_GRADIENTS] = True
+        self._first = torch.minimum(self._first, torch.where(good, math.inf, float(step)))
+
+    @torch.no_grad()
+    def check(self, step: int, parameters: Iterable[nn.Parameter] = ()) -> tuple[int, str, list[int]] | None:
+        """What any rank has met first, the same on every rank; None where all is finite.
+
+        Args:
+            step: done. parameters: to look at, too.
+
+        Returns:
+            (step, "the loss is not finite at step 3", ranks that met it).
+        """
+        finite = [local_part(p).isfinite().all() for p in parameters]
+        held = torch.where(torch.stack(finite).all(), math.inf, float(step)) if finite else torch.tensor(math.inf)
+        everyone = all_gather(torch.cat([self._first, held.to(self._first).reshape(1)]), self._group)
+        first: list[float] = everyone.min(dim=0).values.tolist()
+        if min(first) == math.inf:
+            return None
+        kind = first.index(min(first))
+        ranks = [rank for rank, at in enumerate(everyone[:, kind].tolist()) if at == first[kind]]
+        return int(first[kind]), f"{_NAMES[kind]} not finite at step {int(first[kind])}", ranks
+
+
+def write_bad_batch(
+    out: Path, step: int, what: str, ranks: list[int], describe: Callable[[int], list[dict[str, Any]]]
+) -> Path:
+    """Keep which samples a step was made of, for a look at the data; the file's path.
+
+    Args:
+        out: folder of the run. step: from 1. what: is not finite. ranks: on which it was seen.
+        describe: see Batches.
+    """
+    path = out / f"bad-batch-{step:06d}.json"
+    text = json.dumps({"step": step, "what": what, "ranks": ranks, "samples": describe(step - 1)}, indent=1)
+    path.write_text(text + "\n", encoding="utf-8")
+    return path

@@ -1,0 +1,124 @@
+"""Which checkpoint a run goes on from, and whether it may: the same run, only longer or spread in another way."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from longreel.parallel.agreement import check_agreement
+from longreel.parallel.checkpoint import checkpoints, newest_whole, read_run
+from longreel.parallel.mesh import ParallelMesh
+from longreel.parallel.metrics_log import METRICS
+from longreel.parallel.run_config import TrainConfig, to_json
+
+# What may differ between a run and its continuation: where things are, how long it goes on, how it is spread.
+_FREE = {
+    "videos",
+    "shards",
+    "captions",
+    "out",
+    "init",
+    "preset",
+    "resume",
+    "steps",
+    "checkpoint_every",
+    "keep",
+    "keep_best",
+    "background_save",
+    "log_every",
+    "tensorboard",
+    "timeout_s",
+    "profile",
+    "profile_steps",
+    "policy_reason",
+    "optimizer.accumulation",
+    "optimizer.decay_steps",
+    "compression.autoencoder_path",
+    "compression.frame_batch",
+    "text.text_path",
+    "text.text_batch",
+}
+
+
+def checkpoint_to_resume(config: TrainConfig, folder: Path, mesh: ParallelMesh) -> tuple[Path | None, list[str]]:
+    """The checkpoint to go on from, None for a new run, and what is wrong with newer ones that are damaged.
+
+    Every rank calls it and gets the same.
+
+    Raises:
+        ValueError: `out` holds another run, or none to resume, or no undamaged checkpoint; ranks see different ones.
+    """
+    found = checkpoints(folder)
+    _check_same_folder(config, found, mesh)
+    if not config.resume:
+        if found:
+            raise ValueError(
+                f"{config.out}: holds a run already ({found[-1].name}); use --resume to go on with it, or another --out"
+            )
+        return None, []
+    if not found:
+        # A run that was killed before its first checkpoint is begun again; a mistyped folder is not a run.
+        if (config.out / METRICS).is_file():
+            return None, [f"{config.out}: no checkpoint yet; starting from the first step"]
+        raise ValueError(f"{config.out}: no checkpoint to resume from")
+    checkpoint, damages = newest_whole(found, mesh.flat)
+    step, before = read_run(checkpoint)
+    if step > config.steps:
+        raise ValueError(f"{checkpoint}: has {step} steps already, and steps is {config.steps}")
+    _check_same_run(config, before)
+    return checkpoint, damages
+
+
+def set_aside(resumed: Path, folder: Path) -> None:
+    """Rename checkpoints newer than the one to go on from, which are damaged: they count no longer, nothing is lost."""
+    found = checkpoints(folder)
+    for path in found[found.index(resumed) + 1 :]:
+        target, number = path.with_name(f"{path.name}.damaged"), 1
+        while target.exists():
+            number += 1
+            target = path.with_name(f"{path.name}.damaged-{number}")
+        path.rename(target)
+
+
+def check_resumed_clips(checkpoint: Path, digest: str, number: int) -> None:
+    """ValueError if a checkpoint was trained on other clips."""
+    if read_run(checkpoint)[1].get("clips") != digest:
+        raise ValueError(
+            f"cannot resume with other videos or captions: {checkpoint} was trained on other clips than the "
+            f"{number} given; give the same ones, or another --out to start a new run"
+        )
+
+
+def _check_same_run(config: TrainConfig, before: dict[str, Any]) -> None:
+    were, now = (_compared(run) for run in (before, to_json(config)))
+    for name in now:
+        if were.get(name) != now[name]:
+            raise ValueError(
+                f"cannot resume with another {name.rpartition('.')[2]}: the run in {config.out} has "
+                f"{were.get(name)}, the command line {now[name]}"
+            )
+
+
+def _compared(run: dict[str, Any]) -> dict[str, Any]:
+    """What makes a run, by dotted names."""
+    flat: dict[str, Any] = {"precision": run.get("parallel", {}).get("precision")}
+    optimizer = run.get("optimizer", {})
+    if optimizer.get("schedule") == "cosine":
+        flat["decay_steps"] = optimizer.get("decay_steps") or run.get("steps")
+    for name, value in run.items():
+        if name in ("parallel", "clips", "dit", "clip_size"):
+            continue
+        parts = {f"{name}.{key}": part for key, part in value.items()} if isinstance(value, dict) else {name: value}
+        flat |= {key: part for key, part in parts.items() if key not in _FREE}
+    return flat
+
+
+def _check_same_folder(config: TrainConfig, found: list[Path], mesh: ParallelMesh) -> None:
+    """ValueError if ranks see different checkpoints in `out`."""
+    steps = [int(path.name.partition("-")[2]) for path in found]
+    try:
+        check_agreement("steps of checkpoints", steps, mesh.flat.get_group().group_name, mesh.flat.device_type)
+    except ValueError as error:
+        raise ValueError(
+            f"out: {config.out} is not one folder for all ranks; put it on a file system that all nodes share: {error}"
+        ) from error

@@ -1,0 +1,112 @@
+"""A model's weights in one safetensors file, with what it takes to build and use the model: out of a run and back.
+
+Pickles are read by weights-only loading, which runs no code, or refused.
+"""
+
+from __future__ import annotations
+
+import json
+import pickle
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from longreel.models.dit import DiT
+
+_METADATA = "longreel"
+
+
+def write_weights(path: Path, weights: dict[str, Tensor], config: dict[str, Any]) -> None:
+    """Write weights and a run's configuration as one safetensors file; it appears complete or not at all.
+
+    Args:
+        path: the file. weights: by the plain model's names. config: of the run, as checkpoints hold it.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
+        save_file(tensors, partial, metadata={_METADATA: json.dumps(config)})
+        partial.replace(path)
+    except SafetensorError as error:
+        raise OSError(f"{path}: cannot be written: {error}") from error
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def read_weights_file(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """(weights, configuration) of a file that write_weights wrote.
+
+    Raises:
+        ValueError: it is damaged or another safetensors file. OSError: it cannot be read.
+    """
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file")
+    try:
+        with safe_open(path, "pt") as file:
+            text = (file.metadata() or {}).get(_METADATA)
+            weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
+    except SafetensorError as error:
+        raise ValueError(f"{path}: damaged, or no safetensors file: {error}") from error
+    if text is None:
+        raise ValueError(f"{path}: a safetensors file of something else; parallel/export.py writes ours")
+    try:
+        config = json.loads(text)
+    except ValueError as error:
+        raise ValueError(f"{path}: damaged: its configuration is not JSON: {error}") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"{path}: damaged: its configuration is no object")
+    return weights, config
+
+
+def read_pickled_weights(path: Path) -> dict[str, Tensor]:
+    """A state dict in a .pt file, by weights-only loading; its entry "ema" or "model" if it is a training checkpoint.
+
+    Raises:
+        ValueError: the file asks for more than weights, is damaged, or holds something else.
+    """
+    try:
+        loaded = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError as error:
+        raise ValueError(f"{path}: no such file") from error
+    except pickle.UnpicklingError as error:
+        reason = str(error).strip().splitlines()[-1][:200] if str(error).strip() else "not a pickle"
+        raise ValueError(
+            f"{path}: refused: weights-only loading does not accept it, and anything else may run code ({reason})"
+        ) from error
+    except (RuntimeError, EOFError, LookupError, TypeError, ValueError, AttributeError) as error:
+        raise ValueError(f"{path}: damaged, or no PyTorch file: {' '.join(str(error).split())[:200]}") from error
+    for entry in ("ema", "model"):
+        if isinstance(loaded, dict) and isinstance(loaded.get(entry), dict):
+            loaded = loaded[entry]
+            break
+    if not isinstance(loaded, dict) or not all(isinstance(value, Tensor) for value in loaded.values()):
+        raise ValueError(f"{path}: holds no state dict of tensors")
+    return loaded
+
+
+def load_initial_weights(path: Path, model: DiT) -> None:
+    """Start a model from the weights of a file; ValueError if they are of another model."""
+    weights, _ = read_weights_file(path)
+    check_fits(path, weights, model)
+    model.load_state_dict(weights)
+
+
+def check_fits(path: Path, weights: dict[str, Tensor], model: DiT) -> None:
+    """ValueError unless weights have the names and shapes of a model's."""
+    expected = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
+    found = {name: list(tensor.shape) for name, tensor in weights.items()}
+    if found != expected:
+        wrong = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
+        name = wrong[0]
+        raise ValueError(
+            f"{path}: weights of another model: {name} is {found.get(name, 'missing')}, expected "
+            f"{expected.get(name, 'not there')} ({len(wrong)} of {len(expected)} differ)"
+        )
