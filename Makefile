@@ -6,11 +6,12 @@ STAMP := .venv/.installed
 COLOSSALAI := .venv/.installed-colossalai
 TRITON36 := .venv/triton-3.6.0
 
-.PHONY: help setup setup-browser setup-colossalai setup-triton36 sweep benchmark test lint types layers smoke unit slow slow-codegen slow-few clean
+.PHONY: help setup setup-browser setup-colossalai setup-triton36 sweep benchmark published test lint types layers smoke unit slow slow-codegen slow-few clean
 
 help:
 	@echo "make sweep             benchmark what this machine can run, predict 8xH800, write out/quick/report.html"
 	@echo "make benchmark         time every op against its peers; on a GPU at a DiT's sizes, else small"
+	@echo "make published         predict the presets h800 and blog anew, and write reports/published (KERNELS=folder of op records)"
 	@echo "make test              lint, types, import layers, a smoke sweep, tests"
 	@echo "make slow              the tests that take minutes"
 	@echo "make slow-codegen      those of them that compile the kernels, with triton 3.6.0 too"
@@ -56,6 +57,12 @@ sweep: setup
 benchmark: setup
 	@mkdir -p out
 	$(BIN)/pytest --benchmark -rs --benchmark-json out/benchmark.json
+
+published: setup
+	rm -rf out/published
+	$(BIN)/python bench/sweep.py --preset h800 --mode predicted --out out/published/h800
+	$(BIN)/python bench/sweep.py --preset blog --mode predicted --out out/published/blog
+	$(BIN)/python -m longreel.reports.publish out/published/h800 out/published/blog --codegen docs/codegen.md $(if $(KERNELS),--kernels $(KERNELS))
 
 test: lint types layers smoke unit
 

@@ -130,4 +130,6 @@ def _compare(options: argparse.Namespace) -> int:
 
 
 if __name__ == "__main__":
+    # Thousands of records stay to the end of this process: looking through them for garbage would cost a sixth of it.
+    gc.disable()
     sys.exit(main())
