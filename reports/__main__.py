@@ -9,6 +9,7 @@ python -m longreel.reports OLD NEW [--html FILE]           what changed between 
 from __future__ import annotations
 
 import argparse
+import gc
 import sys
 from collections.abc import Sequence
 from pathlib import Path
