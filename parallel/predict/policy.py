@@ -10,32 +10,13 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from longreel.models.config import DiTConfig
 from longreel.parallel.config import ParallelConfig, Policy
 from longreel.parallel.predict.hardware import PROFILES, GiB, GPUProfile
-from longreel.parallel.predict.predict import trace_shape
-from longreel.parallel.predict.roofline import step_time
+from longreel.parallel.predict.needs import Need, Setting
 
 # From what is recomputed and moved least to most: the order of cost where the GPU's rates are not known.
 ORDER: tuple[Policy, ...] = ("none", "keep_attention", "full", "offload")
 _TILE = 4096
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class PolicyNeed:
-    """What a step under one policy needs of one rank.
-
-    Args:
-        policy: its name. device_bytes: peak of live tensors. host_bytes: host memory for activations, whole slabs.
-        seconds: predicted time of a step, None where the rates are not known.
-        fits: both within their limits.
-    """
-
-    policy: Policy
-    device_bytes: int
-    host_bytes: int
-    seconds: float | None
-    fits: bool
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -44,7 +25,7 @@ class PolicyChoice:
 
     policy: Policy
     reason: str
-    needs: tuple[PolicyNeed, ...]
+    needs: tuple[Need, ...]
 
 
 def known_gpu(device_name: str, world_size: int) -> GPUProfile | None:
@@ -65,68 +46,47 @@ def under_policy(parallel: ParallelConfig, policy: Policy, *, host_memory_gib: f
     )
 
 
-def choose_policy(
-    model: DiTConfig,
-    parallel: ParallelConfig,
-    *,
-    world_size: int,
-    grid: tuple[int, int, int],
-    batch: int,
-    limit_bytes: int,
-    host_limit_bytes: int,
-    attention_provider: str = "sdpa-flash",
-    fused_pointwise: bool = True,
-    gpu: GPUProfile | None = None,
-) -> PolicyChoice:
+def check_foreseeable(parallel: ParallelConfig, option: str) -> None:
+    """ValueError for an engine or a precision that does not run on tensors without data; option names who asks."""
+    if not parallel.engine.startswith("fsdp2"):
+        raise ValueError(
+            f"{option} cannot foresee the memory of engine {parallel.engine!r}, which does not run on fake "
+            f"tensors; name a policy ({', '.join(ORDER)}), or use engine fsdp2-zero2 or fsdp2-zero3"
+        )
+    if parallel.precision == "fp64":
+        raise ValueError(
+            f"{option} cannot foresee precision fp64, which has no fake run; name a policy ({', '.join(ORDER)})"
+        )
+
+
+def choose_policy(setting: Setting, parallel: ParallelConfig) -> PolicyChoice:
     """The cheapest policy that fits.
 
     Cheapest by predicted time where the GPU is known and precision is bf16, which its rates are of; else the first of
     ORDER.
 
     Args:
-        model: the DiT. parallel: how it is spread, whatever its policy.
-        world_size: ranks of the run. grid: patches (t, h, w) of a sample. batch: samples of an SP group, the largest.
-        limit_bytes: memory that the tensors of one rank may take. host_limit_bytes: the same in host memory.
-        attention_provider: `sdpa-flash` for any kernel that keeps no scores, `torch` for the eager specification.
-        fused_pointwise: see longreel.parallel.predict.predict.PredictionCase.
-        gpu: profile with the rates of the GPUs.
+        setting: what is given. parallel: how the model is spread, whatever its policy.
 
     Raises:
         ValueError: no policy fits; the engine or precision cannot be predicted; or a process group is initialised.
     """
-    if not parallel.engine.startswith("fsdp2"):
-        raise ValueError(
-            f"policy 'auto' cannot foresee the memory of engine {parallel.engine!r}, which does not run on fake "
-            f"tensors; name a policy ({', '.join(ORDER)}), or use engine fsdp2-zero2 or fsdp2-zero3"
-        )
-    if parallel.precision == "fp64":
-        raise ValueError(
-            f"policy 'auto' cannot foresee precision fp64, which has no fake run; name a policy ({', '.join(ORDER)})"
-        )
-    parallel.check_heads(model.num_heads)
-    parallel.dp_degree(world_size)
-    timed = gpu if parallel.precision == "bf16" else None
-    needs: list[PolicyNeed] = []
+    check_foreseeable(parallel, "policy 'auto'")
+    parallel.check_heads(setting.model.num_heads)
+    parallel.dp_degree(setting.world_size)
+    timed = setting.gpu if setting.is_timed(parallel) else None
+    needs: list[Need] = []
     for policy in ORDER:
-        tried = replace(under_policy(parallel, policy), attention_provider=attention_provider)
-        trace = trace_shape(model, tried, world_size, grid, batch, fused_pointwise)
-        seconds = None
-        if timed is not None:
-            seconds = step_time(trace.costs, timed, group_sizes=trace.group_sizes, host_bytes=trace.host_bytes).seconds
-        fits = trace.peak <= limit_bytes and trace.pinned_bytes <= host_limit_bytes
-        needs.append(
-            PolicyNeed(
-                policy=policy, device_bytes=trace.peak, host_bytes=trace.pinned_bytes, seconds=seconds, fits=fits
-            )
-        )
-        if fits and timed is None:
+        need = setting.need(under_policy(parallel, policy))
+        needs.append(need)
+        if need.fits and timed is None:
             break
     fitting = [need for need in needs if need.fits]
-    limits = f"{limit_bytes / GiB:.4g} GiB per rank"
+    limits = f"{setting.limit_bytes / GiB:.4g} GiB per rank"
     if not fitting:
         raise ValueError(
-            f"policy 'auto': none fits {limits}: {_listed(needs)} ({host_limit_bytes / GiB:.4g} GiB of host memory "
-            f"allowed); what would help: {', '.join(_helps(needs, parallel, world_size, batch, limit_bytes))}"
+            f"policy 'auto': none fits {limits}: {_listed(needs)} ({setting.host_limit_bytes / GiB:.4g} GiB of host "
+            f"memory allowed); what would help: {', '.join(_helps(needs, parallel, setting))}"
         )
     # Of equal times the one with less to recompute and to move, which comes first.
     chosen = min(fitting, key=lambda need: need.seconds or 0.0)
@@ -135,7 +95,7 @@ def choose_policy(
     return PolicyChoice(policy=chosen.policy, reason=reason, needs=tuple(needs))
 
 
-def _listed(needs: Sequence[PolicyNeed]) -> str:
+def _listed(needs: Sequence[Need]) -> str:
     """What each policy needs, in words."""
     parts = []
     for need in needs:
@@ -146,21 +106,19 @@ def _listed(needs: Sequence[PolicyNeed]) -> str:
     return ", ".join(parts)
 
 
-def _helps(
-    needs: Sequence[PolicyNeed], parallel: ParallelConfig, world_size: int, batch: int, limit_bytes: int
-) -> list[str]:
+def _helps(needs: Sequence[Need], parallel: ParallelConfig, setting: Setting) -> list[str]:
     """What would lower the need, of what this run does not use yet."""
     helps = []
-    if any(need.device_bytes <= limit_bytes for need in needs):
+    if any(need.device_bytes <= setting.limit_bytes for need in needs):
         helps.append("a larger host_memory_gib")
-    if parallel.sp_degree < world_size:
-        helps.append(f"an sp_degree up to {world_size}")
+    if parallel.sp_degree < setting.world_size:
+        helps.append(f"an sp_degree up to {setting.world_size}")
     helps.append("more ranks")
     if parallel.engine != "fsdp2-zero3":
         helps.append("engine fsdp2-zero3")
     if parallel.mlp_tile is None:
         helps.append(f"mlp_tile {_TILE}")
-    if batch > 1:
+    if setting.samples_of(parallel) > parallel.dp_degree(setting.world_size):
         helps.append("a smaller batch_size")
     helps.append("shorter clips")
     return helps
