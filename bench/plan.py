@@ -12,7 +12,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # torch takes longer to import than most answers to compute.
     from longreel.bench.plan_answer import PlanConfig, answer, as_json
     from longreel.bench.plan_table import print_plan
-    from longreel.parallel.command_line import parse_arguments
+    from longreel.data.command_line import parse_arguments
 
     command = sys.argv[1:] if arguments is None else arguments
     try:

@@ -12,10 +12,11 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from longreel.bench.cases import FRAME_SIDE, regime_model
+from longreel.bench.cases import PredictedGrid
 from longreel.parallel.predict.hardware import GPUProfile, get_profile
 from longreel.parallel.predict.needs import Need, Setting
 from longreel.parallel.predict.planner import Plan, Refused, plan, spread_name
+from longreel.parallel.predict.predict import grid_of
 from longreel.reports.records import Regime
 
 SCHEMA_VERSION = 1
@@ -26,7 +27,7 @@ HOST_GIB = 1024.0
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PlanConfig:
-    """Ask for the fastest configuration that fits a model, a length and some GPUs. Everything in the answer is predicted.
+    """Ask for the fastest configuration that fits a model, a length and some GPUs. All of the answer is predicted.
 
     Args:
         tokens: video tokens of one sample.
@@ -79,9 +80,9 @@ class PlanConfig:
         if profile.usable_bytes <= 0:
             raise ValueError(f"memory: {self.memory or self.target} leaves nothing beside the reserve")
         return Setting(
-            model=regime_model(self.model, self.regime),
+            model=PredictedGrid(regime=self.regime, seq_lens=(self.tokens,), model=self.model).dit,
             world_size=self.gpus,
-            grid=_grid(self.tokens),
+            grid=grid_of(self.tokens),
             samples=self.batch,
             limit_bytes=profile.usable_bytes,
             host_limit_bytes=int(host / min(self.gpus, profile.gpus_per_node)),
@@ -96,11 +97,6 @@ def parse_memory(option: str, text: str) -> int:
     if found < 1:
         raise ValueError(f"{option}: {text!r} is not a size; write 80GB or 1.5TB")
     return found
-
-
-def _grid(tokens: int) -> tuple[int, int, int]:
-    frame = FRAME_SIDE**2
-    return (tokens // frame, FRAME_SIDE, FRAME_SIDE) if tokens % frame == 0 else (1, 1, tokens)
 
 
 def answer(config: PlanConfig) -> Plan:

@@ -2,12 +2,17 @@
 
 Vendor figures: NVIDIA data sheets of A100, H100, H200, B200 (dense bf16 without sparsity, SXM); H800 is an H100 with
 NVLink at 400 GB/s, H20 an H100 with fewer tensor cores. NVLink totals are halved to bytes per second per direction.
+The network between nodes is that of the DGX systems: one adapter of 400 Gb/s a GPU, 200 Gb/s with A100.
 What is assumed is marked so, with the measurement it leans on; nothing here was measured by this project.
+GPUs that are not here come from a TOML file of the user's own.
 """
 
 from __future__ import annotations
 
+import tomllib
 from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
 from typing import Literal, get_args
 
 Provenance = Literal["vendor", "assumed", "measured"]
@@ -98,6 +103,7 @@ class GPUProfile:
         memory_bytes: device memory.
         link_bytes_s: link bandwidth per direction between any two GPUs of the node, vendor.
         gpus_per_node: GPUs that these links join.
+        node_link_bytes_s: network bandwidth of one GPU per direction to other nodes, vendor; None: one node only.
         flash_scale: FlashAttention-2 rates relative to H100's, assumed.
     """
 
@@ -107,6 +113,7 @@ class GPUProfile:
     memory_bytes: int
     link_bytes_s: float
     gpus_per_node: int = 8
+    node_link_bytes_s: float | None = None
     flash_scale: Rate
 
     @property
@@ -126,8 +133,38 @@ class GPUProfile:
 
     @property
     def link(self) -> Rate:
-        """Bytes/s one GPU sends in a collective."""
+        """Bytes/s one GPU sends in a collective inside a node."""
         return LINK_SHARE.scaled(self.link_bytes_s, note=f"times {self.name}'s vendor bandwidth per direction")
+
+    @property
+    def node_link(self) -> Rate:
+        """Bytes/s one GPU sends in a collective whose ranks lie on several nodes."""
+        assert self.node_link_bytes_s is not None
+        note = f"times {self.name}'s vendor network bandwidth per direction"
+        return LINK_SHARE.scaled(self.node_link_bytes_s, note=note)
+
+    def check_gpus(self, num_gpus: int) -> None:
+        """ValueError unless so many GPUs are part of a node, or whole nodes with a known network."""
+        node = self.gpus_per_node
+        if 1 <= num_gpus <= node:
+            return
+        if self.node_link_bytes_s is None or num_gpus < 1 or num_gpus % node:
+            beyond = "" if self.node_link_bytes_s is None else f", or a multiple of {node}"
+            raise ValueError(f"num_gpus must be 1 to {node}, one node of {self.name}{beyond}, got {num_gpus}")
+
+    def rates(self, head_dim: int) -> dict[str, Rate]:
+        """Every rate that a step on this GPU may lean on, by name."""
+        rates = {
+            "matmul_flop_s": self.matmul,
+            "memory_byte_s": self.memory,
+            "attention_forward_flop_s": self.attention(head_dim, backward=False),
+            "attention_backward_flop_s": self.attention(head_dim, backward=True),
+            "link_byte_s": self.link,
+            "collective_latency_s": COLLECTIVE_LATENCY,
+            "kernel_floor_s": KERNEL_FLOOR,
+            "host_byte_s": HOST_LINK,
+        }
+        return rates | ({} if self.node_link_bytes_s is None else {"node_link_byte_s": self.node_link})
 
     def attention(self, head_dim: int, *, backward: bool) -> Rate:
         """FLOP/s of flash attention (FlashAttention-2, which SDPA runs), counting head_dim as it is.
@@ -155,6 +192,7 @@ _PROFILES = (
         hbm_bytes_s=2.04 * TERA,
         memory_bytes=80 * GiB,
         link_bytes_s=300 * GIGA,
+        node_link_bytes_s=25 * GIGA,
         flash_scale=_assumed(0.60, 0.50, 0.65, "FlashAttention-2 paper (arXiv:2307.08691): up to 73 % of 312 TFLOP/s"),
     ),
     GPUProfile(
@@ -163,6 +201,7 @@ _PROFILES = (
         hbm_bytes_s=3.35 * TERA,
         memory_bytes=80 * GiB,
         link_bytes_s=200 * GIGA,
+        node_link_bytes_s=50 * GIGA,
         flash_scale=_HOPPER,
     ),
     GPUProfile(
@@ -171,6 +210,7 @@ _PROFILES = (
         hbm_bytes_s=3.35 * TERA,
         memory_bytes=80 * GiB,
         link_bytes_s=450 * GIGA,
+        node_link_bytes_s=50 * GIGA,
         flash_scale=_HOPPER,
     ),
     GPUProfile(
@@ -179,6 +219,7 @@ _PROFILES = (
         hbm_bytes_s=4.0 * TERA,
         memory_bytes=96 * GiB,
         link_bytes_s=450 * GIGA,
+        node_link_bytes_s=50 * GIGA,
         flash_scale=_assumed(
             0.22, 0.16, 0.27, "half of 148 TFLOP/s, as FlashAttention-2 is bound by other units on H100"
         ),
@@ -189,6 +230,7 @@ _PROFILES = (
         hbm_bytes_s=4.8 * TERA,
         memory_bytes=141 * GiB,
         link_bytes_s=450 * GIGA,
+        node_link_bytes_s=50 * GIGA,
         flash_scale=_HOPPER,
     ),
     GPUProfile(
@@ -197,6 +239,7 @@ _PROFILES = (
         hbm_bytes_s=8.0 * TERA,
         memory_bytes=180 * GiB,
         link_bytes_s=900 * GIGA,
+        node_link_bytes_s=50 * GIGA,
         flash_scale=_assumed(1.1, 0.80, 1.70, "FlashAttention-2 does not use Blackwell's own tensor-core instructions"),
     ),
 )
@@ -204,8 +247,83 @@ PROFILES: dict[str, GPUProfile] = {profile.name: profile for profile in _PROFILE
 
 
 def get_profile(name: str) -> GPUProfile:
-    """The profile of a GPU by name, upper or lower case; ValueError lists those that exist."""
+    """The profile of a GPU.
+
+    Args:
+        name: of one here, upper or lower case; or a TOML file that holds one profile, or `file.toml:NAME`.
+
+    Raises:
+        ValueError: there is no such profile; it asks for one and shows a template.
+    """
+    path, _, of_file = name.partition(".toml")
+    if of_file or name.endswith(".toml"):
+        return load_profile(f"{path}.toml", of_file.removeprefix(":"))
     profile = PROFILES.get(name.upper())
     if profile is None:
-        raise ValueError(f"unknown GPU {name!r}; profiles are {', '.join(PROFILES)}")
+        raise ValueError(
+            f"unknown GPU {name!r}; profiles are {', '.join(PROFILES)}. For another one write a TOML file and give its "
+            f"path: {TEMPLATE}"
+        )
     return profile
+
+
+# One line, as errors at the command line are.
+TEMPLATE = (
+    "[MYGPU]; bf16_tflops = 989; hbm_tb_s = 3.35; memory_gib = 80; link_gb_s = 450; gpus_per_node = 8; "
+    "node_link_gb_s = 50; flash_attention = [1.0, 0.8, 1.1] (one key a line; link_gb_s per direction between two GPUs "
+    "of a node, node_link_gb_s between nodes, both may be left out for one GPU; flash_attention: rate of its "
+    "FlashAttention over H100's, with its range)"
+)
+_KEYS = {
+    "bf16_tflops": "matmul_flops",
+    "hbm_tb_s": "hbm_bytes_s",
+    "memory_gib": "memory_bytes",
+    "link_gb_s": "link_bytes_s",
+    "node_link_gb_s": "node_link_bytes_s",
+    "gpus_per_node": "gpus_per_node",
+}
+_UNITS = {"bf16_tflops": TERA, "hbm_tb_s": TERA, "memory_gib": GiB, "link_gb_s": GIGA, "node_link_gb_s": GIGA}
+
+
+@lru_cache
+def load_profile(path: str, name: str = "") -> GPUProfile:
+    """A profile of a TOML file with one table per GPU, as TEMPLATE shows.
+
+    Args:
+        path: of the file. name: of the GPU, upper or lower case; may be left out where there is one.
+
+    Raises:
+        ValueError: the file cannot be read, or has no such table; or a figure is missing, unknown or not positive.
+    """
+    try:
+        tables = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise ValueError(f"{path}: no profiles of GPUs there ({error}); a file has: {TEMPLATE}") from None
+    tables = {key: value for key, value in tables.items() if isinstance(value, dict)}
+    wanted = [key for key in tables if not name or key.upper() == name.upper()]
+    if len(wanted) != 1:
+        raise ValueError(f"{path}: has {', '.join(tables) or 'no table'}; {name or 'name'} must be one of them")
+    (key,) = wanted
+    given = tables[key]
+    needed = {"bf16_tflops", "hbm_tb_s", "memory_gib", "flash_attention"}
+    given.setdefault("gpus_per_node", 8 if "link_gb_s" in given else 1)
+    for field in sorted(needed | given.keys()):
+        if field not in given or field not in _KEYS.keys() | {"flash_attention"}:
+            word = "lacks" if field not in given else "has an unknown"
+            raise ValueError(f"{path}: [{key}] {word} {field}; a table has: {TEMPLATE}")
+        values = given[field] if field == "flash_attention" else [given[field]]
+        if not isinstance(values, list) or not all(type(v) in (int, float) and v > 0 for v in values):
+            raise ValueError(f"{path}: [{key}] {field} must be positive, got {given[field]!r}; a table has: {TEMPLATE}")
+    flash = given["flash_attention"]
+    if len(flash) != 3 or type(given["gpus_per_node"]) is not int:
+        raise ValueError(
+            f"{path}: [{key}] flash_attention has value, low and high, gpus_per_node is whole; got {flash!r}, "
+            f"{given['gpus_per_node']!r}"
+        )
+    if given["gpus_per_node"] > 1 and "link_gb_s" not in given:
+        raise ValueError(f"{path}: [{key}] lacks link_gb_s for its gpus_per_node {given['gpus_per_node']}")
+    figures = {_KEYS[field]: given[field] * _UNITS.get(field, 1) for field in given if field in _KEYS}
+    figures.setdefault("link_bytes_s", figures.get("node_link_bytes_s", GIGA))
+    figures["memory_bytes"] = int(figures["memory_bytes"])
+    scale = _assumed(flash[0], flash[1], flash[2], f"as {Path(path).name} says")
+    return GPUProfile(name=key.upper(), flash_scale=scale, **figures)

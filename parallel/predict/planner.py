@@ -256,7 +256,7 @@ def _nothing_fits(setting: Setting, refused: tuple[Refused, ...]) -> str:
         else ""
     )
     return (
-        f"plan: nothing fits {limit}; the closest, {spread_name(closest.parallel)} under {closest.parallel.policy} with "
-        f"{closest.parallel.engine}, needs {at_least}{closest.device_bytes / gib:.4g} GiB{host}; use more GPUs, GPUs "
-        "with more memory, more host memory or shorter sequences"
+        f"plan: nothing fits {limit}; the closest, {spread_name(closest.parallel)} under {closest.parallel.policy} "
+        f"with {closest.parallel.engine}, needs {at_least}{closest.device_bytes / gib:.4g} GiB{host}; use more "
+        "GPUs, GPUs with more memory, more host memory or shorter sequences"
     )

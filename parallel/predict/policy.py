@@ -10,6 +10,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from longreel.models.config import DiTConfig
 from longreel.parallel.config import ParallelConfig, Policy
 from longreel.parallel.predict.hardware import PROFILES, GiB, GPUProfile
 from longreel.parallel.predict.needs import Need, Setting
@@ -59,21 +60,45 @@ def check_foreseeable(parallel: ParallelConfig, option: str) -> None:
         )
 
 
-def choose_policy(setting: Setting, parallel: ParallelConfig) -> PolicyChoice:
+def choose_policy(
+    model: DiTConfig,
+    parallel: ParallelConfig,
+    *,
+    world_size: int,
+    grid: tuple[int, int, int],
+    batch: int,
+    limit_bytes: int,
+    host_limit_bytes: int,
+    attention_provider: str = "sdpa-flash",
+    fused_pointwise: bool = True,
+    gpu: GPUProfile | None = None,
+) -> PolicyChoice:
     """The cheapest policy that fits.
 
     Cheapest by predicted time where the GPU is known and precision is bf16, which its rates are of; else the first of
     ORDER.
 
     Args:
-        setting: what is given. parallel: how the model is spread, whatever its policy.
+        model: the DiT. parallel: how it is spread, whatever its policy.
+        world_size: ranks of the run. grid: patches (t, h, w) of a sample. batch: samples of an SP group, the largest.
+        limit_bytes, host_limit_bytes, attention_provider, fused_pointwise, gpu: see longreel.parallel.predict.needs.
 
     Raises:
         ValueError: no policy fits; the engine or precision cannot be predicted; or a process group is initialised.
     """
     check_foreseeable(parallel, "policy 'auto'")
-    parallel.check_heads(setting.model.num_heads)
-    parallel.dp_degree(setting.world_size)
+    parallel.check_heads(model.num_heads)
+    setting = Setting(
+        model=model,
+        world_size=world_size,
+        grid=grid,
+        samples=batch * parallel.dp_degree(world_size),
+        limit_bytes=limit_bytes,
+        host_limit_bytes=host_limit_bytes,
+        attention_provider=attention_provider,
+        fused_pointwise=fused_pointwise,
+        gpu=gpu,
+    )
     timed = setting.gpu if setting.is_timed(parallel) else None
     needs: list[Need] = []
     for policy in ORDER:

@@ -36,8 +36,8 @@ class PredictionCase:
         model: the DiT.
         parallel: strategy, sp_degree, engine, policy. Precision must be bf16; attention `auto` is predicted as
             `sdpa-flash`: there are no rates yet for the Triton kernels that `auto` picks on CUDA.
-        num_gpus: GPUs of one node; dp_degree = num_gpus / sp_degree.
-        target: name of a profile, see longreel.parallel.predict.hardware.
+        num_gpus: GPUs of a node, or of whole nodes; dp_degree = num_gpus / sp_degree.
+        target: name of a profile, or a TOML file of the user's own, see longreel.parallel.predict.hardware.
         seq_len: video tokens of one sample, or
         latent_size: (T, H, W) latents of one sample. Exactly one of the two.
         batch_per_group: samples that each SP group holds.
@@ -61,9 +61,7 @@ class PredictionCase:
             raise ValueError(f"seq_len must be at least 1, got {self.seq_len}")
         if self.batch_per_group < 1:
             raise ValueError(f"batch_per_group must be at least 1, got {self.batch_per_group}")
-        gpus = get_profile(self.target).gpus_per_node
-        if not 1 <= self.num_gpus <= gpus:
-            raise ValueError(f"num_gpus must be 1 to {gpus}, one node of {self.target}, got {self.num_gpus}")
+        get_profile(self.target).check_gpus(self.num_gpus)
         if self.parallel.engine == "colossalai":
             raise ValueError(
                 "engine 'colossalai' cannot be predicted: it does not run on fake tensors; use fsdp2-zero2, which "
@@ -90,10 +88,13 @@ class PredictionCase:
         if self.latent_size is not None:
             return self.model.grid(*self.latent_size)
         assert self.seq_len is not None
-        frame = FRAME_SIDE**2
-        if self.seq_len % frame == 0:
-            return self.seq_len // frame, FRAME_SIDE, FRAME_SIDE
-        return 1, 1, self.seq_len
+        return grid_of(self.seq_len)
+
+
+def grid_of(seq_len: int) -> tuple[int, int, int]:
+    """Patches (t, h, w) where only a length is given: 16 x 16 per frame where that divides, else one row."""
+    frame = FRAME_SIDE**2
+    return (seq_len // frame, FRAME_SIDE, FRAME_SIDE) if seq_len % frame == 0 else (1, 1, seq_len)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

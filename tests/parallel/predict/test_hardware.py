@@ -63,3 +63,48 @@ def test_rate_checks_its_range_and_provenance() -> None:
     with pytest.raises(ValueError, match="vendor, assumed, measured; got 'guess'"):
         Rate(value=1.0, low=1.0, high=1.0, provenance="guess", source="x")  # type: ignore[arg-type]
     assert hardware.MATMUL_SHARE.scaled(10.0).value == 7.0
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[A]\nbf16_tflops = 1\n", r"\[A\] lacks flash_attention"),
+        ("[A]\nbf16_tflop = 1\n", r"has an unknown bf16_tflop|lacks bf16_tflops"),
+        (
+            "[A]\nbf16_tflops = 0\nhbm_tb_s = 1\nmemory_gib = 1\nflash_attention = [1, 1, 1]\n",
+            "bf16_tflops must be positive",
+        ),
+        ("[A]\nbf16_tflops = 1\nhbm_tb_s = 1\nmemory_gib = 1\nflash_attention = [1, 2, 1]\n", "0 < low <= value"),
+        ("[A]\nbf16_tflops = 1\nhbm_tb_s = 1\nmemory_gib = 1\nflash_attention = [1, 1]\n", "value, low and high"),
+        (
+            "[A]\nbf16_tflops = 1\nhbm_tb_s = 1\nmemory_gib = 1\nflash_attention = [1, 1, 1]\ngpus_per_node = 4\n",
+            "lacks link_gb_s for its gpus_per_node 4",
+        ),
+        ("[A]\n[B]\n", "has A, B; name must be one of them"),
+        ("x = [", "no profiles of GPUs there"),
+    ],
+)
+def test_bad_profile_files(tmp_path, text, message):
+    file = tmp_path / "gpus.toml"
+    file.write_text(text)
+    with pytest.raises(ValueError, match=message):
+        get_profile(str(file))
+
+
+def test_a_file_may_hold_several_gpus(tmp_path):
+    file = tmp_path / "gpus.toml"
+    one = "bf16_tflops = 989\nhbm_tb_s = 3.35\nmemory_gib = 80\nlink_gb_s = 450\nnode_link_gb_s = 50\n"
+    file.write_text(f"[mine]\n{one}flash_attention = [1.0, 0.8, 1.1]\n[other]\n{one}flash_attention = [2, 1, 3]\n")
+    mine, h100 = get_profile(f"{file}:MINE"), get_profile("h100")
+    assert (mine.name, mine.matmul.value, mine.usable_bytes) == ("MINE", h100.matmul.value, h100.usable_bytes)
+    assert mine.attention(72, backward=True).value == h100.attention(72, backward=True).value
+    assert get_profile(f"{file}:other").flash_scale.value == 2
+
+
+def test_gpus_of_a_node_or_whole_nodes():
+    h100 = get_profile("H100")
+    for num_gpus in (1, 3, 8, 16, 64):
+        h100.check_gpus(num_gpus)
+    for num_gpus in (0, 9, 12):
+        with pytest.raises(ValueError, match="num_gpus must be 1 to 8"):
+            h100.check_gpus(num_gpus)

@@ -10,7 +10,6 @@ import pytest
 from longreel.models.config import DiTConfig
 from longreel.parallel.config import ParallelConfig
 from longreel.parallel.predict.hardware import GiB, get_profile
-from longreel.parallel.predict.needs import Setting
 from longreel.parallel.predict.policy import ORDER, PolicyChoice, choose_policy, known_gpu, under_policy
 
 MODEL = DiTConfig(depth=6, hidden_size=256, num_heads=8)
@@ -21,10 +20,11 @@ def choose(parallel: ParallelConfig = BF16, **changes: Any) -> PolicyChoice:
     given: dict[str, Any] = {
         "world_size": 4,
         "grid": (64, 32, 32),
+        "batch": 1,
         "limit_bytes": 1 << 60,
         "host_limit_bytes": 1 << 60,
     }
-    return choose_policy(Setting(model=MODEL, **(given | changes)), parallel)
+    return choose_policy(MODEL, parallel, **(given | changes))
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +73,7 @@ def test_offload_needs_host_memory_too(needs):
 
 def test_no_fit_names_every_need_and_what_would_help():
     with pytest.raises(ValueError, match=r"none fits 9.313e-07 GiB per rank: none ") as error:
-        choose(replace(BF16, sp_degree=2), limit_bytes=1000, samples=4)
+        choose(replace(BF16, sp_degree=2), limit_bytes=1000, batch=2)
     message = str(error.value)
     assert all(f"{policy} " in message for policy in ORDER)
     assert "an sp_degree up to 4, more ranks, engine fsdp2-zero3, mlp_tile 4096, a smaller batch_size" in message
