@@ -69,6 +69,7 @@ def find_sources(folder: Path, entries: Sequence[CaptionedFile]) -> Sources:
     for entry in sorted(entries, key=lambda entry: PurePath(entry.file).as_posix()):
         try:
             path = inside(folder, entry.file)
+            size = path.stat().st_size if path.is_file() else None
         except VideoError as error:
             outside.append((entry.file, str(error)))
             continue
@@ -76,11 +77,10 @@ def find_sources(folder: Path, entries: Sequence[CaptionedFile]) -> Sources:
             # Names too long for the file system, loops of links, lone surrogates: no file is called so.
             missing.append(entry.file)
             continue
-        if path.is_file():
-            file = PurePath(entry.file).as_posix()
-            videos.append(SourceVideo(file=file, captions=entry.captions, size=path.stat().st_size))
-        else:
+        if size is None:
             missing.append(entry.file)
+        else:
+            videos.append(SourceVideo(file=PurePath(entry.file).as_posix(), captions=entry.captions, size=size))
     named = {PurePath(entry.file) for entry in entries}
     uncaptioned = []
     for root, folders, names in os.walk(folder):

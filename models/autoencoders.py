@@ -9,6 +9,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Protocol, get_args
@@ -163,3 +164,15 @@ def check_latents(latents: Tensor, *, channels: int) -> None:
     """ValueError unless latents is [B, T', H', W', channels] and not empty."""
     if latents.dim() != 5 or latents.shape[-1] != channels or 0 in latents.shape:
         raise ValueError(f"latents must be [B, T', H', W', {channels}] and not empty, got {list(latents.shape)}")
+
+
+def psnr(video: Tensor, other: Tensor) -> float:
+    """Peak signal-to-noise ratio in dB of two videos in [-1, 1], values outside clipped; infinite if they are equal.
+
+    Raises:
+        ValueError: their shapes differ.
+    """
+    if video.shape != other.shape:
+        raise ValueError(f"videos {list(video.shape)} and {list(other.shape)} must have one shape")
+    error = (video.double().clamp(-1, 1) - other.double().clamp(-1, 1)).square().mean().item()
+    return math.inf if error == 0 else 10 * math.log10(4 / error)

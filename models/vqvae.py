@@ -1,8 +1,9 @@
 """A video-native VQ-VAE: 3-D convolutions, causal in time, and a codebook per group of channels.
 
-Every stage folds pixels (and frames) into channels and convolves; the decoder unfolds them. All that looks along time
-looks back only, so a video of any length passes in pieces of a few frames with what each convolution last saw carried
-over, and the result is that of the whole video at once.
+Every stage folds pixels (and frames) into channels and convolves; the decoder unfolds them. Beside both runs a linear
+map of whole patches that starts out as their mean colour, so that training begins with a blurred video and not with
+none. All that looks along time looks back only, so a video of any length passes in pieces of a few frames with what
+each convolution last saw carried over, and the result is that of the whole video at once.
 Source: van den Oord et al. 2017 (arXiv:1711.00937); over videos, Yan et al. 2021, VideoGPT (arXiv:2104.10157).
 """
 
@@ -24,6 +25,9 @@ from torch import Tensor, nn
 from longreel.models.autoencoders import check_latents, check_video
 
 WEIGHTS, CONFIG = "vqvae.safetensors", "vqvae.json"
+
+# Vectors compared with the codebooks at a time, outside of training: a frame of 720p would need gigabytes at once.
+_ROWS = 1 << 14
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -104,6 +108,22 @@ class VQVAE(nn.Module):
             decoder += [CausalConv3d(hidden, (3 if i == 0 else hidden) * volume), _Unfold(fold)]
         self.encoder = nn.ModuleList([*encoder, _Norm(hidden), CausalConv3d(hidden, config.channels)])
         self.decoder = nn.ModuleList(decoder)
+        self.patch = _Fold((config.time_factor, config.space_factor, config.space_factor))
+        self.unpatch = _Unfold(self.patch.factors)
+        volume = config.time_factor * config.space_factor**2
+        self.patch_in, self.patch_out = nn.Linear(3 * volume, config.channels), nn.Linear(config.channels, 3 * volume)
+        with torch.no_grad():
+            for last in (self.encoder[-1], self.decoder[-2]):
+                for parameter in last.parameters():
+                    parameter.zero_()
+            self.patch_in.weight.mul_(0.1)
+            self.patch_out.weight.mul_(0.1)
+            for color in range(min(3, config.channels)):
+                elements = slice(color * volume, (color + 1) * volume)
+                self.patch_in.weight[color] = 0
+                self.patch_in.weight[color, elements] = 1 / volume
+                self.patch_out.weight[:, color] = 0
+                self.patch_out.weight[elements, color] = 1
         self.quantizer = VectorQuantize(
             config.channels,
             config.codebook_size,
@@ -132,18 +152,19 @@ class VQVAE(nn.Module):
             (reconstruction of that shape, commitment loss, quantised vectors [B, T', H', W', C]).
         """
         check_video(video, time_factor=self.time_factor, space_factor=self.space_factor)
-        vectors = _apply(self.encoder, video.permute(0, 4, 1, 2, 3), None).permute(0, 2, 3, 4, 1)
-        quantised, commitment = self._quantise(vectors)
-        decoded = _apply(self.decoder, quantised.permute(0, 4, 1, 2, 3), None)
-        return decoded.permute(0, 2, 3, 4, 1), commitment, quantised
+        vectors = self._encoded(video.permute(0, 4, 1, 2, 3), None).permute(0, 2, 3, 4, 1)
+        shape = vectors.shape
+        quantised, _, commitment = self.quantizer(vectors.reshape(1, -1, shape[-1]))
+        quantised = quantised.reshape(shape)
+        decoded = self._decoded(quantised.permute(0, 4, 1, 2, 3), None)
+        return decoded.permute(0, 2, 3, 4, 1), commitment.sum(), quantised
 
     @torch.no_grad()
     def encode(self, video: Tensor) -> Tensor:
         """See Autoencoder.encode; normalised by the mean and deviation of the training videos."""
         check_video(video, time_factor=self.time_factor, space_factor=self.space_factor)
         frames = max(self.time_factor, self.frame_batch // self.time_factor * self.time_factor)
-        vectors = self._in_pieces(self.encoder, video, frames)
-        quantised, _ = self._quantise(vectors)
+        quantised = self._nearest(self._in_pieces(self._encoded, video, frames))
         return (quantised.float() - self.latent_mean.float()) / self.latent_std.float()
 
     @torch.no_grad()
@@ -152,8 +173,8 @@ class VQVAE(nn.Module):
         check_latents(latents, channels=self.channels)
         latents = latents.to(self.latent_mean.device)
         vectors = latents.float() * self.latent_std.float() + self.latent_mean.float()
-        quantised, _ = self._quantise(vectors.to(self.latent_mean.dtype))
-        return self._in_pieces(self.decoder, quantised, max(1, self.frame_batch // self.time_factor)).float()
+        quantised = self._nearest(vectors.to(self.latent_mean.dtype))
+        return self._in_pieces(self._decoded, quantised, max(1, self.frame_batch // self.time_factor)).float()
 
     @torch.no_grad()
     def fit_latent_scale(self, quantised: Tensor) -> None:
@@ -162,17 +183,26 @@ class VQVAE(nn.Module):
         self.latent_mean.copy_(flat.mean(0))
         self.latent_std.copy_(flat.std(0).clamp(min=1e-6))
 
-    def _quantise(self, vectors: Tensor) -> tuple[Tensor, Tensor]:
-        shape = vectors.shape
-        quantised, _, commitment = self.quantizer(vectors.reshape(1, -1, shape[-1]))
-        return quantised.reshape(shape).to(vectors.dtype), commitment.sum()
+    def _encoded(self, x: Tensor, seen: dict[nn.Module, Tensor] | None) -> Tensor:
+        """[B, 3, T, H, W] -> [B, C, T', H', W'], not quantised."""
+        linear = self.patch_in(self.patch(x).movedim(1, -1)).movedim(-1, 1)
+        return linear + _apply(self.encoder, x, seen)
 
-    def _in_pieces(self, layers: nn.ModuleList, x: Tensor, frames: int) -> Tensor:
-        """[B, T, H, W, C] through layers, some frames at a time."""
+    def _decoded(self, x: Tensor, seen: dict[nn.Module, Tensor] | None) -> Tensor:
+        """[B, C, T', H', W'] -> [B, 3, T, H, W]."""
+        linear = self.unpatch(self.patch_out(x.movedim(1, -1)).movedim(-1, 1))
+        return linear + _apply(self.decoder, x, seen)
+
+    def _nearest(self, vectors: Tensor) -> Tensor:
+        """Nearest codes of vectors [..., C]."""
+        rows = vectors.reshape(-1, vectors.shape[-1]).split(_ROWS)
+        return torch.cat([self.quantizer(part[None])[0][0] for part in rows]).reshape(vectors.shape).to(vectors.dtype)
+
+    def _in_pieces(self, run: Callable[[Tensor, dict[nn.Module, Tensor]], Tensor], x: Tensor, frames: int) -> Tensor:
+        """[B, T, H, W, C] through run, some frames at a time."""
         seen: dict[nn.Module, Tensor] = {}
         x = x.to(self.latent_mean.device, self.latent_mean.dtype).permute(0, 4, 1, 2, 3)
-        pieces = [_apply(layers, piece, seen) for piece in x.split(frames, dim=2)]
-        return torch.cat(pieces, dim=2).permute(0, 2, 3, 4, 1)
+        return torch.cat([run(piece, seen) for piece in x.split(frames, dim=2)], dim=2).permute(0, 2, 3, 4, 1)
 
 
 class CausalConv3d(nn.Conv3d):

@@ -10,6 +10,14 @@ import av
 import numpy as np
 import pytest
 
+# Near lossless, and quick.
+_OPTIONS = {
+    "libx264": {"crf": "1"},
+    "libx265": {"crf": "4", "preset": "ultrafast", "x265-params": "log-level=none:pools=1"},
+    "libsvtav1": {"crf": "8", "preset": "12", "svtav1-params": "lp=1"},
+    "libvpx-vp9": {"crf": "4", "b": "0", "deadline": "realtime", "cpu-used": "8"},
+}
+
 
 @pytest.fixture(scope="session")
 def sample_videos() -> Path:
@@ -31,11 +39,12 @@ def encode(tmp_path: Path) -> Callable[..., Path]:
         full_range: bool = False,
         pixel_aspect: str | None = None,
         times: list[int] | None = None,
+        codec: str = "libx264",
         **options: str,
     ) -> Path:
         path = tmp_path / name
         with av.open(str(path), "w", format=format) as container:
-            stream = container.add_stream("libx264", rate=25, options={"crf": "1"} | options)
+            stream = container.add_stream(codec, rate=25, options=_OPTIONS[codec] | options)
             stream.height, stream.width = levels.shape[1:]
             stream.pix_fmt = "yuv420p"
             stream.codec_context.color_range = 2 if full_range else 1

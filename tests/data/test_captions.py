@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from longreel.data.captions import CaptionedFile, load_captions
+from longreel.data.captions import CaptionedFile, load_captions, read_captions
 
 
 def write(tmp_path: Path, content: object) -> Path:
@@ -77,3 +77,56 @@ def test_bad_file_is_one_line_with_the_place(tmp_path: Path, content: object, me
 def test_missing_file_is_an_os_error(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"nothing\.json"):
         load_captions(tmp_path / "nothing.json")
+
+
+def test_json_lines(tmp_path: Path) -> None:
+    path = tmp_path / "captions.jsonl"
+    path.write_bytes(b'\xef\xbb\xbf{"file": "a.mp4", "captions": ["x"]}\n\n{"file": "b.mp4", "captions": ["y", "z"]}\n')
+    assert load_captions(path) == [
+        CaptionedFile(file="a.mp4", captions=("x",)),
+        CaptionedFile(file="b.mp4", captions=("y", "z")),
+    ]
+    path.write_text('{"file": "a.mp4", "captions": ["x"]}\n{"file"')
+    with pytest.raises(ValueError, match=r"captions\.jsonl: line 2: not valid JSON"):
+        load_captions(path)
+
+
+def test_csv_with_quotes_line_breaks_and_several_captions(tmp_path: Path) -> None:
+    path = tmp_path / "captions.csv"
+    path.write_bytes(
+        '\ufeffid,path,text\r\n1,a.mp4,"one, ""two""\nlines"\r\n2,b.mp4,zwei ü\r\n3,./a.mp4,more\r\n'.encode()
+    )
+    assert load_captions(path) == [
+        CaptionedFile(file="a.mp4", captions=('one, "two"\nlines', "more")),
+        CaptionedFile(file="b.mp4", captions=("zwei ü",)),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("c.csv", "file,caption\na,b\n", "has no column path and text; .* it has file, caption"),
+        ("c.csv", "", "has no column path and text; .* it has nothing"),
+        ("c.csv", "path,text\n", "holds no entry"),
+        ("c.csv", "path,text\na.mp4\n", r'line 2: "captions"\[0\] must be a string that is not blank, got None'),
+        ("c.jsonl", "\n\n", "holds no entry"),
+        ("c.txt", "x", r"a captions file ends in \.json, \.jsonl, \.csv"),
+    ],
+)
+def test_other_formats_refuse(tmp_path: Path, name: str, content: str, message: str) -> None:
+    path = tmp_path / name
+    path.write_text(content)
+    with pytest.raises(ValueError, match=message) as raised:
+        load_captions(path)
+    assert "\n" not in str(raised.value)
+
+
+def test_reading_leniently_keeps_what_is_right(tmp_path: Path) -> None:
+    path = write(tmp_path, [GOOD, "b.mp4", {"file": "./a.mp4", "captions": ["y"]}, {"file": "../c", "captions": ["x"]}])
+    entries, problems = read_captions(path)
+    assert entries == [CaptionedFile(file="a.mp4", captions=("x", "y"))]
+    assert [(problem.where.rpartition(": ")[2], problem.merged) for problem in problems] == [
+        ("entry 1", False),
+        ("entry 2", True),
+        ("entry 3", False),
+    ]

@@ -10,8 +10,11 @@ import av
 import numpy as np
 import pytest
 import torch
+from av.stream import Disposition
+from PIL import Image
 
-from longreel.data.video import VideoError, probe, read_clip, write_mp4
+from longreel.data.video import VideoError, probe, read_clip, scan, write_mp4
+from longreel.models.autoencoders import psnr
 
 
 def ramp(num_frames: int, height: int = 32, width: int = 48) -> np.ndarray:
@@ -190,6 +193,54 @@ def test_bad_files_are_named_with_the_reason(tmp_path: Path, encode: Callable[..
         assert "\n" not in str(raised.value)
 
 
+def test_files_that_lie_about_what_they_are(tmp_path: Path, encode: Callable[..., Path]) -> None:
+    video = encode("real.mp4", ramp(5))
+    (tmp_path / "video.txt").write_bytes(video.read_bytes())
+    (tmp_path / "http:video.mp4").write_bytes(video.read_bytes())
+    assert scan(tmp_path / "video.txt").num_frames == scan(tmp_path / "http:video.mp4").num_frames == 5
+    for kind in ("png", "jpeg"):
+        Image.new("RGB", (32, 32)).save(tmp_path / f"{kind}.mp4", kind)
+    # Both would make FFmpeg open another file.
+    (tmp_path / "concat.mp4").write_text(f"ffconcat version 1.0\nfile '{video}'\n")
+    playlist = f"#EXTM3U\n#EXT-X-TARGETDURATION:9\n#EXTINF:9,\nfile:{video}\n#EXT-X-ENDLIST\n"
+    (tmp_path / "playlist.mp4").write_text(playlist)
+    for name in ("png.mp4", "jpeg.mp4", "concat.mp4"):
+        with pytest.raises(VideoError, match="is in no format of videos that is read"):
+            scan(tmp_path / name)
+    with pytest.raises(VideoError, match="Invalid data"):
+        scan(tmp_path / "playlist.mp4")
+
+
+def test_cover_of_a_sound_file_is_no_video(tmp_path: Path) -> None:
+    path = tmp_path / "sound.mp4"
+    with av.open(str(path), "w") as container:
+        sound, cover = container.add_stream("aac", rate=8000), container.add_stream("mjpeg", rate=1)
+        cover.width = cover.height = 32
+        cover.pix_fmt = "yuvj420p"
+        cover.disposition = Disposition.attached_pic
+        frame = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), format="fltp", layout="mono")
+        frame.sample_rate = 8000
+        container.mux(sound.encode(frame))
+        container.mux(cover.encode(av.VideoFrame.from_ndarray(np.zeros((32, 32, 3), np.uint8), format="rgb24")))
+        container.mux(cover.encode(None))
+        container.mux(sound.encode(None))
+    with pytest.raises(VideoError, match="holds no video stream that can be decoded"):
+        scan(path)
+
+
+def test_scan_says_what_probe_says_and_meets_no_later_frame(encode: Callable[..., Path]) -> None:
+    path = encode("clip.mp4", ramp(20), g="5", bf="2", pixel_aspect="3/2")
+    assert scan(path) == probe(path)
+    assert scan(path).shown_size == (32, 72)
+    pictures = np.random.default_rng(0).integers(16, 235, (12, 32, 32), np.uint8)
+    path = encode("damaged.mp4", pictures, g="1")
+    content = bytearray(path.read_bytes())
+    start, end = content.index(b"mdat") + 4, content.index(b"moov") - 4
+    content[(start + end) // 2 : end] = bytes(end - (start + end) // 2)
+    path.write_bytes(content)
+    assert scan(path).num_frames == 12
+
+
 def test_frames_that_do_not_decode_are_an_error(encode: Callable[..., Path]) -> None:
     path = encode("damaged.mp4", np.random.default_rng(0).integers(16, 235, (12, 32, 32), np.uint8), g="1")
     content = bytearray(path.read_bytes())
@@ -201,11 +252,6 @@ def test_frames_that_do_not_decode_are_an_error(encode: Callable[..., Path]) -> 
         probe(path)
     with pytest.raises(VideoError, match=r"damaged\.mp4: "):
         read_clip(path, 12, 32, 32)
-
-
-def psnr(a: torch.Tensor, b: torch.Tensor) -> float:
-    """Peak signal-to-noise ratio in dB for a range of 2."""
-    return float(10 * torch.log10(4 / (a - b).square().mean()))
 
 
 def smooth(num_frames: int, height: int, width: int) -> torch.Tensor:
