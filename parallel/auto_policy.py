@@ -1,4 +1,4 @@
-"""The activation policy of a run that asks for `auto`, from the ranks and the memory there are.
+"""The policy of a run that asks for `auto`, or its whole configuration by the planner, from ranks and memory there are.
 
 It is settled before the process group exists: predictions need a process without one.
 """
@@ -13,8 +13,10 @@ from typing import TYPE_CHECKING
 import torch
 
 from longreel.kernels import resolve_attention_provider
-from longreel.parallel.config import DTYPES
-from longreel.parallel.predict.hardware import FIXED_RESERVE_BYTES, FRAGMENTATION_SHARE, GiB
+from longreel.parallel.config import DTYPES, ParallelConfig
+from longreel.parallel.predict.hardware import FIXED_RESERVE_BYTES, FRAGMENTATION_SHARE, GiB, GPUProfile, get_profile
+from longreel.parallel.predict.needs import Setting
+from longreel.parallel.predict.planner import in_words, plan
 from longreel.parallel.predict.policy import choose_policy, known_gpu, under_policy
 
 if TYPE_CHECKING:
@@ -25,7 +27,7 @@ HOST_SHARE = 0.5
 
 
 def with_policy(config: TrainConfig) -> TrainConfig:
-    """The run with policy `auto` replaced by the one chosen, and the reason noted; other runs as they are.
+    """The run with policy or plan `auto` replaced by what is chosen, and the reason noted; other runs as they are.
 
     Ranks, and how many of them are on this node, are those torchrun says; one without it.
 
@@ -34,26 +36,13 @@ def with_policy(config: TrainConfig) -> TrainConfig:
             configuration cannot be predicted.
     """
     parallel = config.parallel
+    if config.plan is not None:
+        return _planned(config)
     if parallel.policy != "auto":
         return config
     world_size = int(os.environ.get("WORLD_SIZE", 1))
-    cuda = torch.cuda.is_available()
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
-    gib = parallel.memory_limit_gib
-    if gib is None and not cuda:
-        raise ValueError(
-            "policy 'auto' has no device memory to fit on a CPU; give memory_limit_gib (--memory-limit-gib), or name a "
-            "policy"
-        )
-    name = ""
-    limit = int((gib or 0) * GiB)
-    if cuda:
-        properties = torch.cuda.get_device_properties(device)
-        name = properties.name
-        if gib is None:
-            limit = int(properties.total_memory * (1 - FRAGMENTATION_SHARE)) - FIXED_RESERVE_BYTES
-    host = parallel.host_memory_gib
-    host_limit = _host_share() if host is None else int(host * GiB)
+    device, name, limit = _device(parallel, "policy 'auto'")
+    cuda, host_limit = device.type == "cuda", _host_limit(parallel)
     model = config.model.build()
     provider = resolve_attention_provider(parallel.attention_provider, device, DTYPES[parallel.precision])
     with warnings.catch_warnings():
@@ -75,6 +64,75 @@ def with_policy(config: TrainConfig) -> TrainConfig:
     budget = host_limit / GiB if choice.policy == "offload" else None
     chosen = under_policy(parallel, choice.policy, host_memory_gib=budget)
     return replace(config, parallel=chosen, policy_reason=choice.reason)
+
+
+def _planned(config: TrainConfig) -> TrainConfig:
+    """The run with the configuration that the planner takes at its own shapes.
+
+    Raises:
+        ValueError: nothing fits; there is no memory to go by; what the planner chooses was given as well.
+    """
+    parallel, chosen_by_plan = config.parallel, ParallelConfig()
+    for name in ("strategy", "sp_degree", "ulysses_degree", "head_chunks", "engine", "mlp_tile"):
+        if getattr(parallel, name) != getattr(chosen_by_plan, name):
+            raise ValueError(f"plan 'auto' chooses {name}; leave {name} {getattr(parallel, name)!r} out, or the plan")
+    if parallel.policy not in ("none", "auto"):
+        raise ValueError(f"plan 'auto' chooses policy; leave policy {parallel.policy!r} out, or the plan")
+    world_size = int(os.environ.get("WORLD_SIZE", 1))
+    target = None if config.target is None else get_profile(config.target)
+    device, name, limit = _device(parallel, "plan 'auto'", target)
+    model = config.model.build()
+    provider = resolve_attention_provider(parallel.attention_provider, device, DTYPES[parallel.precision])
+    host_limit = _host_limit(parallel)
+    setting = Setting(
+        model=model,
+        world_size=world_size,
+        grid=model.grid(config.num_frames, config.height, config.width),
+        samples=config.batch_size,
+        limit_bytes=limit,
+        host_limit_bytes=host_limit,
+        attention_provider="torch" if provider == "torch" else "sdpa-flash",
+        fused_pointwise=device.type == "cuda",
+        gpu=target or known_gpu(name, world_size),
+    )
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=r"FSDP2-wrapped module .* returned a view tensor")
+        found = plan(setting, parallel)
+    best = found.best.parallel
+    budget = host_limit / GiB if best.policy == "offload" else None
+    return replace(
+        config, parallel=replace(best, host_memory_gib=budget), policy_reason=f"by the plan: {in_words(found)}"
+    )
+
+
+def _device(parallel: ParallelConfig, option: str, target: GPUProfile | None = None) -> tuple[torch.device, str, int]:
+    """This rank's device, the name that its driver gives, and the memory that tensors may take there."""
+    cuda = torch.cuda.is_available()
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
+    gib = parallel.memory_limit_gib
+    if gib is not None:
+        limit = int(gib * GiB)
+    elif cuda:
+        total = torch.cuda.get_device_properties(device).total_memory
+        limit = int(total * (1 - FRAGMENTATION_SHARE)) - FIXED_RESERVE_BYTES
+    elif target is not None:
+        limit = target.usable_bytes
+    elif option.startswith("plan"):
+        raise ValueError(
+            f"{option} has no device memory to fit on a CPU; give a GPU to plan for (--target h800), or --policy auto "
+            "with --memory-limit-gib"
+        )
+    else:
+        raise ValueError(
+            f"{option} has no device memory to fit on a CPU; give memory_limit_gib (--memory-limit-gib), or name a "
+            "policy"
+        )
+    return device, torch.cuda.get_device_properties(device).name if cuda else "", limit
+
+
+def _host_limit(parallel: ParallelConfig) -> int:
+    """Bytes of host memory that one rank may hold activations in."""
+    return _host_share() if parallel.host_memory_gib is None else int(parallel.host_memory_gib * GiB)
 
 
 def _host_share() -> int:

@@ -30,6 +30,8 @@ _FREE = {
     "timeout_s",
     "profile",
     "profile_steps",
+    "plan",
+    "target",
     "policy_reason",
     "optimizer.accumulation",
     "optimizer.decay_steps",

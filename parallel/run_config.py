@@ -63,8 +63,11 @@ class TrainConfig:
         optimizer: how.
         compression: the space it is trained in.
         text: how captions are read.
+        plan: `auto` takes strategy, degrees, policy, engine and mlp_tile from the planner
+            (longreel.parallel.predict.planner), at this run's shapes and ranks.
+        target: of plan `auto`: the GPU to plan for if it is not the one here: a name or a TOML file.
         parallel: how it is spread over the ranks.
-        policy_reason: why policy `auto` became what parallel.policy says; not a choice of the command line.
+        policy_reason: why policy or plan `auto` became what parallel says; not a choice of the command line.
     """
 
     videos: Path | None = None
@@ -100,11 +103,15 @@ class TrainConfig:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     compression: AutoencoderConfig = field(default_factory=AutoencoderConfig)
     text: TextEncoderConfig = field(default_factory=TextEncoderConfig)
+    plan: Literal["auto"] | None = None
+    target: str | None = None
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     policy_reason: Annotated[str | None, tyro.conf.Suppress] = None
 
     def __post_init__(self) -> None:
         self._check_sources()
+        if self.target is not None and self.plan is None:
+            raise ValueError(f"target {self.target!r} goes with plan 'auto'; give --plan auto, or leave it out")
         for name in (
             "steps",
             "batch_size",

@@ -243,6 +243,28 @@ def spread_name(parallel: ParallelConfig) -> str:
     return f"{parallel.strategy} SP {parallel.sp_degree}{hybrid if parallel.ulysses_degree else ''}"
 
 
+def in_words(found: Plan) -> str:
+    """The choice, what it needs and by how much it is ahead, in one line."""
+    best, setting, gib = found.best, found.setting, 2**30
+    tile = f", mlp_tile {best.parallel.mlp_tile}" if best.parallel.mlp_tile else ""
+    words = (
+        f"{spread_name(best.parallel)}, {best.policy}{tile}, {best.parallel.engine}: {best.device_bytes / gib:.4g} of "
+        f"{setting.limit_bytes / gib:.4g} GiB per rank"
+    )
+    speed = found.tokens_per_s(best)
+    if speed is None or setting.gpu is None:
+        return f"{words}, least that is recomputed and moved; predicted"
+    words += f", {speed[0]:,.0f} tokens/s predicted for {setting.gpu.name}"
+    if not found.runners_up:
+        return words
+    second = found.runners_up[0]
+    behind = found.tokens_per_s(second)
+    assert behind is not None
+    return (
+        f"{words}, then {spread_name(second.parallel)}, {second.policy} ({100 * (1 - behind[0] / speed[0]):.2g} % less)"
+    )
+
+
 def _nothing_fits(setting: Setting, refused: tuple[Refused, ...]) -> str:
     gib = 2**30
     closest = min(refused, key=lambda one: one.device_bytes, default=None)

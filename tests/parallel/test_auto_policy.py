@@ -91,3 +91,57 @@ def test_only_training_takes_auto(capsys, tmp_path):
     args = ["--checkpoint", str(out), "--prompt", "", "--policy", "auto", "--out", str(tmp_path / "x.mp4")]
     assert run_script(sample, SampleConfig, args) == 2
     assert "policy 'auto' is chosen before a training run" in capsys.readouterr().err
+
+
+def test_plan_is_said_once_and_written_down(tmp_path, capsys):
+    out = tmp_path / "run"
+    args = [*AUTO[:-2], "--plan", "auto", "--target", "h800", "--precision", "bf16", "--out", str(out)]
+    assert run_script(train, TrainConfig, args, prepare=with_policy) == 0
+    (line,) = (line for line in capsys.readouterr().err.splitlines() if "by the plan" in line)
+    assert line.startswith("policy by the plan: local, ")
+    assert "of 73.5 GiB per rank" in line
+    assert "tokens/s predicted for H800" in line
+    _, run = read_run(checkpoints(out / "checkpoints")[-1])
+    assert run["policy_reason"] == line.removeprefix("policy ")
+    assert run["parallel"]["policy"] in line
+
+
+def test_plan_takes_the_ranks_there_are(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    asked = TrainConfig(
+        demo=True,
+        num_frames=16,
+        height=64,
+        width=64,
+        batch_size=1,
+        plan="auto",
+        model=ModelChoice(depth=2, hidden_size=64),
+        parallel=ParallelConfig(policy="auto", memory_limit_gib=1, precision="fp32"),
+    )
+    chosen = with_policy(asked)
+    # One sample: all ranks share it. Without rates the least is recomputed.
+    assert chosen.parallel.sp_degree == 4
+    assert (chosen.parallel.policy, chosen.parallel.memory_limit_gib) == ("none", None)
+    assert "least that is recomputed and moved" in (chosen.policy_reason or "")
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--plan", "auto"], "plan 'auto' has no device memory to fit on a CPU; give a GPU to plan for"),
+        (["--plan", "auto", "--target", "rtx"], "unknown GPU 'rtx'"),
+        (["--target", "h800"], "target 'h800' goes with plan 'auto'"),
+        (
+            ["--plan", "auto", "--target", "h800", "--sp-degree", "2", "--strategy", "ring"],
+            "plan 'auto' chooses strategy",
+        ),
+        (
+            ["--plan", "auto", "--target", "h800", "--policy", "full"],
+            "plan 'auto' chooses policy; leave policy 'full' out",
+        ),
+    ],
+)
+def test_what_cannot_be_planned_is_one_line(capsys, tmp_path, args, message):
+    assert run_script(train, TrainConfig, [*AUTO[:-2], *args, "--out", str(tmp_path)], prepare=with_policy) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert message in line

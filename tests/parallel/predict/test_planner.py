@@ -40,7 +40,7 @@ def question(seed: int) -> Setting:
         max_text_tokens=20,
     )
     world_size = draw.choice([1, 2, 4] if seed >= QUESTIONS_OF_SHAPE else [2])
-    tokens = draw.choice([2_048, 8_192, 10_000, 32_768])
+    tokens = draw.choice([2_048, 8_192, 10_000, 32_768] if seed >= QUESTIONS_OF_SHAPE else [2_048])
     samples = draw.choice([None, None, world_size])
     # Of what one hidden state of the whole sequence takes in every block.
     unit = tokens * model.hidden_size * 2 * model.depth
