@@ -17,9 +17,9 @@ from typing import Any
 from longreel.bench import ceilings
 from longreel.bench.campaign_plans import AFTER, CampaignPlan
 from longreel.bench.campaign_validate import run_part, words
+from longreel.bench.failures import one_line
 from longreel.bench.micro_sweep import MicroPlan, NotAgain, line, load, run_plan
 from longreel.bench.op_run import CaseRequest
-from longreel.bench.run import one_line
 from longreel.bench.tune import read_result, tune
 from longreel.bench.tune_plans import TunePlan
 from longreel.parallel.workers import WorkerError, WorkerPool

@@ -5,30 +5,28 @@ from __future__ import annotations
 import contextlib
 import signal
 import sys
-import tempfile
 import threading
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import FrameType
-from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from longreel.bench import provenance
-from longreel.bench.cases import Sweep
+from longreel.bench.folder import RECORDS, Records, only_sweep, prepare_folder
+from longreel.bench.modes import Machine, this_machine
 from longreel.bench.options import SweepConfig
-from longreel.bench.run import num_points, pool_width, run_sweep
+from longreel.bench.presets import Sweep
+from longreel.bench.run import backend, num_points, pool_size, run_sweep
 from longreel.data.command_line import parse_arguments
 from longreel.parallel.workers import WorkerPool
 from longreel.reports import formatting, store
 from longreel.reports.html import check_ours, write_report
 from longreel.reports.records import Record
 from longreel.reports.summary import summary_lines
-
-RECORDS = "records.jsonl"
 
 
 def run(command: Sequence[str]) -> int:
@@ -43,23 +41,23 @@ def run(command: Sequence[str]) -> int:
     """
     try:
         config = parse(command[1:])
-        sweep = config.resolve()
+        machine = this_machine()
+        sweep = config.resolve(machine)
         folder = config.folder
         check_ours(folder)
         with store.warnings_as_lines():
             if (folder / RECORDS).exists():
                 store.load(folder / RECORDS)
         prepare_folder(folder)
-    except (ValueError, OSError) as error:
-        return _complain(error)
-    try:
-        with _termination_as_interrupt(), store.warnings_as_lines():
-            records = _sweep(sweep, folder, command)
+        origin = provenance.gather(command)
+        with only_sweep(folder, origin["command"]), _termination_as_interrupt(), store.warnings_as_lines():
+            kept = Records(folder, origin, resume=config.resume)
+            records = _sweep(sweep, machine, folder, kept)
     except (ValueError, OSError) as error:
         return _complain(error)
     except KeyboardInterrupt as stop:
-        kept = f"finished points are in {folder / RECORDS}" if (folder / RECORDS).exists() else "no point had finished"
-        print(f"interrupted; {kept}", file=sys.stderr)
+        where = f"finished points are in {folder / RECORDS}" if (folder / RECORDS).exists() else "no point had finished"
+        print(f"interrupted; {where}", file=sys.stderr)
         return 143 if isinstance(stop, _Terminated) else 130
     if failure := failure_line(records):
         print(f"error: {failure}", file=sys.stderr)
@@ -100,52 +98,36 @@ def _complain(error: Exception) -> int:
     return 2
 
 
-def _sweep(sweep: Sweep, folder: Path, command: Sequence[str]) -> list[Record]:
-    """Run a sweep and report it with what the folder has of its origin; returns the records of this run."""
+def _sweep(sweep: Sweep, machine: Machine, folder: Path, kept: Records) -> list[Record]:
+    """Run a sweep and report it with what the folder has of its origin; returns the records of this sweep."""
     start = time.monotonic()
-    origin = provenance.gather(command)
-    records_file = folder / RECORDS
     console = Console(highlight=False, soft_wrap=True)
-    num_workers = max([pool_width(sweep), *(ranks for grid in sweep.measured for ranks in grid.ranks)])
-    with WorkerPool(num_workers) as pool, _progress(console) as progress:
-        task = progress.add_task("starting workers", total=num_points(sweep))
-        finished = []
-        for record in run_sweep(sweep, pool, origin):
-            store.append(records_file, record)
+    finished = kept.of_sweep()
+    if finished:
+        console.print(f"resumed: {len(finished)} records of this commit on this machine are kept", markup=False)
+    with WorkerPool(pool_size(sweep), backend=backend(sweep)) as pool, _progress(console) as progress:
+        task = progress.add_task("starting workers", total=num_points(sweep), completed=len(finished))
+        for record in run_sweep(sweep, pool, kept.origin, machine=machine, done=kept.done, saved=kept.saved):
+            if not kept.add(record):
+                continue
             finished.append(record)
             style = None if record.status == "ok" else "yellow"
             progress.console.print(point_line(record), style=style, markup=False)
             progress.update(task, advance=1, description=f"{record.kind} {formatting.length(record.seq_len)}")
         progress.update(task, description="done", total=progress.tasks[0].completed)
-    records = of_origin(store.load(records_file), origin)
+    records = kept.all()
     page = write_report(folder, records, title=f"Longreel sweep: {sweep.name}", source_files=[RECORDS])
     console.print()
     for line in summary_lines(records):
         console.print(line, markup=False)
     console.print(f"\n{time.monotonic() - start:.0f} s. Report: {page}", markup=False)
-    console.print(f"Records: {records_file}, {folder / 'records.csv'}", markup=False)
+    console.print(f"Records: {kept.path}, {folder / 'records.csv'}", markup=False)
     return finished
 
 
 def parse(arguments: Sequence[str]) -> SweepConfig:
     """The configuration; ValueError with one line for a bad command line."""
     return parse_arguments(SweepConfig, arguments, prog="python bench/sweep.py")
-
-
-def prepare_folder(folder: Path) -> None:
-    """Make sure that files can be written there; OSError names the folder."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise OSError(f"out: cannot write to {folder}: {error.strerror}; give another folder with --out") from None
-
-
-def of_origin(records: Sequence[Record], origin: dict[str, Any]) -> list[Record]:
-    """The records of this commit on this machine: a folder may hold older ones, which a figure must not mix in."""
-    same = ("commit", "environment")
-    return [r for r in records if all(r.provenance.get(name) == origin[name] for name in same)]
 
 
 def point_line(record: Record) -> str:

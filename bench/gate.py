@@ -1,7 +1,8 @@
 """The correctness gate: loss and gradients of one step against one device, fp32, eager attention.
 
-The step holds a sample of the point's length in the first data-parallel group and short samples, all different, in
-the others: an error of one length or of the sum over groups shows, and the oracle costs one long sample.
+In half precision a step may be off by twice what one device that computes in it is off by.
+The step holds a sample of the point's length in the first data-parallel group and short samples, all different, in the
+others: an error of one length or of the sum over groups shows, and the oracle costs one long sample.
 """
 
 from __future__ import annotations
@@ -15,12 +16,15 @@ from torch import Tensor, nn
 
 from longreel.bench.cases import FRAME_SIDE
 from longreel.kernels import attention
-from longreel.kernels.numerics import PARALLEL_TOLERANCE, gradient_errors
+from longreel.kernels.numerics import KERNEL_ERROR_FACTOR, PARALLEL_TOLERANCE, gradient_errors
 from longreel.models.config import DiTConfig
 from longreel.models.dit import DiT
 from longreel.models.flow import TIMESTEP_SCALE, interpolate, velocity_target
 from longreel.models.patches import grid_coords, patchify
 from longreel.models.sequence import SequenceLengths
+from longreel.parallel.config import DTYPES, HALF_PRECISIONS, ParallelConfig, Precision
+from longreel.parallel.mesh import build_mesh
+from longreel.parallel.parallelize import Batch, ParallelDiT
 from longreel.parallel.strategies import Local
 
 TOLERANCE = PARALLEL_TOLERANCE[torch.float32]
@@ -38,6 +42,15 @@ class Sample:
     noise: Tensor
     timestep: Tensor
     text: Tensor
+
+    def to(self, device: torch.device | str) -> Sample:
+        """The same on a device."""
+        return Sample(
+            latents=self.latents.to(device),
+            noise=self.noise.to(device),
+            timestep=self.timestep.to(device),
+            text=self.text.to(device),
+        )
 
 
 def token_grid(seq_len: int) -> tuple[int, int, int]:
@@ -81,14 +94,16 @@ class EagerLocal(Local):
         return torch.cat(blocks, dim=1).flatten(2)
 
 
-def oracle(config: DiTConfig, seq_len: int, *, index: int, seed: int) -> tuple[float, dict[str, Tensor]]:
+def oracle(
+    config: DiTConfig, seq_len: int, *, index: int, seed: int, device: torch.device | str = "cpu"
+) -> tuple[float, dict[str, Tensor]]:
     """Loss and gradients of one sample on one device, written without longreel.parallel.parallelize."""
-    model = build_model(config, seed)
-    sample = make_sample(config, seq_len, index=index, seed=seed)
+    model = build_model(config, seed).to(device)
+    sample = make_sample(config, seq_len, index=index, seed=seed).to(device)
     x0, noise = (patchify(x, config.patch_size) for x in (sample.latents, sample.noise))
     prediction = model(
         interpolate(x0, noise, sample.timestep),
-        grid_coords(token_grid(seq_len), 0, seq_len),
+        grid_coords(token_grid(seq_len), 0, seq_len, device=x0.device),
         sample.timestep * TIMESTEP_SCALE,
         text=sample.text,
         sp=EagerLocal(),
@@ -104,15 +119,64 @@ def gate_length(seq_len: int, dp_rank: int) -> int:
     return seq_len if dp_rank == 0 else min(SHORT_LEN, seq_len)
 
 
-def write_oracle(config: DiTConfig, seq_len: int, max_dp: int, seed: int, path: str) -> None:
-    """Compute the oracle of one length for up to max_dp groups and write it to a file (in a worker).
+def write_oracle(
+    config: DiTConfig,
+    seq_len: int,
+    max_dp: int,
+    seed: int,
+    path: str,
+    precision: Precision = "fp32",
+    device: str = "cpu",
+) -> None:
+    """Compute the oracle of one length for up to max_dp groups and write it to a file (in a worker of its own).
 
-    The file holds (losses, gradients) with one entry per group.
+    The file holds `losses` and `grads` with one entry per group, and `tolerance`: of loss and gradients.
+
+    Args:
+        config: the DiT. seq_len: tokens of the first group's sample. seed: of weights and data.
+        path: the file. precision: of the runs that are compared with it; half precision wants a process group of one.
+        device: where it is computed.
     """
-    found = [oracle(config, gate_length(seq_len, i), index=i, seed=seed) for i in range(max_dp)]
+    found = [oracle(config, gate_length(seq_len, i), index=i, seed=seed, device=device) for i in range(max_dp)]
+    losses = [loss for loss, _ in found]
+    grads = [{name: grad.cpu() for name, grad in group.items()} for _, group in found]
+    tolerance = TOLERANCE
+    if precision in HALF_PRECISIONS:
+        tolerance = _half_precision_tolerance(
+            config, seq_len, seed, precision, torch.device(device), losses[0], grads[0]
+        )
     # Whole or not there: a worker may be lost while it writes.
-    torch.save(([loss for loss, _ in found], [grads for _, grads in found]), f"{path}.part")
+    torch.save({"losses": losses, "grads": grads, "tolerance": tolerance}, f"{path}.part")
     os.replace(f"{path}.part", path)
+
+
+def _half_precision_tolerance(
+    config: DiTConfig,
+    seq_len: int,
+    seed: int,
+    precision: Precision,
+    device: torch.device,
+    loss: float,
+    grads: dict[str, Tensor],
+) -> float:
+    """Twice the error of one device that computes in this precision, plus one unit of rounding."""
+    parallel = ParallelConfig(precision=precision, attention_provider="sdpa-flash")
+    mesh = build_mesh(sp_degree=1, device_type=device.type)
+    model = ParallelDiT(build_model(config, seed).to(device), mesh, parallel)
+    sample = make_sample(config, seq_len, index=0, seed=seed).to(device)
+    found = model.loss(
+        Batch(
+            latents=sample.latents,
+            noise=sample.noise,
+            timestep=sample.timestep,
+            text=sample.text,
+            global_samples=1,
+        )
+    )
+    model.engine.backward(found)
+    errors = gradient_errors({name: g.cpu() for name, g in model.engine.full_gradients().items()}, grads)
+    worst = max(*errors.values(), abs(found.item() - loss) / abs(loss))
+    return KERNEL_ERROR_FACTOR * worst + torch.finfo(DTYPES[precision]).eps
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -142,10 +206,16 @@ def compare(loss: float, grads: dict[str, Tensor], path: str | Path, *, dp_degre
         loss: mean over ranks of their losses. grads: by parameter name.
         path: written by write_oracle for at least dp_degree groups.
     """
-    losses, per_group = torch.load(path, weights_only=True)
+    stored = torch.load(path, weights_only=True)
+    losses, per_group = stored["losses"], stored["grads"]
     expected = sum(losses[:dp_degree]) / dp_degree
     reference = {name: sum(g[name] for g in per_group[:dp_degree]) / dp_degree for name in per_group[0]}
-    errors = gradient_errors(grads, reference)
+    errors = gradient_errors({name: grad.cpu() for name, grad in grads.items()}, reference)
     worst = max(errors, key=errors.__getitem__)
     loss_error = abs(loss - expected) / abs(expected)
-    return Verdict(loss=loss_error if loss_error == loss_error else float("inf"), grad=errors[worst], parameter=worst)
+    return Verdict(
+        loss=loss_error if loss_error == loss_error else float("inf"),
+        grad=errors[worst],
+        parameter=worst,
+        tolerance=stored["tolerance"],
+    )

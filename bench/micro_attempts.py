@@ -12,8 +12,8 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
+from longreel.bench.failures import one_line
 from longreel.bench.op_run import AT, MADE, CaseRequest, failed_status, run_case
-from longreel.bench.run import one_line
 from longreel.parallel.workers import WorkerError, WorkerPool, WorkerTimeout
 from longreel.reports import store
 from longreel.reports.op_records import OpRecord

@@ -25,10 +25,10 @@ from longreel.bench.ops import OPS, OpCase, Outputs, make_inputs, work_of
 from longreel.bench.provenance import stamped
 from longreel.bench.tiles import Tiles, use_tiles
 from longreel.bench.timing import Timing, TimingRule, Work, clock_for, measure
-from longreel.bench.verdict import compare
 from longreel.reports import store
 from longreel.reports.op_records import OpRecord
 from longreel.reports.records import Status
+from longreel.reports.verdict import compare
 
 # A first run of this many seconds is not repeated to see its memory without compilation.
 _LONG_S = 3.0

@@ -2,27 +2,27 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, get_args
+from typing import Annotated, Any, get_args
 
-from longreel.bench.cases import (
-    DEFAULT_POLICIES,
-    PRESETS,
-    MeasuredGrid,
-    Point,
-    PredictedGrid,
-    Sweep,
-    measured_points,
-    predicted_points,
-)
+from tyro.conf import arg
+
+from longreel.bench.cases import Timing
+from longreel.bench.grids import DEFAULT_POLICIES, Axes, MeasuredGrid, TargetGrid
+from longreel.bench.modes import Machine, for_machine, this_machine
+from longreel.bench.option_values import one_length, parse_counts, parse_lengths, parse_names, up_to
+from longreel.bench.peers import PEERS
+from longreel.bench.possible import check_possible
+from longreel.bench.presets import PRESETS, Sweep
+from longreel.kernels.attention import PROVIDERS
 from longreel.models.config import PRESETS as MODELS
-from longreel.parallel.config import POLICIES, STRATEGIES
+from longreel.models.config import Conditioning, CrossLayout
+from longreel.parallel.config import ENGINES, POLICIES, STRATEGIES
 from longreel.parallel.predict.hardware import get_profile
 from longreel.reports.records import Regime
 
-MODES = ("auto", "measured", "predicted")
+MODES = ("auto", "measured", "emulated", "predicted")
 # A process holds some 300 MiB before it computes anything.
 MAX_RANKS = 64
 DAY_S = 86_400.0
@@ -30,45 +30,62 @@ DAY_S = 86_400.0
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SweepConfig:
-    """Measure a small DiT on this machine's CPU and predict a large one on GPUs; write a report.
+    """Measure, emulate and predict training steps over strategies, lengths and policies; write a report.
 
-    Lists are separated by commas. What is not given is as the preset says.
+    Lists are separated by commas. What is not given is as the preset says. docs/sweep.md has examples.
 
     Args:
-        preset: `quick` (within three minutes on two cores), `smoke` (half a minute) or `thorough`.
-        mode: `measured`, `predicted`, or `auto` for both.
+        preset: `quick` (within three minutes on two cores), `smoke` (half a minute), `thorough`, `blog` (the two
+            published tables), `h800` (8 GPUs, all there is), `compare` (other projects' sequence parallelism) or
+            `point` (what the options say, and nothing else).
+        mode: `measured`, `emulated`, `predicted`, or `auto`: what this machine can do.
         out: folder of report.html, records.jsonl and records.csv; out/<preset> if not given.
+        resume: keep the points that are in the folder from this commit on this machine, run the others.
         seq_lens: lengths in tokens, such as 1k,2k,8192 (k is 1,024), of all points.
-        measured_lens: lengths of measured points only.
-        predicted_lens: lengths of predicted points only.
-        max_len: longest measured length, such as 16k: leaves longer ones out, or goes on to it in powers of two.
-            Not beside lengths.
-        strategies: some of local (the baseline), ulysses, fastseq, ring, usp (with the largest Ulysses degree that
-            leaves a ring and divides the heads).
+        measured_lens: lengths of points measured on this machine's CPU only.
+        predicted_lens: lengths of points of true size only.
+        max_len: longest length measured on the CPU, such as 16k: leaves longer ones out, or goes on to it in powers of
+            two. Not beside lengths.
+        strategies: some of local (data parallelism alone), ulysses, fastseq, ring, usp (with the largest Ulysses degree
+            that leaves a ring and divides the heads), or none (peers and the baseline only).
         sp_degrees: sequence-parallel degrees, such as 2,4.
-        ranks: numbers of processes of measured points, such as 1,2,4.
-        depth: blocks of the measured DiT.
-        hidden_size: width of the measured DiT.
-        num_heads: attention heads of the measured DiT.
-        model: preset of the predicted DiT, such as dit-xl-2.
-        target: GPU that is predicted for, such as H800.
-        gpus: GPUs of the predicted node.
-        policies: activation policies of predicted points, such as none,full, which are predicted where other points
-            than the preset's are asked for.
-        regimes: regimes of predicted points: full, text_only.
-        every_policy: predict every policy at every length, not only where it can matter.
+        ranks: numbers of processes of points measured on the CPU, such as 1,2,4.
+        depth: blocks of the DiT measured on the CPU.
+        hidden_size: width of the DiT measured on the CPU.
+        num_heads: attention heads of the DiT measured on the CPU.
+        model: preset of the DiT of true size, such as dit-xl-2.
+        target: GPU that is predicted or emulated, such as h800.
+        gpus: GPUs of the node.
+        policies: activation policies, such as none,full; auto: the fastest that fits by prediction. Where other points
+            of true size than the preset's are asked for, none,keep_attention,full if not given.
+        regimes: regimes of points of true size: full, text_only.
+        layouts: of the text's cross attention: replicated, published; of text_only published if not given.
+        conditioning: how text conditions the model: cross, adaln, in_context.
+        engines: sharding engines: fsdp2-zero2, fsdp2-zero3, ddp, colossalai.
+        attentions: attention providers, such as sdpa-flash,triton.
+        batches: samples of one sequence-parallel group, such as 1,2; 1 where measured.
+        head_chunks: of ulysses and usp, parts that heads are exchanged in, such as 1,2,4.
+        mlp_tiles: tokens that the MLP takes at a time, such as 4k.
+        peers: other projects' sequence parallelism: deepspeed-ulysses, yunchang-usp.
+        every_policy: run every policy at every length, not only where it can matter.
+        search: also find the longest length that fits each configuration.
+        baseline: the baseline is there, whatever else is asked for.
+        min_samples: steps timed at least.
+        max_samples: steps timed at most.
+        wall_cap: seconds of one point's steps after which sampling ends with what there is, at least two.
         point_timeout: seconds that one point may take.
     """
 
     preset: str = "quick"
     mode: str = "auto"
     out: Path | None = None
+    resume: bool = False
     seq_lens: str | None = None
     measured_lens: str | None = None
     predicted_lens: str | None = None
     max_len: str | None = None
-    strategies: str | None = None
-    sp_degrees: str | None = None
+    strategies: Annotated[str | None, arg(aliases=["--strategy"])] = None
+    sp_degrees: Annotated[str | None, arg(aliases=["--sp-degree"])] = None
     ranks: str | None = None
     depth: int | None = None
     hidden_size: int | None = None
@@ -76,9 +93,22 @@ class SweepConfig:
     model: str | None = None
     target: str | None = None
     gpus: int | None = None
-    policies: str | None = None
-    regimes: str | None = None
+    policies: Annotated[str | None, arg(aliases=["--policy"])] = None
+    regimes: Annotated[str | None, arg(aliases=["--regime"])] = None
+    layouts: Annotated[str | None, arg(aliases=["--layout"])] = None
+    conditioning: str | None = None
+    engines: Annotated[str | None, arg(aliases=["--engine"])] = None
+    attentions: Annotated[str | None, arg(aliases=["--attention"])] = None
+    batches: Annotated[str | None, arg(aliases=["--batch"])] = None
+    head_chunks: str | None = None
+    mlp_tiles: Annotated[str | None, arg(aliases=["--mlp-tile"])] = None
+    peers: str | None = None
     every_policy: bool = False
+    search: bool | None = None
+    baseline: bool = True
+    min_samples: int | None = None
+    max_samples: int | None = None
+    wall_cap: float | None = None
     point_timeout: float | None = None
 
     @property
@@ -90,192 +120,134 @@ class SweepConfig:
         except RuntimeError as error:
             raise ValueError(f"out: {out}: {error}") from None
 
-    def resolve(self) -> Sweep:
-        """The sweep; ValueError names the option, its value and what would work."""
+    def resolve(self, machine: Machine | None = None) -> Sweep:
+        """The sweep on a machine, this one if not given; ValueError names the option, its value and what would work."""
         if self.preset not in PRESETS:
             raise ValueError(f"unknown preset {self.preset!r}; there are {', '.join(PRESETS)}")
         if self.mode not in MODES:
             raise ValueError(f"unknown mode {self.mode!r}; there are {', '.join(MODES)}")
-        if self.point_timeout is not None and not 0 < self.point_timeout <= DAY_S:
-            raise ValueError(f"point_timeout must be positive and at most {DAY_S:g} s, got {self.point_timeout}")
+        for name, seconds in (("point_timeout", self.point_timeout), ("wall_cap", self.wall_cap)):
+            if seconds is not None and not 0 < seconds <= DAY_S:
+                raise ValueError(f"{name} must be positive and at most {DAY_S:g} s, got {seconds}")
+        machine = machine or this_machine()
         sweep = PRESETS[self.preset]()
-        measured = tuple(self._measured(grid) for grid in sweep.measured)
-        regimes = self._names("regimes", self.regimes, get_args(Regime))
-        has = [grid.regime for grid in sweep.predicted]
-        for regime in regimes or ():
-            if self.mode != "measured" and regime not in has:
-                raise ValueError(f"regimes: preset {self.preset} has no {regime} points; it has {', '.join(has)}")
-        predicted = tuple(self._predicted(g) for g in sweep.predicted if regimes is None or g.regime in regimes)
+        targets = tuple(
+            grid
+            for named in self._of_regimes(sweep.targets)
+            for grid in self._layouts(self._target(named, on_gpus=self.mode == "measured"))
+        )
         sweep = replace(
             sweep,
-            measured=measured if self.mode != "predicted" else (),
-            predicted=predicted if self.mode != "measured" else (),
+            measured=tuple(self._measured(grid) for grid in sweep.measured),
+            rehearsal=tuple(self._measured(grid) for grid in sweep.rehearsal),
+            targets=targets,
         )
-        _check_possible(
-            sweep, asked_ranks=_counts("ranks", self.ranks) or (), asked_degrees=_counts("sp_degrees", self.sp_degrees)
+        sweep = for_machine(sweep, self.mode, machine, wants_gpus=self.gpus is not None, timing=self._timing(Timing()))
+        check_possible(
+            sweep,
+            asked_ranks=parse_counts("ranks", self.ranks) or (),
+            asked_degrees=parse_counts("sp_degrees", self.sp_degrees),
         )
         return sweep
+
+    def _of_regimes(self, grids: tuple[TargetGrid, ...]) -> tuple[TargetGrid, ...]:
+        regimes = parse_names("regimes", self.regimes, get_args(Regime))
+        if regimes is None:
+            return grids
+        has = list(dict.fromkeys(grid.regime for grid in grids))
+        for regime in regimes:
+            if self.mode != "measured" and regime not in has:
+                raise ValueError(f"regimes: preset {self.preset} has no {regime} points; it has {', '.join(has)}")
+        return tuple(grid for grid in grids if grid.regime in regimes)
+
+    def _layouts(self, grid: TargetGrid) -> tuple[TargetGrid, ...]:
+        layouts = parse_names("layouts", self.layouts, get_args(CrossLayout))
+        if layouts is None:
+            return (grid,)
+        given: list[dict[str, Any]] = [{"layout": layout} for layout in layouts]
+        return tuple(replace(grid, **one) for one in given)
+
+    def _axes(self, grid: Axes) -> dict[str, Any]:
+        """What the options say of the axes that every grid has; None for those they do not mention."""
+        strategies = parse_names("strategies", self.strategies, (*STRATEGIES, "none"))
+        return {
+            "strategies": strategies if strategies != ("none",) else (),
+            "sp_degrees": parse_counts("sp_degrees", self.sp_degrees),
+            "policies": parse_names("policies", self.policies, (*POLICIES, "auto")),
+            "engines": parse_names("engines", self.engines, ENGINES),
+            "attentions": parse_names("attentions", self.attentions, PROVIDERS),
+            "batches": parse_counts("batches", self.batches),
+            "head_chunks": parse_counts("head_chunks", self.head_chunks),
+            "mlp_tiles": parse_lengths("mlp_tiles", self.mlp_tiles),
+            "peers": parse_names("peers", self.peers, tuple(PEERS)),
+            "baseline": None if self.baseline else False,
+            "point_timeout_s": self.point_timeout,
+        }
+
+    def _timing(self, timing: Timing) -> Timing:
+        given = {"min_samples": self.min_samples, "max_samples": self.max_samples, "wall_cap_s": self.wall_cap}
+        if self.min_samples is not None and self.max_samples is None:
+            given["max_samples"] = max(timing.max_samples, self.min_samples)
+        return replace(timing, **_said(given))
 
     def _measured(self, grid: MeasuredGrid) -> MeasuredGrid:
         lengths = parse_lengths("measured_lens", self.measured_lens) or parse_lengths("seq_lens", self.seq_lens)
         if self.max_len is not None:
-            longest = _one_length("max_len", self.max_len)
+            longest = one_length("max_len", self.max_len)
             if lengths is not None:
                 option = "seq_lens" if self.measured_lens is None else "measured_lens"
                 raise ValueError(f"max_len: {self.max_len} says nothing beside {option}; leave one of them out")
-            lengths = _up_to(grid.seq_lens, longest)
-        ranks = _counts("ranks", self.ranks)
+            lengths = up_to(grid.seq_lens, longest)
+        ranks = parse_counts("ranks", self.ranks)
         if ranks is not None and max(ranks) > MAX_RANKS:
             raise ValueError(f"ranks: {max(ranks)} processes are too many for one machine; at most {MAX_RANKS}")
-        sizes: dict[str, Any] = {"depth": self.depth, "hidden_size": self.hidden_size, "num_heads": self.num_heads}
-        model = replace(grid.model, **{name: size for name, size in sizes.items() if size is not None})
-        given: dict[str, Any] = {
+        model: dict[str, Any] = {"depth": self.depth, "hidden_size": self.hidden_size, "num_heads": self.num_heads}
+        model["conditioning"] = self._conditioning()
+        if self.preset == "point":
+            layouts = parse_names("layouts", self.layouts, get_args(CrossLayout))
+            model["cross_layout"] = None if layouts is None else layouts[0]
+            model["text_only"] = None if self.regimes is None else self.regimes == "text_only"
+        given = self._axes(grid) | {
             "seq_lens": lengths,
             "ranks": ranks,
-            "strategies": self._names("strategies", self.strategies, STRATEGIES),
-            "sp_degrees": _counts("sp_degrees", self.sp_degrees),
-            "point_timeout_s": self.point_timeout,
-            "model": model,
+            "model": replace(grid.model, **_said(model)),
+            "timing": self._timing(grid.timing),
             # Lengths that were asked for get every split.
             "max_len_mixed": None if lengths is None else max(lengths),
         }
-        return replace(grid, **{name: value for name, value in given.items() if value is not None})
+        return replace(grid, **_said(given))
 
-    def _predicted(self, grid: PredictedGrid) -> PredictedGrid:
+    def _conditioning(self) -> str | None:
+        names = parse_names("conditioning", self.conditioning, get_args(Conditioning))
+        if names is not None and len(names) > 1:
+            raise ValueError(f"conditioning: one of {', '.join(get_args(Conditioning))}, got {self.conditioning}")
+        return None if names is None else names[0]
+
+    def _target(self, grid: TargetGrid, *, on_gpus: bool) -> TargetGrid:
         if self.model is not None and self.model not in MODELS:
             raise ValueError(f"unknown model {self.model!r}; there are {', '.join(MODELS)}")
-        if self.target is not None:
-            get_profile(self.target)
+        profile = get_profile(self.target or grid.target)
         gpus = grid.num_gpus if self.gpus is None else self.gpus
-        most = get_profile(self.target or grid.target).gpus_per_node
-        if not 1 <= gpus <= most:
-            raise ValueError(f"gpus must be 1 to {most}, one node of {self.target or grid.target}, got {gpus}")
-        given: dict[str, Any] = {
+        if not on_gpus and not 1 <= gpus <= profile.gpus_per_node:
+            raise ValueError(
+                f"gpus must be 1 to {profile.gpus_per_node}, one node of {self.target or grid.target}, got {gpus}"
+            )
+        given = self._axes(grid) | {
             "seq_lens": parse_lengths("predicted_lens", self.predicted_lens)
             or parse_lengths("seq_lens", self.seq_lens),
-            "strategies": self._names("strategies", self.strategies, STRATEGIES),
-            "sp_degrees": _counts("sp_degrees", self.sp_degrees),
-            "model": self.model,
-            "target": None if self.target is None else get_profile(self.target).name,
+            "model_preset": self.model,
+            "target": None if self.target is None else profile.name,
             "num_gpus": self.gpus,
-            "policies": self._policies(),
+            "conditioning": self._conditioning(),
             "every_policy": self.every_policy or None,
-            "point_timeout_s": self.point_timeout,
+            "search": self.search,
         }
-        return replace(grid, **{name: value for name, value in given.items() if value is not None})
-
-    def _policies(self) -> tuple[str, ...] | None:
-        """As asked for; else the default as soon as points are: a preset's choice is for its own points."""
-        points = (self.seq_lens, self.predicted_lens, self.strategies, self.sp_degrees)
-        if self.policies is None and any(o is not None for o in (*points, self.model, self.target, self.gpus)):
-            return DEFAULT_POLICIES
-        return self._names("policies", self.policies, POLICIES)
-
-    def _names(self, option: str, text: str | None, known: tuple[str, ...]) -> tuple[str, ...] | None:
-        if text is None:
-            return None
-        names = tuple(dict.fromkeys(word.strip() for word in text.split(",")))
-        for name in names:
-            if name not in known:
-                raise ValueError(f"{option}: unknown {name!r}; there are {', '.join(known)}")
-        return names
+        # A preset's choice of policies is for its own points.
+        own = (self.seq_lens, self.predicted_lens, self.strategies, self.sp_degrees, self.model, self.target, self.gpus)
+        if self.policies is None and any(option is not None for option in own):
+            given["policies"] = DEFAULT_POLICIES
+        return replace(grid, **_said(given))
 
 
-def parse_lengths(option: str, text: str | None) -> tuple[int, ...] | None:
-    """`1k,2048` -> (1024, 2048), ascending; ValueError for what is not a list of lengths; None stays None."""
-    if text is None:
-        return None
-    return tuple(sorted({_one_length(option, word) for word in text.split(",")}))
-
-
-def _one_length(option: str, word: str) -> int:
-    match = re.fullmatch(r"\s*(\d+)\s*(k?)\s*", word, re.IGNORECASE | re.ASCII)
-    tokens = int(match[1]) * (1024 if match[2] else 1) if match else 0
-    if tokens < 1:
-        raise ValueError(f"{option}: {word.strip()!r} is not a length in tokens; write 2048 or 2k, separated by commas")
-    return tokens
-
-
-def _up_to(seq_lens: tuple[int, ...], longest: int) -> tuple[int, ...]:
-    lengths = [n for n in seq_lens if n <= longest]
-    while lengths and lengths[-1] * 2 <= longest:
-        lengths.append(lengths[-1] * 2)
-    return tuple(lengths) or (longest,)
-
-
-def _counts(option: str, text: str | None) -> tuple[int, ...] | None:
-    if text is None:
-        return None
-    words = [word.strip() for word in text.split(",")]
-    for word in words:
-        if not (word.isascii() and word.isdigit() and int(word) > 0):
-            raise ValueError(f"{option}: {word!r} is not a positive whole number; write 2,4, separated by commas")
-    return tuple(sorted({int(word) for word in words}))
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Worlds:
-    """Into what a grid may split its devices: `option` sets the worlds, `must_split` are those that have to."""
-
-    option: str
-    worlds: tuple[int, ...]
-    must_split: tuple[int, ...]
-    sp_degrees: tuple[int, ...]
-    strategies: tuple[str, ...]
-    points: list[Point]
-
-
-def _check_possible(sweep: Sweep, *, asked_ranks: tuple[int, ...], asked_degrees: tuple[int, ...] | None) -> None:
-    """ValueError where degrees and ranks leave nothing to split, or only points that cannot run."""
-    found = [
-        _Worlds(
-            option="ranks",
-            worlds=grid.ranks,
-            must_split=asked_ranks,
-            sp_degrees=grid.sp_degrees,
-            strategies=grid.strategies,
-            points=measured_points(grid, device=""),
-        )
-        for grid in sweep.measured
-    ] + [
-        _Worlds(
-            option="gpus",
-            worlds=(grid.num_gpus,),
-            must_split=(grid.num_gpus,),
-            sp_degrees=grid.sp_degrees,
-            strategies=grid.strategies,
-            points=[point for group in predicted_points(grid) for point in group],
-        )
-        for grid in sweep.predicted
-    ]
-    if {name for grid in found for name in grid.strategies} == {"local"}:
-        return
-    everywhere = [world for grid in found for world in grid.worlds]
-    for grid in found:
-        for world in grid.must_split:
-            if world > 1 and all(world % degree for degree in grid.sp_degrees):
-                degrees = ", ".join(map(str, grid.sp_degrees))
-                raise ValueError(
-                    f"{grid.option}: {world} is not a multiple of any SP degree ({degrees}); sp_degrees that divide "
-                    f"it: {_divisors(world)}"
-                )
-        for degree in asked_degrees or ():
-            if all(world % degree for world in everywhere):
-                raise ValueError(
-                    f"sp_degrees: {degree} divides none of {grid.option} {', '.join(map(str, grid.worlds))}; degrees "
-                    f"that do: {_divisors(*grid.worlds)}"
-                )
-        if not grid.points:
-            raise ValueError(
-                f"strategies: {', '.join(grid.strategies)} with sp_degrees {', '.join(map(str, grid.sp_degrees))} have "
-                f"no point on {grid.option} {', '.join(map(str, grid.worlds))}; give other sp_degrees (usp needs one "
-                "with a divisor between 1 and itself that divides the heads), or add local"
-            )
-        reasons = [point.impossible for point in grid.points if point.parallel.strategy != "local"]
-        # Where only some points are impossible, they become rows with their reason.
-        if reasons and all(reasons):
-            raise ValueError(reasons[0])
-
-
-def _divisors(*worlds: int) -> str:
-    return ", ".join(map(str, sorted({d for world in worlds for d in range(1, world + 1) if world % d == 0})))
+def _said(given: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in given.items() if value is not None}

@@ -10,46 +10,99 @@ from typing import Any
 from longreel.bench.cases import Point
 from longreel.bench.measure import RankResult
 from longreel.bench.provenance import stamped
+from longreel.bench.reproduce import reproduce
 from longreel.parallel.predict.flops import useful_flops
+from longreel.parallel.predict.policy import known_gpu
 from longreel.parallel.predict.predict import Prediction
 from longreel.reports import formatting
 from longreel.reports.records import Record
+from longreel.reports.verdict import compare, quantile
 
 GiB = 2**30
 
 
-def measured_record(point: Point, ranks: Sequence[RankResult], provenance: dict[str, Any]) -> Record:
-    """The record of a measured point from what its ranks returned."""
+def measured_record(
+    point: Point, ranks: Sequence[RankResult], provenance: dict[str, Any], *, baseline: RankResult | None = None
+) -> Record:
+    """The record of a measured point from what its ranks returned.
+
+    Args:
+        point: what ran. ranks: by rank. provenance: of the sweep.
+        baseline: a rank's result of the baseline, if the two were timed in turns.
+    """
     first = ranks[0]
     details = stamped(
         provenance,
         traffic_formula=first.traffic_formula,
         timing=asdict(point.timing),
         worst_gradient=first.verdict.parameter,
+        gate=first.gated,
+        reproduce=reproduce(point),
     )
     cores = provenance["environment"].get("cores", point.num_devices)
-    if point.num_devices > cores:
+    if point.device_type == "cpu" and point.num_devices > cores:
         details["sharing"] = f"{point.num_devices} ranks share {cores} core{'s' if cores > 1 else ''}"
+    flops = float(point.dp_degree * useful_flops(point.model, num_video=point.seq_len))
+    # The first group holds the gate's long sample.
+    hw_flops = float(point.dp_degree * sum(r.flops for r in ranks[: point.parallel.sp_degree]))
     outcome: dict[str, Any] = {
         "error": {"loss": first.verdict.loss, "grad": first.verdict.grad, "tolerance": first.verdict.tolerance},
         "traffic": first.traffic,
-        "flops": float(point.dp_degree * useful_flops(point.model, num_video=point.seq_len)),
-        # The first group holds the gate's long sample.
-        "hw_flops": float(point.dp_degree * sum(r.flops for r in ranks[: point.parallel.sp_degree])),
+        "flops": flops,
     }
     reasons = [r.reason for r in ranks if r.reason is not None]
     if reasons:
         return point.record("wrong", reason=reasons[0], provenance=details, **outcome)
-    fullest = max(ranks, key=lambda r: r.memory["process"] - r.memory.get("process_before", 0))
+    fullest = max(ranks, key=_step_memory)
+    energy = [r.energy_j for r in ranks]
+    step_s = statistics.median(first.samples_s)
     return point.record(
         "ok",
         samples_s=first.samples_s,
-        step_s=statistics.median(first.samples_s),
+        step_s=step_s,
         interval_s=(quantile(first.samples_s, 0.2), quantile(first.samples_s, 0.8)),
         memory=fullest.memory,
+        memory_limit=first.memory_limit,
+        energy_j=sum(joules for joules in energy if joules is not None) if None not in energy else None,
+        telemetry=first.telemetry if len(ranks) == 1 else _of_ranks(ranks),
+        comparison=_comparison(first, baseline, point),
+        hw_flops=hw_flops,
         provenance=details | {"warm_up": first.warm_up, "memory_source": fullest.memory_source},
+        **_utilisation(point, flops, hw_flops, step_s),
         **outcome,
     )
+
+
+def _step_memory(rank: RankResult) -> int:
+    memory = rank.memory
+    return memory["allocated"] if "allocated" in memory else memory["process"] - memory.get("process_before", 0)
+
+
+def _of_ranks(ranks: Sequence[RankResult]) -> dict[str, Any]:
+    """Telemetry of every rank by `rank <i>`; once, where all say the same."""
+    first = ranks[0].telemetry
+    if all(rank.telemetry == first for rank in ranks):
+        return first
+    return {f"rank {i}": rank.telemetry for i, rank in enumerate(ranks)}
+
+
+def _comparison(candidate: RankResult, baseline: RankResult | None, point: Point) -> dict[str, Any]:
+    """Verdict from samples taken in turns, as seconds per token; empty for the baseline itself and without one."""
+    if baseline is None or not baseline.samples_s or point.is_baseline:
+        return {}
+    # Every dp rank adds a sample to a step: the baseline's steps hold more tokens.
+    tokens = point.dp_degree / point.num_devices
+    found = compare([seconds / tokens for seconds in candidate.samples_s], baseline.samples_s)
+    return {"verdict": found.verdict, "ratio": found.ratio, "low": found.low, "high": found.high}
+
+
+def _utilisation(point: Point, flops: float, hw_flops: float, step_s: float) -> dict[str, float]:
+    """MFU and HFU of a GPU whose peak is known."""
+    gpu = known_gpu(point.device, point.num_devices) if point.device_type == "cuda" else None
+    if gpu is None:
+        return {}
+    peak = gpu.matmul_flops * point.num_devices * step_s
+    return {"mfu": flops / peak, "hfu": hw_flops / peak}
 
 
 def predicted_record(point: Point, prediction: Prediction, provenance: dict[str, Any]) -> Record:
@@ -62,7 +115,7 @@ def predicted_record(point: Point, prediction: Prediction, provenance: dict[str,
         "traffic": prediction.traffic,
         "flops": prediction.flops,
         "hw_flops": prediction.hw_flops,
-        "provenance": stamped(provenance, inputs=inputs),
+        "provenance": stamped(provenance, inputs=inputs, reproduce=reproduce(point)),
     }
     if not prediction.fits:
         reason = (
@@ -80,15 +133,6 @@ def predicted_record(point: Point, prediction: Prediction, provenance: dict[str,
         hidden=prediction.hidden,
         **outcome,
     )
-
-
-def quantile(samples: Sequence[float], q: float) -> float:
-    """The q-quantile of the samples, between neighbours by straight line."""
-    ordered = sorted(samples)
-    place = q * (len(ordered) - 1)
-    low = int(place)
-    high = min(low + 1, len(ordered) - 1)
-    return ordered[low] + (place - low) * (ordered[high] - ordered[low])
 
 
 def _figure(name: str, value: Any) -> str:

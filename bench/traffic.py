@@ -6,12 +6,14 @@ import contextlib
 import inspect
 from collections import Counter
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 from unittest import mock
 
 import torch.distributed as dist
 from torch import Tensor
 
+from longreel.models.config import DiTConfig
 from longreel.models.sequence import AttentionShape, SequenceParallel
 from longreel.parallel import comm
 
@@ -96,12 +98,32 @@ def counted_traffic() -> Iterator[Counter[str]]:
         yield sent
 
 
-def formula(strategy: SequenceParallel, shape: AttentionShape, *, num_layers: int, policy: str) -> dict[str, int]:
-    """Bytes one rank sends in a training step, by the strategy's own formula; recomputation repeats forward."""
-    traffic = strategy.traffic(shape)
-    repeats = num_layers * (2 if policy == "full" else 1)
-    total: Counter[str] = Counter({name: repeats * sent for name, sent in traffic.forward.items()})
-    total.update({name: num_layers * sent for name, sent in traffic.backward.items()})
+def formula(
+    strategy: SequenceParallel, model: DiTConfig, *, batch: int, seq_len: int, element_size: int, policy: str
+) -> dict[str, int]:
+    """Bytes one rank sends in a training step, by the strategy's own formula; recomputation repeats forward.
+
+    Args:
+        strategy: whose formula. model: its attention layers. policy: activation policy.
+        batch: samples of an SP group. seq_len: video tokens of each. element_size: bytes of an activation's element.
+    """
+    in_sequence = model.max_text_tokens if model.conditioning == "in_context" else 0
+    shape = AttentionShape(
+        batch=batch,
+        seq_len=in_sequence + seq_len,
+        num_heads=model.num_heads,
+        head_dim=model.head_dim,
+        element_size=element_size,
+    )
+    layers = [] if model.text_only else [shape]
+    if model.cross_layout == "published":
+        layers.append(replace(shape, kv_len=model.max_text_tokens))
+    total: Counter[str] = Counter()
+    for layer in layers:
+        traffic = strategy.traffic(layer)
+        repeats = model.depth * (2 if policy == "full" else 1)
+        total.update({name: repeats * sent for name, sent in traffic.forward.items()})
+        total.update({name: model.depth * sent for name, sent in traffic.backward.items()})
     return dict(total)
 
 

@@ -17,18 +17,18 @@ from typing import Any
 import torch
 
 from longreel.bench import op_gate, providers
+from longreel.bench.failures import one_line
 from longreel.bench.nvml import Monitor
 from longreel.bench.op_run import CaseRequest, works_of
 from longreel.bench.ops import OpCase, make_inputs
-from longreel.bench.run import one_line
 from longreel.bench.tiles import AnyTiles, Kernel, Tiles, candidates, listed_width, tiles_row, use_tiles
 from longreel.bench.timing import TimingRule, Work, clock_for, measure
 from longreel.bench.tune_plans import TunePlan
-from longreel.bench.verdict import compare
 from longreel.kernels.triton_attention_tuning import LengthClass, length_class
 from longreel.parallel.workers import WorkerError, WorkerPool, WorkerTimeout
 from longreel.reports import store
 from longreel.reports.op_records import OpRecord
+from longreel.reports.verdict import compare
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -1,4 +1,4 @@
-"""A pool of worker processes that run one function on every rank of a gloo group: for tests and CPU sweeps.
+"""A pool of worker processes that run one function on every rank of a group: for tests and sweeps.
 
 Starting a process costs seconds (it imports torch), so workers live on; each call gets a fresh process group. A
 worker that dies, hangs or raises costs its own call only: the pool replaces the workers at the next call. Ctrl-C and
@@ -31,6 +31,8 @@ from typing import Any
 
 # After one rank has failed, the others get this long to report the same before they are ended.
 GRACE_S = 2.0
+# Back ends of the workers' groups. With NCCL each rank has a GPU of its own; what lies in host memory goes by gloo.
+GLOO, NCCL = "gloo", "cpu:gloo,cuda:nccl"
 
 
 class WorkerError(RuntimeError):
@@ -47,13 +49,15 @@ class WorkerPool:
     Args:
         max_workers: processes at most; each is started when first needed.
         num_threads: torch threads of each worker.
+        backend: of the groups: GLOO, or NCCL where each rank has a GPU.
     """
 
-    def __init__(self, max_workers: int, *, num_threads: int = 1) -> None:
+    def __init__(self, max_workers: int, *, num_threads: int = 1, backend: str = GLOO) -> None:
         if max_workers < 1:
             raise ValueError(f"max_workers must be at least 1, got {max_workers}")
         self._max_workers = max_workers
         self._num_threads = num_threads
+        self._backend = backend
         self._workers: dict[int, tuple[BaseProcess, Connection]] = {}
         self._folder = tempfile.TemporaryDirectory(prefix="longreel-workers-")
         self._calls = 0
@@ -96,7 +100,7 @@ class WorkerPool:
                 self._start(rank)
         self._calls += 1
         rendezvous = str(self.scratch / f"rendezvous-{self._calls}")
-        call = (_locate(fn), args, world_size, rendezvous, timeout)
+        call = (_locate(fn), args, world_size, rendezvous, timeout, self._backend)
         try:
             for rank in ranks:
                 self._workers[rank][1].send((rank, *call))
@@ -237,14 +241,18 @@ def _answer(
     world_size: int,
     rendezvous: str,
     timeout: float,
+    backend: str,
 ) -> memoryview:
     """("ok", result) of one call on this rank, or ("error", traceback), as Connection.recv reads it."""
+    import torch
     import torch.distributed as dist
 
     try:
         fn = _load(*located)
+        if backend == NCCL:
+            torch.cuda.set_device(rank)
         dist.init_process_group(
-            "gloo",
+            backend,
             init_method=f"file://{rendezvous}",
             rank=rank,
             world_size=world_size,

@@ -10,8 +10,10 @@ import torch
 from torch import Tensor
 
 from longreel.bench import gate
-from longreel.bench.cases import MeasuredGrid, Point, Timing, measured_points, small_dit
-from longreel.bench.measure import RankResult, measure_point
+from longreel.bench.cases import Point, Timing
+from longreel.bench.grids import MeasuredGrid, measured_points
+from longreel.bench.measure import RankResult, measure_points
+from longreel.bench.presets import small_dit
 from longreel.models.sequence import SequenceLengths, Traffic
 from longreel.parallel import parallelize
 from longreel.parallel.config import STRATEGIES
@@ -25,7 +27,7 @@ TIMING = Timing(min_samples=2, max_samples=2, budget_s=0.0)
 
 def point(strategy: str, *, ranks: int, degree: int, seq_len: int = SEQ_LEN) -> Point:
     grid = MeasuredGrid(seq_lens=(seq_len,), ranks=(ranks,), sp_degrees=(degree,), model=MODEL, strategies=STRATEGIES)
-    found = [p for p in measured_points(grid, device="CPU") if p.parallel.strategy == strategy]
+    found = [p for p in measured_points(grid, device="CPU") if p.parallel.strategy == strategy and not p.is_baseline]
     return replace(found[0], timing=TIMING)
 
 
@@ -50,9 +52,10 @@ def oracle_file(tmp_path_factory) -> str:
     ids=["local-1", "local-dp2", "ulysses-sp2", "fastseq-sp2", "fastseq-dp2-sp2", "ring-sp2", "usp-sp4"],
 )
 def test_right_strategies_pass_and_are_timed(run_distributed, oracle_file, strategy, ranks, degree) -> None:
-    results: list[RankResult] = run_distributed(
-        measure_point, ranks, point(strategy, ranks=ranks, degree=degree), oracle_file
-    )
+    points = [point(strategy, ranks=ranks, degree=degree)]
+    results: list[RankResult] = [
+        found for (found,) in run_distributed(measure_points, ranks, points, oracle_file)
+    ]
     for result in results:
         assert result.reason is None
         assert 0 < result.verdict.grad < 1e-5
@@ -106,14 +109,14 @@ FAULTS = {cls.__name__: cls for cls in (ScaledGradient, ScaledOutput, NotANumber
 
 
 def measure_with_fault(fault: str, wrong: Point, path: str) -> RankResult:
-    """measure_point with a wrong strategy in place of Ulysses (in a worker)."""
+    """measure_points with a wrong strategy in place of Ulysses (in a worker)."""
 
     def build(config, mesh):
         right = build_strategy(config, mesh)
         return FAULTS[fault](**{field.name: getattr(right, field.name) for field in fields(right)})
 
     with mock.patch.object(parallelize, "build_strategy", build):
-        return measure_point(wrong, path)
+        return measure_points([wrong], path)[0]
 
 
 @pytest.mark.parametrize(
@@ -143,7 +146,7 @@ def measure_seen_lengths(wanted: Point, path: str) -> list[int]:
         return loss(model, batch)
 
     with mock.patch.object(ParallelDiT, "loss", seeing):
-        measure_point(wanted, path)
+        measure_points([wanted], path)
     return seen
 
 
@@ -157,14 +160,14 @@ def test_every_group_warms_up_on_what_it_is_timed_on(run_distributed, tmp_path) 
 
 
 def measure_with_unshared_gradients(wrong: Point, path: str) -> RankResult:
-    """measure_point with the second group on the first one's sample: data parallelism over no data (in a worker)."""
+    """measure_points with the second group on the first one's sample: data parallelism over no data (in a worker)."""
     real = gate.make_sample
 
     def same(config, seq_len, *, index, seed):
         return real(config, seq_len, index=0, seed=seed)
 
     with mock.patch.object(gate, "make_sample", same):
-        return measure_point(wrong, path)
+        return measure_points([wrong], path)[0]
 
 
 def test_groups_of_equal_data_are_wrong(run_distributed, oracle_file) -> None:
@@ -198,7 +201,8 @@ def test_every_part_of_every_gradient_is_far_from_zero_but_the_key_bias() -> Non
 
 
 def test_verdict_of_a_different_gradient_names_it(oracle_file) -> None:
-    losses, groups = torch.load(oracle_file, weights_only=True)
+    stored = torch.load(oracle_file, weights_only=True)
+    losses, groups = stored["losses"], stored["grads"]
     grads = {name: value.clone() for name, value in groups[0].items()}
     assert gate.compare(losses[0], grads, oracle_file, dp_degree=1).reason is None
     grads["blocks.0.fc2.weight"] *= 1 + 1e-4

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from longreel.bench.cases import DEFAULT_POLICIES, MeasuredGrid, measured_points, predicted_points, small_dit
+from longreel.bench.grids import DEFAULT_POLICIES, MeasuredGrid, measured_points, target_points
 from longreel.bench.options import SweepConfig, parse_lengths
+from longreel.bench.presets import small_dit
 from longreel.bench.sweep import main
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -152,7 +153,7 @@ def test_quick_predicts_both_regimes_at_the_published_lengths() -> None:
     assert len(full.seq_lens) == 7
     assert {614_400, 819_200} <= set(full.seq_lens) & set(text_only.seq_lens)
     for grid in (full, text_only):
-        points = [point for group in predicted_points(grid) for point in group]
+        points = [point for group in target_points(grid) for point in group]
         spreads = {(p.parallel.strategy, p.parallel.sp_degree) for p in points}
         assert spreads == {("local", 1), *((s, d) for s in grid.strategies if s != "local" for d in (2, 4, 8))}
         assert {p.regime for p in points} == {grid.regime}
@@ -200,7 +201,7 @@ def test_one_rank_measures_the_baseline_alone() -> None:
 
 def test_degrees_that_were_not_asked_for_may_be_too_large() -> None:
     (grid,) = SweepConfig(gpus=4, mode="predicted", regimes="full").resolve().predicted
-    points = [point for group in predicted_points(grid) for point in group]
+    points = [point for group in target_points(grid) for point in group]
     assert {p.parallel.sp_degree for p in points} == {1, 2, 4}
 
 

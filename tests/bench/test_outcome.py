@@ -7,10 +7,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from longreel.bench.cases import MeasuredGrid, PredictedGrid, Timing, measured_points, predicted_points, small_dit
+from longreel.bench.cases import Timing
 from longreel.bench.gate import Verdict
+from longreel.bench.grids import MeasuredGrid, TargetGrid, measured_points, target_points
 from longreel.bench.measure import RankResult
 from longreel.bench.outcome import measured_record, predicted_record, quantile
+from longreel.bench.presets import small_dit
 from longreel.parallel.predict.predict import Prediction
 from longreel.reports.records import Record
 
@@ -121,7 +123,7 @@ def test_closed_gate_leaves_no_figure(measured) -> None:
 
 
 def test_prediction_that_does_not_fit_is_oom_with_the_figures() -> None:
-    point = predicted_points(PredictedGrid(regime="full", seq_lens=(64,)))[0][0]
+    point = target_points(TargetGrid(regime="full", seq_lens=(64,)))[0][0]
     record = predicted_record(point, PREDICTION, PROVENANCE)
     assert (record.kind, record.status, record.step_s) == ("predicted", "oom", None)
     assert record.reason == "needs 90.0 GiB of 73.0 GiB usable (80 GiB H800 less the reserve)"

@@ -11,8 +11,9 @@ import pytest
 import torch.distributed as dist
 
 from longreel.bench import gate
-from longreel.bench.cases import MeasuredGrid, Point, PredictedGrid, measured_points, predicted_points, small_dit
-from longreel.bench.run import _Wanted, measured, one_line, predict_share, run_points
+from longreel.bench.cases import Point
+from longreel.bench.grids import MeasuredGrid, TargetGrid, measured_points, target_points
+from longreel.bench.presets import small_dit
 from longreel.parallel.predict.predict import PredictionCase
 from longreel.parallel.workers import WorkerError, WorkerPool, WorkerTimeout
 from longreel.reports.records import Record
@@ -166,10 +167,10 @@ def test_one_line_names_the_outermost_exception() -> None:
 
 
 def test_quick_predictions_leave_out_what_says_nothing_new() -> None:
-    grid = PredictedGrid(regime="full", seq_lens=(1, 2, 3), strategies=("local", "ulysses"), sp_degrees=(2,))
+    grid = TargetGrid(regime="full", seq_lens=(1, 2, 3), strategies=("local", "ulysses"), sp_degrees=(2,))
     wanted = _Wanted(every_policy=False)
     ran = {"local": [], "ulysses": []}
-    for group in predicted_points(grid):
+    for group in target_points(grid):
         for point in group:
             if wanted(point):
                 ran[point.parallel.strategy].append((point.seq_len, point.parallel.policy))
@@ -183,23 +184,23 @@ def test_quick_predictions_leave_out_what_says_nothing_new() -> None:
 
 
 def test_the_baseline_is_there_whatever_policies_are_asked_for() -> None:
-    grid = PredictedGrid(regime="full", seq_lens=(1,), sp_degrees=(2,), policies=("none",))
-    points = [point for group in predicted_points(grid) for point in group]
+    grid = TargetGrid(regime="full", seq_lens=(1,), sp_degrees=(2,), policies=("none",))
+    points = [point for group in target_points(grid) for point in group]
     assert [(p.parallel.strategy, p.parallel.policy) for p in points if p.is_baseline] == [("local", "full")]
     assert {p.parallel.policy for p in points if p.parallel.strategy != "local"} == {"none"}
 
 
 def test_recomputation_alone_is_predicted_everywhere() -> None:
-    grid = PredictedGrid(regime="full", seq_lens=(1, 2), strategies=("local",), policies=("full",))
+    grid = TargetGrid(regime="full", seq_lens=(1, 2), strategies=("local",), policies=("full",))
     wanted = _Wanted(every_policy=False)
-    assert all(wanted(point) for group in predicted_points(grid) for point in group)
+    assert all(wanted(point) for group in target_points(grid) for point in group)
 
 
 def test_predictions_run_beside_each_other_in_workers(pool, points) -> None:
-    grid = PredictedGrid(regime="full", seq_lens=(512,), strategies=("ulysses",), sp_degrees=(2, 4), model="dit-s-2")
+    grid = TargetGrid(regime="full", seq_lens=(512,), strategies=("ulysses",), sp_degrees=(2, 4), model="dit-s-2")
     cases = [
         PredictionCase(model=p.model, parallel=p.parallel, num_gpus=8, target="H800", seq_len=p.seq_len)
-        for p in predicted_points(grid)[0]
+        for p in target_points(grid)[0]
         if p.parallel.sp_degree == 2
     ]
     first, second = pool.run(predict_share, 2, [cases[0], cases[0]], timeout=120.0)

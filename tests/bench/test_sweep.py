@@ -10,7 +10,8 @@ import signal
 import pytest
 
 from longreel.bench import console
-from longreel.bench.cases import MeasuredGrid, measured_points, small_dit
+from longreel.bench.grids import MeasuredGrid, measured_points
+from longreel.bench.presets import small_dit
 from longreel.bench.sweep import main
 from longreel.reports.store import load
 

@@ -7,6 +7,7 @@ import torch
 import torch.distributed as dist
 
 from longreel.bench.traffic import counted_traffic, disagreement, formula
+from longreel.models.config import DiTConfig
 from longreel.models.sequence import AttentionShape, Traffic
 from longreel.parallel import comm
 
@@ -16,16 +17,20 @@ class Strategy:
         return Traffic(forward={"all_to_all": 10, "all_gather": 1}, backward={"all_to_all": 20, "reduce_scatter": 3})
 
 
-SHAPE = AttentionShape(batch=1, seq_len=8, num_heads=2, head_dim=8, element_size=4)
+def sent(policy: str = "none", **model: object) -> dict[str, int]:
+    config = DiTConfig(**({"depth": 3, "hidden_size": 16, "num_heads": 2, "conditioning": "cross"} | model))
+    return formula(Strategy(), config, batch=1, seq_len=8, element_size=4, policy=policy)
 
 
 def test_formula_counts_forward_twice_when_it_is_recomputed() -> None:
-    assert formula(Strategy(), SHAPE, num_layers=3, policy="none") == {
-        "all_to_all": 90,
-        "all_gather": 3,
-        "reduce_scatter": 9,
-    }
-    assert formula(Strategy(), SHAPE, num_layers=3, policy="full")["all_to_all"] == 120
+    assert sent() == {"all_to_all": 90, "all_gather": 3, "reduce_scatter": 9}
+    assert sent("full")["all_to_all"] == 120
+
+
+def test_formula_counts_the_attention_layers_that_exchange() -> None:
+    assert sent(text_only=True) == {}
+    assert sent(text_only=True, cross_layout="published") == sent()
+    assert sent(cross_layout="published") == {name: 2 * count for name, count in sent().items()}
 
 
 @pytest.mark.parametrize(

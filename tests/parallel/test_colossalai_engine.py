@@ -16,8 +16,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from longreel.bench import gate
-from longreel.bench.cases import MeasuredGrid, Point, Timing, measured_points, small_dit
-from longreel.bench.measure import RankResult, measure_point
+from longreel.bench.cases import Point, Timing
+from longreel.bench.grids import MeasuredGrid, measured_points
+from longreel.bench.measure import RankResult, measure_points
+from longreel.bench.presets import small_dit
 from longreel.data.demo import make_demo_folder
 from longreel.kernels.numerics import PARALLEL_TOLERANCE, gradient_errors, relative_error
 from longreel.models.config import DiTConfig
@@ -287,7 +289,7 @@ def test_trainer_trains_and_resumes_under_it(tmp_path: Path, run_distributed: An
 
 def measure(point: Point, oracle_path: str) -> RankResult:
     use_cpu_accelerator()
-    return measure_point(point, oracle_path)
+    return measure_points([point], oracle_path)[0]
 
 
 @installed

@@ -8,8 +8,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from longreel.bench.outcome import quantile
-
 Verdict = Literal["SAME", "FAST", "SLOW", "AMBIGUOUS"]
 
 # Within this fraction of each other two candidates are the same for every purpose.
@@ -35,6 +33,15 @@ class Comparison:
         if self.high < 1:
             return "FAST"
         return "SLOW" if self.low > 1 else "AMBIGUOUS"
+
+
+def quantile(samples: Sequence[float], q: float) -> float:
+    """The q-quantile of the samples, between neighbours by straight line."""
+    ordered = sorted(samples)
+    place = q * (len(ordered) - 1)
+    low = int(place)
+    high = min(low + 1, len(ordered) - 1)
+    return ordered[low] + (place - low) * (ordered[high] - ordered[low])
 
 
 def compare(candidate_s: Sequence[float], baseline_s: Sequence[float]) -> Comparison:

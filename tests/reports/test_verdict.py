@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from longreel.bench.verdict import Comparison, compare
+from longreel.reports.verdict import Comparison, compare
 
 
 def noisy(centre: float, spread: float, count: int, seed: int) -> list[float]:

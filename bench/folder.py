@@ -1,0 +1,116 @@
+"""The folder that a sweep writes: one sweep at a time, every point once, records whole whatever happens."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from longreel.reports import store
+from longreel.reports.records import Record
+
+RECORDS = "records.jsonl"
+LOCK = ".sweep.lock"
+
+
+class Records:
+    """The record file of a folder, and what it holds of this commit on this machine.
+
+    Args:
+        folder: of the file. origin: provenance of what is added. resume: points that are there need no run.
+    """
+
+    def __init__(self, folder: Path, origin: dict[str, Any], *, resume: bool) -> None:
+        self.path = folder / RECORDS
+        self.origin = origin
+        self._answered: dict[str, Record] = {}
+        if resume and self.path.exists():
+            for record in of_origin(store.load(self.path), origin):
+                self._keep(record)
+
+    def _keep(self, record: Record) -> None:
+        self._answered[record.key] = record
+        asked = record.provenance.get("asked")
+        # A point of policy `auto` is answered by a record of the policy chosen.
+        if isinstance(asked, dict):
+            self._answered[str(asked.get("key"))] = record
+
+    def of_sweep(self) -> list[Record]:
+        """The records that a resumed sweep began with and those added since."""
+        return list({record.key: record for record in self._answered.values()}.values())
+
+    def done(self, key: str) -> bool:
+        """Whether a point with this key needs no run."""
+        return key in self._answered
+
+    def saved(self, key: str) -> Record | None:
+        """The record of a key, None where there is none."""
+        return self._answered.get(key)
+
+    def add(self, record: Record) -> bool:
+        """Append a record unless this sweep has one of its key; whether it was written. OSError names the file."""
+        if record.key in self._answered:
+            return False
+        try:
+            store.append(self.path, record)
+        except OSError as error:
+            raise OSError(
+                f"{self.path}: {error.strerror or error}; the records before it are whole; make room and run the same "
+                "command with --resume"
+            ) from None
+        self._keep(record)
+        return True
+
+    def all(self) -> list[Record]:
+        """Every record of the file that has this origin."""
+        return of_origin(store.load(self.path), self.origin) if self.path.exists() else []
+
+
+def of_origin(records: Sequence[Record], origin: dict[str, Any]) -> list[Record]:
+    """The records of this commit on this machine: a folder may hold older ones, which a figure must not mix in."""
+    same = ("commit", "environment")
+    return [r for r in records if all(r.provenance.get(name) == origin[name] for name in same)]
+
+
+def prepare_folder(folder: Path) -> None:
+    """Make sure that files can be written there; OSError names the folder."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise OSError(f"out: cannot write to {folder}: {error.strerror}; give another folder with --out") from None
+
+
+@contextlib.contextmanager
+def only_sweep(folder: Path, command: str) -> Iterator[None]:
+    """Hold the folder; ValueError at once, naming process and command, where another sweep holds it.
+
+    The lock is the kernel's: it goes with the process, however that ends. The file beside it only says whose it is.
+    """
+    path = folder / LOCK
+    with open(path, "a+", encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            raise ValueError(f"out: {folder} is being written by {_holder(file.read())}; give another --out") from None
+        file.truncate(0)
+        file.write(json.dumps({"pid": os.getpid(), "command": command}))
+        file.flush()
+        yield
+        # The file stays: one that another process has just opened must not be another file than the one locked.
+        file.truncate(0)
+
+
+def _holder(text: str) -> str:
+    try:
+        told = json.loads(text)
+        return f"process {told['pid']} ({told['command']})"
+    except (ValueError, KeyError, TypeError):
+        return "another sweep"
