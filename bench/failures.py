@@ -15,6 +15,9 @@ from longreel.reports.records import Record, Status
 # What PyTorch, CUDA and Python say where an allocation failed.
 _OUT_OF_MEMORY = ("can't allocate memory", "MemoryError", "OutOfMemoryError", "out of memory")
 
+# What a rank says that is not at fault: another one is gone.
+_BROKEN = r"(?i)connection (closed|reset|refused)|broken pipe|read error|socketException|remote process exited"
+
 
 def failure(point: Point, error: WorkerError, provenance: dict[str, Any]) -> Record:
     """The record of a point whose workers raised, died or took too long."""
@@ -25,11 +28,13 @@ def failure(point: Point, error: WorkerError, provenance: dict[str, Any]) -> Rec
 
 def one_line(error: WorkerError) -> str:
     """What went wrong: the first rank that failed, its exception, and where it was raised."""
-    text = str(error)
+    blocks = re.split(r"\n(?=rank \d+ of \d+ )", str(error))
+    # A rank that lost its connection to another says what happened to it, not what went wrong.
+    text = next((block for block in blocks if not re.search(_BROKEN, block)), blocks[0])
     if "\nTraceback" not in text:
         return " ".join(text.split())
     who, _, trace = text.partition("\nTraceback")
-    trace = re.split(r"\nrank(s \[| \d+ of)", trace)[0]
+    trace = re.split(r"\nranks \[", trace)[0]
     lines = [line for line in trace.splitlines() if line.strip()]
     message = next(
         (line for line in reversed(lines) if re.match(r"[\w.]+(Error|Exception|Interrupt|Exit)\b", line)), lines[-1]

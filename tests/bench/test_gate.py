@@ -53,9 +53,7 @@ def oracle_file(tmp_path_factory) -> str:
 )
 def test_right_strategies_pass_and_are_timed(run_distributed, oracle_file, strategy, ranks, degree) -> None:
     points = [point(strategy, ranks=ranks, degree=degree)]
-    results: list[RankResult] = [
-        found for (found,) in run_distributed(measure_points, ranks, points, oracle_file)
-    ]
+    results: list[RankResult] = [found for (found,) in run_distributed(measure_points, ranks, points, oracle_file)]
     for result in results:
         assert result.reason is None
         assert 0 < result.verdict.grad < 1e-5

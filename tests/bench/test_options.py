@@ -118,7 +118,7 @@ def test_script_runs_without_an_install(tmp_path: Path) -> None:
         check=False,
     )
     assert done.returncode == 2
-    assert done.stderr == "error: unknown preset 'nope'; there are quick, smoke, thorough\n"
+    assert done.stderr == "error: unknown preset 'nope'; there are quick, smoke, thorough, blog, h800, compare, point\n"
     assert list(tmp_path.iterdir()) == []
 
 
@@ -149,7 +149,7 @@ def test_quick_measures_every_strategy_next_to_its_baseline() -> None:
 
 
 def test_quick_predicts_both_regimes_at_the_published_lengths() -> None:
-    full, text_only = SweepConfig().resolve().predicted
+    full, text_only = SweepConfig().resolve().targets
     assert len(full.seq_lens) == 7
     assert {614_400, 819_200} <= set(full.seq_lens) & set(text_only.seq_lens)
     for grid in (full, text_only):
@@ -176,7 +176,7 @@ def test_degree_that_some_heads_forbid_becomes_points_with_a_reason() -> None:
 
 
 def test_policies_of_other_points_than_the_presets_are_all_of_them() -> None:
-    (text_only,) = SweepConfig(regimes="text_only").resolve().predicted
+    (text_only,) = SweepConfig(regimes="text_only").resolve().targets
     assert text_only.policies == ("full",)
     for other in (
         {"predicted_lens": "8k"},
@@ -186,10 +186,10 @@ def test_policies_of_other_points_than_the_presets_are_all_of_them() -> None:
         {"gpus": 4},
         {"strategies": "local"},
     ):
-        (grid,) = SweepConfig(regimes="text_only", mode="predicted", **other).resolve().predicted
+        (grid,) = SweepConfig(regimes="text_only", mode="predicted", **other).resolve().targets
         assert grid.policies == DEFAULT_POLICIES, other
     (asked,) = (
-        SweepConfig(regimes="text_only", mode="predicted", predicted_lens="8k", policies="full").resolve().predicted
+        SweepConfig(regimes="text_only", mode="predicted", predicted_lens="8k", policies="full").resolve().targets
     )
     assert asked.policies == ("full",)
 
@@ -200,7 +200,7 @@ def test_one_rank_measures_the_baseline_alone() -> None:
 
 
 def test_degrees_that_were_not_asked_for_may_be_too_large() -> None:
-    (grid,) = SweepConfig(gpus=4, mode="predicted", regimes="full").resolve().predicted
+    (grid,) = SweepConfig(gpus=4, mode="predicted", regimes="full").resolve().targets
     points = [point for group in target_points(grid) for point in group]
     assert {p.parallel.sp_degree for p in points} == {1, 2, 4}
 

@@ -1,0 +1,128 @@
+"""longreel.bench.predicted: what is predicted, by workers beside each other, and the search for the longest length."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+
+import pytest
+
+from longreel.bench.grids import TargetGrid, target_points
+from longreel.bench.longest import STEP
+from longreel.bench.predicted import HOST_BYTES, Wanted, case_of, predict_share, predicted
+from longreel.parallel.predict.hardware import get_profile
+from longreel.parallel.predict.predict import predict_step
+from longreel.parallel.workers import WorkerPool
+
+PROVENANCE = {"commit": "c", "environment": {}}
+GRID = TargetGrid(
+    regime="full",
+    seq_lens=(8_192,),
+    strategies=("ulysses",),
+    sp_degrees=(2,),
+    policies=("full",),
+    model_preset="dit-s-2",
+    every_policy=True,
+)
+
+
+@pytest.fixture(scope="module")
+def pool():
+    with WorkerPool(2) as pool:
+        yield pool
+
+
+def own_process() -> int:
+    """In a worker."""
+    return os.getpid()
+
+
+def test_quick_predictions_leave_out_what_says_nothing_new() -> None:
+    grid = TargetGrid(regime="full", seq_lens=(1, 2, 3), strategies=("local", "ulysses"), sp_degrees=(2,))
+    wanted = Wanted(every_policy=False)
+    ran = {"local": [], "ulysses": []}
+    for group in target_points(grid):
+        for point in group:
+            if wanted(point):
+                ran[point.parallel.strategy].append((point.seq_len, point.parallel.policy))
+                longest = {"none": 1, "keep_attention": 2, "full": 9}[point.parallel.policy]
+                fits = point.seq_len <= longest
+                outcome = {"step_s": 1.0} if fits else {"reason": "needs more"}
+                wanted.saw(point.record("ok" if fits else "oom", provenance=PROVENANCE, **outcome))
+    assert ran["ulysses"] == [(1, "none"), (2, "none"), (2, "keep_attention"), (3, "keep_attention"), (3, "full")]
+    # The baseline of every ratio, local with recomputation, is predicted at every length.
+    assert ran["local"] == [(1, "none"), (1, "full"), *ran["ulysses"][1:3], (2, "full"), *ran["ulysses"][3:]]
+
+
+def test_the_baseline_is_there_whatever_policies_are_asked_for() -> None:
+    grid = TargetGrid(regime="full", seq_lens=(1,), sp_degrees=(2,), policies=("none",))
+    points = [point for group in target_points(grid) for point in group]
+    assert [(p.parallel.strategy, p.parallel.policy) for p in points if p.is_baseline] == [("local", "full")]
+    assert {p.parallel.policy for p in points if p.parallel.strategy != "local"} == {"none"}
+
+
+def test_recomputation_alone_is_predicted_everywhere() -> None:
+    grid = TargetGrid(regime="full", seq_lens=(1, 2), strategies=("local",), policies=("full",))
+    wanted = Wanted(every_policy=False)
+    assert all(wanted(point) for group in target_points(grid) for point in group)
+
+
+def test_predictions_run_beside_each_other_in_workers(pool) -> None:
+    point = next(p for group in target_points(replace(GRID, seq_lens=(512,))) for p in group if not p.is_baseline)
+    first, second = pool.run(predict_share, 2, [point, point], timeout=120.0)
+    assert first == second
+    assert first.prediction.memory_bytes > 0
+    # The workers still serve.
+    assert len(set(pool.run(own_process, 2, timeout=120.0))) == 2
+
+
+def test_policy_auto_becomes_the_one_chosen_and_is_not_asked_again(pool) -> None:
+    grid = replace(GRID, policies=("auto",), baseline=False)
+    ((point,),) = target_points(grid)
+    (record,) = predicted(grid, pool, PROVENANCE, width=2)
+    # Everything fits: nothing is recomputed.
+    assert (record.status, record.policy) == ("ok", "none")
+    assert record.config["parallel"]["policy"] == "none"
+    assert record.provenance["policy"].startswith("none: fits")
+    assert record.provenance["asked"] == {"key": point.key(PROVENANCE), "policy": "auto"}
+    assert list(predicted(grid, pool, PROVENANCE, width=2, done={point.key(PROVENANCE)}.__contains__)) == []
+
+
+def test_policy_auto_where_none_fits_is_out_of_memory(pool) -> None:
+    grid = replace(GRID, seq_lens=(2**26,), policies=("auto",), baseline=False)
+    (record,) = predicted(grid, pool, PROVENANCE, width=1)
+    assert record.status == "oom"
+    assert "none fits" in record.reason
+
+
+def test_search_finds_the_length_at_which_one_step_more_does_not_fit(pool) -> None:
+    grid = replace(GRID, search=True, policies=("full", "offload"))
+    found = list(predicted(grid, pool, PROVENANCE, width=2))
+    longest = [record for record in found if "search" in record.provenance]
+    # Of the baseline too.
+    assert [(r.strategy, r.policy) for r in longest] == [("local", "full"), ("ulysses", "full"), ("ulysses", "offload")]
+    usable = get_profile(grid.target).usable_bytes
+    points = {(p.strategy, p.parallel.policy): p for group in target_points(grid) for p in group}
+    for record in longest:
+        assert record.status == "ok"
+        assert not record.is_baseline
+        assert record.seq_len % STEP == 0
+        point = points[record.strategy, record.policy]
+        needs = [
+            predict_step(case_of(replace(point, seq_len=seq_len)))
+            for seq_len in (record.seq_len, record.seq_len + STEP)
+        ]
+        assert [need.memory_bytes <= usable and need.host_bytes <= HOST_BYTES for need in needs] == [True, False]
+    asked = {record.provenance["asked"]["key"] for record in longest} | {record.key for record in found}
+    assert list(predicted(grid, pool, PROVENANCE, width=2, done=asked.__contains__)) == []
+
+
+def test_peers_and_engines_that_nothing_predicts_are_rows_with_the_reason(pool) -> None:
+    grid = replace(GRID, sp_degrees=(8,), model_preset="dit-xl-2", peers=("yunchang-usp",), strategies=())
+    found = {record.strategy: record for record in predicted(grid, pool, PROVENANCE, width=1)}
+    assert found["local"].status == "ok"
+    assert found["yunchang-usp"].status == "skipped"
+    assert "for real or not at all" in found["yunchang-usp"].reason
+    colossalai = replace(GRID, strategies=("local",), engines=("colossalai",), baseline=False)
+    (record,) = predicted(colossalai, pool, PROVENANCE, width=1)
+    assert (record.engine, record.status) == ("colossalai", "skipped")
