@@ -28,7 +28,7 @@ from longreel.bench.timing import Timing, TimingRule, Work, clock_for, measure
 from longreel.reports import store
 from longreel.reports.op_records import OpRecord
 from longreel.reports.records import Status
-from longreel.reports.verdict import compare
+from longreel.reports.turns import compare
 
 # A first run of this many seconds is not repeated to see its memory without compilation.
 _LONG_S = 3.0

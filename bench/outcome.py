@@ -16,7 +16,7 @@ from longreel.parallel.predict.policy import known_gpu
 from longreel.parallel.predict.predict import Prediction
 from longreel.reports import formatting
 from longreel.reports.records import Record
-from longreel.reports.verdict import compare, quantile
+from longreel.reports.turns import compare, quantile
 
 GiB = 2**30
 
@@ -65,7 +65,7 @@ def measured_record(
         memory_limit=first.memory_limit,
         energy_j=sum(joules for joules in energy if joules is not None) if None not in energy else None,
         telemetry=first.telemetry if len(ranks) == 1 else _of_ranks(ranks),
-        comparison=_comparison(first, baseline, point),
+        comparison=_comparison(first, baseline, point, shared="sharing" in details),
         hw_flops=hw_flops,
         provenance=details | {"warm_up": first.warm_up, "memory_source": fullest.memory_source},
         **_utilisation(point, flops, hw_flops, step_s),
@@ -86,9 +86,12 @@ def _of_ranks(ranks: Sequence[RankResult]) -> dict[str, Any]:
     return {f"rank {i}": rank.telemetry for i, rank in enumerate(ranks)}
 
 
-def _comparison(candidate: RankResult, baseline: RankResult | None, point: Point) -> dict[str, Any]:
-    """Verdict from samples taken in turns, as seconds per token; empty for the baseline itself and without one."""
-    if baseline is None or not baseline.samples_s or point.is_baseline:
+def _comparison(candidate: RankResult, baseline: RankResult | None, point: Point, *, shared: bool) -> dict[str, Any]:
+    """Verdict from samples taken in turns, as seconds per token.
+
+    Empty for the baseline itself, without one, and where ranks share cores: time then says who waited for whom.
+    """
+    if baseline is None or not baseline.samples_s or point.is_baseline or shared:
         return {}
     # Every dp rank adds a sample to a step: the baseline's steps hold more tokens.
     tokens = point.dp_degree / point.num_devices

@@ -16,7 +16,7 @@ from typing import Any, Protocol
 import torch
 
 from longreel.bench.nvml import Monitor, Reading
-from longreel.reports.verdict import quantile
+from longreel.reports.turns import quantile
 
 # The stream is held back for this many times the host's launch time, plus a constant, and never longer than the cap.
 _HOLD_FACTOR, _HOLD_EXTRA_S, _HOLD_MOST_S = 2.0, 20e-6, 10e-3

@@ -28,7 +28,7 @@ from longreel.kernels.triton_attention_tuning import LengthClass, length_class
 from longreel.parallel.workers import WorkerError, WorkerPool, WorkerTimeout
 from longreel.reports import store
 from longreel.reports.op_records import OpRecord
-from longreel.reports.verdict import compare
+from longreel.reports.turns import compare
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

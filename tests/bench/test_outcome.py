@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-import numpy as np
 import pytest
 
 from longreel.bench.cases import Timing
 from longreel.bench.gate import Verdict
 from longreel.bench.grids import MeasuredGrid, TargetGrid, measured_points, target_points
 from longreel.bench.measure import RankResult
-from longreel.bench.outcome import measured_record, predicted_record, quantile
+from longreel.bench.outcome import measured_record, predicted_record
 from longreel.bench.presets import small_dit
 from longreel.parallel.predict.predict import Prediction
 from longreel.reports.records import Record
@@ -139,9 +138,3 @@ def test_prediction_that_does_not_fit_is_oom_with_the_figures() -> None:
         "link": "1.5e+11 (1e+11 to 2e+11), assumed: a guess",
     }
     assert Record.from_json(fitting.to_json()) == fitting
-
-
-@pytest.mark.parametrize("q", [0.0, 0.2, 0.5, 0.8, 1.0])
-@pytest.mark.parametrize("samples", [(4.0,), (1.0, 2.0), (5.0, 1.0, 4.0, 2.0, 9.0)], ids=len)
-def test_quantile_is_numpys(samples, q) -> None:
-    assert quantile(samples, q) == pytest.approx(np.quantile(samples, q))
