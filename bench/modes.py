@@ -26,7 +26,13 @@ def this_machine() -> Machine:
 
 
 def for_machine(
-    sweep: Sweep, mode: str, machine: Machine, *, wants_gpus: bool = False, timing: Timing | None = None
+    sweep: Sweep,
+    mode: str,
+    machine: Machine,
+    *,
+    wants_gpus: bool = False,
+    wants_cpu: bool = False,
+    timing: Timing | None = None,
 ) -> Sweep:
     """The sweep as a mode has it on a machine.
 
@@ -35,7 +41,8 @@ def for_machine(
 
     Args:
         sweep: with its grids of true size as predicted ones. mode: `auto`, `measured`, `emulated` or `predicted`.
-        wants_gpus: a number of GPUs was asked for. timing: of steps that are measured on GPUs.
+        wants_gpus: a number of GPUs was asked for. wants_cpu: a number of CPU processes was.
+        timing: of steps that are measured on GPUs.
 
     Raises:
         ValueError: the machine has no GPU for what is asked.
@@ -53,6 +60,8 @@ def for_machine(
             raise ValueError(
                 "gpus: there is no GPU here to measure on; use --mode predicted, or --ranks for processes on the CPU"
             )
+        return replace(sweep, measured=(*sweep.measured, *sweep.rehearsal), targets=(), rehearsal=())
+    if mode == "measured" and wants_cpu and not wants_gpus:
         return replace(sweep, measured=(*sweep.measured, *sweep.rehearsal), targets=(), rehearsal=())
     fits = [grid for grid in sweep.targets if grid.num_gpus <= machine.num_gpus]
     if mode == "measured":

@@ -142,7 +142,14 @@ class SweepConfig:
             rehearsal=tuple(self._measured(grid) for grid in sweep.rehearsal),
             targets=targets,
         )
-        sweep = for_machine(sweep, self.mode, machine, wants_gpus=self.gpus is not None, timing=self._timing(Timing()))
+        sweep = for_machine(
+            sweep,
+            self.mode,
+            machine,
+            wants_gpus=self.gpus is not None,
+            wants_cpu=self.ranks is not None,
+            timing=self._timing(Timing()),
+        )
         check_possible(
             sweep,
             asked_ranks=parse_counts("ranks", self.ranks) or (),
