@@ -75,9 +75,8 @@ def test_records_are_complete(sweep) -> None:
         assert record.error["grad"] <= record.error["tolerance"] == 1e-5
         sequence = {name: sent for name, sent in record.traffic.items() if name.startswith("sequence.")}
         assert sum(sequence.values()) == sum(record.provenance["traffic_formula"].values())
-        # The counter saw what the closed form says, and a forward pass more where that is recomputed.
-        recomputed = 4 / 3 if record.policy == "full" else 1.0
-        assert record.hw_flops == pytest.approx(recomputed * record.flops, rel=0.02)
+        # The counter saw what the closed form says, and most of a forward pass more, which is recomputed in the blocks.
+        assert 1.25 * record.flops < record.hw_flops < 4 / 3 * record.flops
         assert record.telemetry == {"unavailable": "no NVML for device type cpu"}
     predicted = [r for r in records if r.kind == "predicted"]
     assert {r.seq_len for r in predicted} == {614_400}
