@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from longreel.bench.cases import PredictedGrid
+from longreel.bench.grids import TargetGrid
 from longreel.parallel.predict.hardware import GPUProfile, get_profile
 from longreel.parallel.predict.needs import Need, Setting
 from longreel.parallel.predict.planner import Plan, Refused, plan, spread_name
@@ -80,7 +80,7 @@ class PlanConfig:
         if profile.usable_bytes <= 0:
             raise ValueError(f"memory: {self.memory or self.target} leaves nothing beside the reserve")
         return Setting(
-            model=PredictedGrid(regime=self.regime, seq_lens=(self.tokens,), model=self.model).dit,
+            model=TargetGrid(regime=self.regime, seq_lens=(self.tokens,), model_preset=self.model).dit,
             world_size=self.gpus,
             grid=grid_of(self.tokens),
             samples=self.batch,
