@@ -14,11 +14,21 @@ from longreel.reports import embed
         [{"a": 1}, {"a": 1.0}, {"a": True}, {"a": None}, {"a": "1"}],
         [{"a": {"x": 1}}, {"a": {"x": 2, "y": 3}}, {"a": {}}, {}],
         [{"a": {"x": 1}}, {"a": 5}, {"a": None}],
+        [{"a": 1}, {"a": "1"}, {"a": 1.0}, {"a": "None"}, {"a": None}, {"a": [1]}, {"a": "[1]"}] * 3,
         [{}, {}],
         [{"same": 1, "pick": [0], "each": {"of": 2}, "object": None}] * 3,
         [{"": i % 3} for i in range(20)],
     ],
-    ids=["one", "types", "missing-keys", "object-or-not", "empty", "names-of-the-format", "few-values"],
+    ids=[
+        "one",
+        "types",
+        "missing-keys",
+        "object-or-not",
+        "repeated-types",
+        "empty",
+        "names-of-the-format",
+        "few-values",
+    ],
 )
 def test_unpack_gives_back_what_was_packed(rows):
     packed = json.loads(json.dumps(embed.pack(rows)))

@@ -42,6 +42,13 @@ def test_no_text_is_a_formula(make_record, text):
     assert not any(value[:1] in "=+-@\t" for value in row.values() if value)
 
 
+def test_exposed_is_communication_by_its_name_and_whatever_can_hide(make_record):
+    parts = {"attention": 1.0, "sharding": 0.25, "offload": 0.25, "gossip": 0.5}
+    record = make_record(breakdown=parts, hidden={"gossip": 0.0})
+    assert export.exposed_seconds(record) == pytest.approx(1.0)
+    assert export.exposed_seconds(make_record()) is None
+
+
 def test_numbers_and_plain_texts_stay_as_they_are():
     assert [export.csv_cell(value) for value in (-1.5, None, True, "a=b")] == [-1.5, None, True, "a=b"]
 

@@ -176,6 +176,7 @@ def test_parts_of_a_step_are_stacked_to_its_time_per_sample(sweep):
         widths[colour, float(up)] = float(right) - float(left)
     by_colour = {c: [w for (colour, _), w in sorted(widths.items()) if colour == c] for c in ("0", "4", "")}
     rows = [m.record for m in parts.marks]
+    assert [m.value for m in parts.marks] == [r.step_s / r.dp_degree for r in rows]
     assert len(rows) == 4
     scale = by_colour["0"][0] / (rows[0].breakdown["attention"] / rows[0].dp_degree)
     for colour, name in (("0", "attention"), ("4", "matmul"), ("", "sequence")):
