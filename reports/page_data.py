@@ -13,7 +13,8 @@ from longreel.reports.export import CSV_DERIVED, CSV_FIELDS, derived
 from longreel.reports.heatmap import LEVELS
 from longreel.reports.records import Record
 from longreel.reports.tables import Table
-from longreel.reports.verdicts import MARGIN, may_be_judged
+from longreel.reports.turns import MARGIN
+from longreel.reports.verdicts import may_be_judged
 
 
 def page_data(points: Sequence[Record], sections: Sequence[tuple[str, Sequence[Record], Table]]) -> dict[str, Any]:

@@ -1,14 +1,14 @@
 """Two runs of the same points: what got slower, larger or broke, what improved, and what only one of them has.
 
 A change of the step time is reported when it is large (at least a stated part) and significant (the interval of the
-ratio of medians excludes 1). Memory and traffic are counted, not sampled: there size alone decides, as it does for
-predictions, whose interval is the model's uncertainty and says nothing about a change of its output.
+ratio, by ranks as for samples in turns, excludes 1). Memory and traffic are counted, not sampled: there size alone
+decides, as it does for predictions, whose interval is the model's uncertainty and says nothing about a change of its
+output.
 """
 
 from __future__ import annotations
 
 import math
-import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -18,11 +18,9 @@ from longreel.reports.compare import Group
 from longreel.reports.configurations import labels
 from longreel.reports.records import Record
 from longreel.reports.store import latest
+from longreel.reports.turns import compare
 
 Outcome = Literal["regression", "improvement", "undecided", "other"]
-
-# Below this many samples the interval of a median is wider than the samples' range.
-_MIN_SAMPLES = 6
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -186,27 +184,7 @@ def _time_interval(a: Record, b: Record, confidence: float) -> tuple[tuple[float
         return None, ""
     if not a.samples_s or not b.samples_s:
         return None, "no samples"
-    fewest = min(len(a.samples_s), len(b.samples_s))
-    # Two equal runs are this likely to have ranges that do not meet.
-    chance = 2 / math.comb(len(a.samples_s) + len(b.samples_s), len(a.samples_s))
-    if fewest < _MIN_SAMPLES and chance > 1 - confidence:
+    found = compare(b.samples_s, a.samples_s, confidence=confidence)
+    if not found.decisive:
         return None, f"too few samples: {len(a.samples_s)} and {len(b.samples_s)}"
-    (low_a, high_a), (low_b, high_b) = (median_interval(r.samples_s, confidence) for r in (a, b))
-    return (low_b / high_a, high_b / low_a), ""
-
-
-def median_interval(samples: Sequence[float], confidence: float) -> tuple[float, float]:
-    """The interval of the median by order statistics: exact for any distribution; all samples where they are few.
-
-    Source: the number of samples below the median is binomial with probability 1/2 (e.g. Conover 1999, section 3.2).
-    """
-    ordered, n = sorted(samples), len(samples)
-    outside, tail = 0, 0.0
-    while outside < (n - 1) // 2:
-        tail += math.comb(n, outside) / 2**n
-        if 2 * tail > 1 - confidence:
-            break
-        outside += 1
-    outside = max(outside, 1)
-    low, high = ordered[outside - 1], ordered[n - outside]
-    return min(low, statistics.median(ordered)), max(high, statistics.median(ordered))
+    return (found.low, found.high), ""

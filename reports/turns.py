@@ -53,11 +53,11 @@ class Comparison:
         return "SLOW" if self.low > 1 else "AMBIGUOUS"
 
 
-def compare(candidate_s: Sequence[float], baseline_s: Sequence[float]) -> Comparison:
+def compare(candidate_s: Sequence[float], baseline_s: Sequence[float], *, confidence: float = CONFIDENCE) -> Comparison:
     """Compare samples that were taken in turns.
 
     Args:
-        candidate_s, baseline_s: seconds, at least one each.
+        candidate_s, baseline_s: seconds, at least one each. confidence: of the interval.
 
     Raises:
         ValueError: one side has no sample.
@@ -66,19 +66,19 @@ def compare(candidate_s: Sequence[float], baseline_s: Sequence[float]) -> Compar
         raise ValueError(f"both sides need samples, got {len(candidate_s)} and {len(baseline_s)}")
     quotients = sorted(candidate / baseline for candidate in candidate_s for baseline in baseline_s)
     few, many = sorted((len(candidate_s), len(baseline_s)))
-    left_out = _left_out(few, many)
+    tail = (1 - confidence) / 2
+    left_out = _left_out(few, many, tail)
     return Comparison(
         ratio=statistics.median(quotients),
         low=quotients[left_out],
         high=quotients[-1 - left_out],
-        decisive=few >= MIN_DECISIVE,
+        decisive=few >= MIN_DECISIVE and math.comb(few + many, few) * tail >= 1,
     )
 
 
 @lru_cache
-def _left_out(few: int, many: int) -> int:
-    """Quotients to leave out at each end: the most u with P(U < u) at most half of what 95 % leaves, at least 0."""
-    tail = (1 - CONFIDENCE) / 2
+def _left_out(few: int, many: int, tail: float) -> int:
+    """Quotients to leave out at each end: the most u with P(U < u) at most the tail, at least 0."""
     if many > _MOST_EXACT:
         mean, deviation = few * many / 2, math.sqrt(few * many * (few + many + 1) / 12)
         return max(0, math.floor(mean + deviation * statistics.NormalDist().inv_cdf(tail) - 0.5))

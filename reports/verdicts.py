@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Literal, get_args
+from typing import get_args
 
 from longreel.reports.compare import MIN_SAMPLES, Baselines
 from longreel.reports.records import Record
-
-Verdict = Literal["SAME", "FAST", "SLOW", "AMBIGUOUS"]
-
-# Within this fraction of each other two throughputs are the same for every purpose.
-MARGIN = 0.01
+from longreel.reports.turns import Comparison, Verdict
 
 
 def verdict(record: Record, baselines: Baselines) -> Verdict | None:
@@ -40,8 +36,4 @@ def may_be_judged(record: Record) -> bool:
 
 def of_interval(low: float, high: float) -> Verdict:
     """The verdict on a ratio of throughputs that lies between these."""
-    if low >= 1 - MARGIN and high <= 1 + MARGIN:
-        return "SAME"
-    if low > 1:
-        return "FAST"
-    return "SLOW" if high < 1 else "AMBIGUOUS"
+    return Comparison(ratio=2 / (low + high), low=1 / high, high=1 / low).verdict

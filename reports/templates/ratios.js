@@ -27,12 +27,12 @@ const ratiosOf = (data) => {
     const scale = (r * mine.step_s) / theirs.step_s;
     return [(scale * theirs.interval_s[0]) / mine.interval_s[1], (scale * theirs.interval_s[1]) / mine.interval_s[0]];
   };
-  // As longreel.reports.verdicts.
+  // As longreel.reports.verdicts: the rule is about times, the inverse of throughputs.
   const verdict = (i) => {
     if (chosen < 0) return data.derived.verdict[i];
     const other = opponent(i), bounds = interval(i), { margin } = data.rules;
     if (!bounds || !data.judged[i] || !data.judged[other]) return null;
-    if (bounds[0] >= 1 - margin && bounds[1] <= 1 + margin) return "SAME";
+    if (1 / bounds[1] >= 1 - margin && 1 / bounds[0] <= 1 + margin) return "SAME";
     if (bounds[0] > 1) return "FAST";
     return bounds[1] < 1 ? "SLOW" : "AMBIGUOUS";
   };

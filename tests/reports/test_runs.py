@@ -1,12 +1,11 @@
 from __future__ import annotations
 
-import math
 import random
 from dataclasses import replace
 
 import pytest
 
-from longreel.reports.runs import Thresholds, compare_runs, median_interval
+from longreel.reports.runs import Thresholds, compare_runs
 from longreel.reports.runs_report import lines, page
 
 LIMITS = Thresholds()
@@ -64,24 +63,14 @@ def test_predictions_have_no_noise(make_record):
 
 
 def test_equal_runs_are_rarely_called_different(make_record):
-    """Two runs of one distribution: the bar is both sides' intervals apart, so far fewer than 1 - confidence."""
+    """Two runs of one distribution: no more often than 1 - confidence, half of it as slower."""
     source = random.Random(0)
     wrong = 0
     for _ in range(400):
         sides = [tuple(source.lognormvariate(0, 0.1) for _ in range(10)) for _ in range(2)]
         old, new = (make_record(samples_s=s, step_s=sorted(s)[5]) for s in sides)
         wrong += bool(compare_runs([old], [new], Thresholds(size=0.001)).of("regression"))
-    assert wrong <= 8
-
-
-@pytest.mark.parametrize("n", [6, 9, 13, 25])
-def test_median_interval_covers_what_it_says(n):
-    samples = list(range(n))
-    low, high = median_interval(samples, 0.95)
-    outside = low + 1
-    assert high == n - 1 - low
-    tail = sum(math.comb(n, k) for k in range(outside)) / 2**n
-    assert 2 * tail <= 0.05 < 2 * (tail + math.comb(n, outside) / 2**n)
+    assert wrong <= 18
 
 
 def test_what_broke_comes_first_and_memory_and_traffic_count(make_record):
