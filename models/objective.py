@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from longreel.models.diffusion import Diffusion
-from longreel.models.flow import FlowPrediction, RectifiedFlow, TimestepDistribution
+from longreel.models.flow import MIN_WEIGHED_T, FlowPrediction, RectifiedFlow, TimestepDistribution
 
 ObjectiveName = Literal["flow", "ddpm"]
 
@@ -54,19 +54,24 @@ class ObjectiveConfig:
         objective: `flow` (rectified flow) or `ddpm` (1000 steps, epsilon with learned sigma, as the original DiT).
         prediction: of `flow`: `velocity`, or `x0`, which large patches on a narrow model need.
         timesteps: of `flow`, how training draws them: `uniform` or `logit-normal`, which favours the middle.
+        timestep_shift: of `flow`: above 1 moves training timesteps towards noise, where the layout is decided.
+        min_weighed_t: of prediction `x0`: its error weighs 1 / max(t, this)^2.
     """
 
     objective: ObjectiveName = "flow"
     prediction: FlowPrediction = "velocity"
     timesteps: TimestepDistribution = "uniform"
+    timestep_shift: float = 1.0
+    min_weighed_t: float = MIN_WEIGHED_T
 
     def __post_init__(self) -> None:
         if self.objective not in get_args(ObjectiveName):
             raise ValueError(f"objective must be one of {', '.join(get_args(ObjectiveName))}; got {self.objective!r}")
-        if self.objective == "ddpm" and (self.prediction, self.timesteps) != ("velocity", "uniform"):
+        of_flow = (self.prediction, self.timesteps, self.timestep_shift)
+        if self.objective == "ddpm" and of_flow != ("velocity", "uniform", 1.0):
             raise ValueError(
-                "prediction and timesteps are choices of objective flow; ddpm predicts epsilon at uniform timesteps, "
-                f"got prediction {self.prediction!r}, timesteps {self.timesteps!r}"
+                "prediction, timesteps and timestep_shift are choices of objective flow; ddpm predicts epsilon at "
+                f"uniform timesteps, got {of_flow}"
             )
         self.build()
 
@@ -74,4 +79,9 @@ class ObjectiveConfig:
         """The objective itself."""
         if self.objective == "ddpm":
             return Diffusion()
-        return RectifiedFlow(prediction=self.prediction, distribution=self.timesteps)
+        return RectifiedFlow(
+            prediction=self.prediction,
+            distribution=self.timesteps,
+            shift=self.timestep_shift,
+            min_weighed_t=self.min_weighed_t,
+        )

@@ -18,6 +18,7 @@ from longreel.parallel.predict.hardware import FIXED_RESERVE_BYTES, FRAGMENTATIO
 from longreel.parallel.predict.needs import Setting
 from longreel.parallel.predict.planner import in_words, plan
 from longreel.parallel.predict.policy import choose_policy, known_gpu, under_policy
+from longreel.parallel.run_shape import run_shape
 
 if TYPE_CHECKING:
     from longreel.parallel.run_config import TrainConfig
@@ -43,17 +44,17 @@ def with_policy(config: TrainConfig) -> TrainConfig:
     world_size = int(os.environ.get("WORLD_SIZE", 1))
     device, name, limit = _device(parallel, "policy 'auto'")
     cuda, host_limit = device.type == "cuda", _host_limit(parallel)
-    model = config.model.build()
+    shape = run_shape(config, parallel.dp_degree(world_size))
     provider = resolve_attention_provider(parallel.attention_provider, device, DTYPES[parallel.precision])
     with warnings.catch_warnings():
         # As in longreel.parallel.launch: nothing here writes into a prediction.
         warnings.filterwarnings("ignore", message=r"FSDP2-wrapped module .* returned a view tensor")
         choice = choose_policy(
-            model,
+            shape.model,
             parallel,
             world_size=world_size,
-            grid=model.grid(config.num_frames, config.height, config.width),
-            batch=-(-config.batch_size // parallel.dp_degree(world_size)),
+            grid=shape.grid,
+            batch=shape.batch,
             limit_bytes=limit,
             host_limit_bytes=host_limit,
             attention_provider="torch" if provider == "torch" else "sdpa-flash",
@@ -81,13 +82,13 @@ def _planned(config: TrainConfig) -> TrainConfig:
     world_size = int(os.environ.get("WORLD_SIZE", 1))
     target = None if config.target is None else get_profile(config.target)
     device, name, limit = _device(parallel, "plan 'auto'", target)
-    model = config.model.build()
+    shape = run_shape(config, 1)
     provider = resolve_attention_provider(parallel.attention_provider, device, DTYPES[parallel.precision])
     host_limit = _host_limit(parallel)
     setting = Setting(
-        model=model,
+        model=shape.model,
         world_size=world_size,
-        grid=model.grid(config.num_frames, config.height, config.width),
+        grid=shape.grid,
         samples=config.batch_size,
         limit_bytes=limit,
         host_limit_bytes=host_limit,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
@@ -77,6 +79,16 @@ def test_a_perfect_prediction_of_x0_loses_nothing_and_samples_the_data():
     assert torch.equal(flow.token_loss(x0[..., None], shaped, t), torch.zeros(2, 3, dtype=torch.float64))
     out = euler_sample(lambda x, time: flow.velocity(x0, x, time), noise, 7)
     torch.testing.assert_close(out, x0, rtol=0, atol=1e-12)
+
+
+def test_shifted_timesteps_lie_nearer_to_noise():
+    def mean(shift):
+        flow, generator = RectifiedFlow(shift=shift), torch.Generator().manual_seed(0)
+        return torch.cat([flow.draw_timestep(generator) for _ in range(2000)]).mean()
+
+    # The mean of s u / (1 + (s - 1) u) over u in [0, 1] at s = 3 is 1.5 - 0.75 log 3.
+    assert mean(3.0) == pytest.approx(1.5 - 0.75 * math.log(3), abs=0.02)
+    assert mean(1.0) == pytest.approx(0.5, abs=0.02)
 
 
 def test_an_error_of_x0_weighs_as_that_of_the_velocity():

@@ -1,0 +1,49 @@
+"""parallel/presets.py: every preset is a command line that works, what follows it wins, and the largest one fits."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from longreel.data.command_line import parse_arguments
+from longreel.models.dit import parameter_count
+from longreel.parallel.predict.predict import PredictionCase, predict_step
+from longreel.parallel.presets import PRESETS, with_preset
+from longreel.parallel.run_config import TrainConfig
+
+
+def parsed(*words: str) -> TrainConfig:
+    return parse_arguments(TrainConfig, with_preset(words))
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_preset_is_a_run(name: str) -> None:
+    config = parsed("--preset", name, *([] if name == "smoke" else ["--shards", "x"]))
+    assert config.preset == name
+    assert config.optimizer.schedule == "cosine"
+    assert config.demo == (name == "smoke")
+
+
+def test_words_after_a_preset_win() -> None:
+    config = parsed("--preset=smoke", "--steps", "7", "--patch-size", "1", "4", "4")
+    assert (config.steps, config.model.patch_size, config.objective.prediction) == (7, (1, 4, 4), "x0")
+    assert not parsed("--preset", "smoke", "--videos", "x").demo
+    assert parsed("--demo").objective.prediction == "x0"
+    assert parsed("--videos", "x") == TrainConfig(videos=Path("x"))
+    with pytest.raises(ValueError, match="unknown preset 'huge'; presets are smoke, small, xl2-131k, xl2-819k"):
+        parsed("--preset", "huge")
+
+
+@pytest.mark.parametrize(("name", "tokens"), [("xl2-131k", 131_072), ("xl2-819k", 819_200)])
+def test_sequences_of_a_preset_fit_80_gb_by_prediction(name: str, tokens: int) -> None:
+    config = parsed("--preset", name, "--shards", "x")
+    assert config.token_budget == tokens
+    model = config.model.build(in_channels=4, raw=False, text_dim=4096, max_text_tokens=120)
+    case = PredictionCase(model=model, parallel=config.parallel, num_gpus=8, target="h100", seq_len=tokens)
+    assert config.batch_size % config.parallel.dp_degree(8) == 0
+    found = predict_step(case)
+    # The average of the weights is a shard more, which the prediction does not know.
+    average = 4 * parameter_count(model) // 8
+    print(f"{name}: {(found.memory_bytes + average) / 2**30:.1f} GiB of {found.usable_bytes / 2**30:.1f}")
+    assert found.memory_bytes + average <= found.usable_bytes
