@@ -11,22 +11,28 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
+import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from longreel.bench import provenance
+from longreel.bench import op_provenance, provenance
+from longreel.bench.emulated_run import this_emulator
 from longreel.bench.folder import RECORDS, Records, only_sweep, prepare_folder
 from longreel.bench.modes import Machine, this_machine
 from longreel.bench.options import SweepConfig
 from longreel.bench.presets import Sweep
 from longreel.bench.run import backend, num_points, pool_size, run_sweep
 from longreel.data.command_line import parse_arguments
-from longreel.parallel.workers import WorkerPool
+from longreel.parallel.workers import NCCL, WorkerPool
 from longreel.reports import formatting, store
 from longreel.reports.html import check_ours, write_report
 from longreel.reports.records import Record
 from longreel.reports.summary import summary_lines
+
+# Kept of a sweep's minutes for the report.
+REPORT_S = 10.0
 
 
 def run(command: Sequence[str]) -> int:
@@ -49,10 +55,11 @@ def run(command: Sequence[str]) -> int:
             if (folder / RECORDS).exists():
                 store.load(folder / RECORDS)
         prepare_folder(folder)
-        origin = provenance.gather(command)
+        origin = _origin(sweep, command, commit=config.commit, on_gpu=not config.rehearse and machine.num_gpus > 0)
         with only_sweep(folder, origin["command"]), _termination_as_interrupt(), store.warnings_as_lines():
-            kept = Records(folder, origin, resume=config.resume)
-            records = _sweep(sweep, machine, folder, kept)
+            # A sweep that ends with its minutes goes on where it ended.
+            kept = Records(folder, origin, resume=config.resume or sweep.minutes is not None)
+            records = _sweep(sweep, machine, folder, kept, rehearse=config.rehearse)
     except (ValueError, OSError) as error:
         return _complain(error)
     except KeyboardInterrupt as stop:
@@ -98,16 +105,32 @@ def _complain(error: Exception) -> int:
     return 2
 
 
-def _sweep(sweep: Sweep, machine: Machine, folder: Path, kept: Records) -> list[Record]:
+def _origin(sweep: Sweep, command: Sequence[str], *, commit: str | None, on_gpu: bool) -> dict[str, Any]:
+    """Provenance of all records: with the GPU, where points run on one."""
+    emulates = any(grid.kind == "emulated" for grid in sweep.targets)
+    if on_gpu and (emulates or backend(sweep) == NCCL):
+        return op_provenance.gather(command, torch.device("cuda"), commit=commit)
+    return provenance.gather(command)
+
+
+def _sweep(sweep: Sweep, machine: Machine, folder: Path, kept: Records, *, rehearse: bool) -> list[Record]:
     """Run a sweep and report it with what the folder has of its origin; returns the records of this sweep."""
     start = time.monotonic()
+    deadline = None if sweep.minutes is None else start + 60 * sweep.minutes - REPORT_S
     console = Console(highlight=False, soft_wrap=True)
     finished = kept.of_sweep()
     if finished:
         console.print(f"resumed: {len(finished)} records of this commit on this machine are kept", markup=False)
     with WorkerPool(pool_size(sweep), backend=backend(sweep)) as pool, _progress(console) as progress:
         task = progress.add_task("starting workers", total=num_points(sweep), completed=len(finished))
-        for record in run_sweep(sweep, pool, kept.origin, machine=machine, done=kept.done, saved=kept.saved):
+        emulator = None
+        if any(grid.kind == "emulated" for grid in sweep.targets):
+            emulator = this_emulator(
+                rehearse=rehearse, deadline=deadline, say=lambda text: progress.console.print(text, markup=False)
+            )
+        for record in run_sweep(
+            sweep, pool, kept.origin, machine=machine, emulator=emulator, done=kept.done, saved=kept.saved
+        ):
             if not kept.add(record):
                 continue
             finished.append(record)

@@ -99,6 +99,7 @@ class TargetGrid(Axes):
         every_policy: run each policy everywhere; otherwise, of a strategy and degree, the first one that fits into
             memory, and each no further than the first length at which it does not. The baseline is everywhere.
         search: for every configuration also the longest length that fits.
+        whole_depth: emulated points run the model's depth once, whatever it takes.
     """
 
     kind: Kind = "predicted"
@@ -112,6 +113,7 @@ class TargetGrid(Axes):
     policies: tuple[Policy, ...] = DEFAULT_POLICIES
     every_policy: bool = False
     search: bool = False
+    whole_depth: bool = False
 
     @property
     def cross_layout(self) -> CrossLayout:

@@ -52,7 +52,9 @@ def for_machine(
         return replace(sweep, measured=(), rehearsal=())
     if mode == "emulated":
         if machine.num_gpus == 0:
-            raise ValueError("mode emulated runs one rank on a GPU, and there is none here; use --mode predicted")
+            raise ValueError(
+                "mode emulated runs one rank on a GPU, and there is none here; use --mode predicted, or --rehearse"
+            )
         targets = tuple(replace(grid, kind="emulated") for grid in sweep.targets)
         return replace(sweep, measured=(), rehearsal=(), targets=targets)
     if mode == "measured" and machine.num_gpus == 0:

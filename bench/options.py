@@ -36,10 +36,14 @@ class SweepConfig:
 
     Args:
         preset: `quick` (within three minutes on two cores), `smoke` (half a minute), `thorough`, `blog` (the two
-            published tables), `h800` (8 GPUs, all there is), `compare` (other projects' sequence parallelism) or
-            `point` (what the options say, and nothing else).
+            published tables), `h800` (8 GPUs, all there is), `compare` (other projects' sequence parallelism),
+            `headline` (one emulated rank of eight: baseline and our best) or `point` (what the options say, and nothing
+            else).
         mode: `measured`, `emulated`, `predicted`, or `auto`: what this machine can do.
+        rehearse: emulate on the CPU, tiny models and lengths in place of the true ones: every path, no meaning.
+        minutes: time for what is emulated; the same command goes on with what it was too short for.
         out: folder of report.html, records.jsonl and records.csv; out/<preset> if not given.
+        commit: the commit of this tree, for a copy that is no git checkout; of records made on a GPU.
         resume: keep the points that are in the folder from this commit on this machine, run the others.
         seq_lens: lengths in tokens, such as 1k,2k,8192 (k is 1,024), of all points.
         measured_lens: lengths of points measured on this machine's CPU only.
@@ -78,7 +82,10 @@ class SweepConfig:
 
     preset: str = "quick"
     mode: str = "auto"
+    rehearse: bool = False
+    minutes: float | None = None
     out: Path | None = None
+    commit: str | None = None
     resume: bool = False
     seq_lens: str | None = None
     measured_lens: str | None = None
@@ -129,8 +136,14 @@ class SweepConfig:
         for name, seconds in (("point_timeout", self.point_timeout), ("wall_cap", self.wall_cap)):
             if seconds is not None and not 0 < seconds <= DAY_S:
                 raise ValueError(f"{name} must be positive and at most {DAY_S:g} s, got {seconds}")
+        if self.minutes is not None and not 0 < self.minutes <= DAY_S / 60:
+            raise ValueError(f"minutes must be positive and at most {DAY_S / 60:g}, got {self.minutes}")
+        if self.rehearse and self.mode not in ("auto", "emulated"):
+            raise ValueError(f"rehearse is a rehearsal of mode emulated, got mode {self.mode!r}; leave --mode out")
         machine = machine or this_machine()
         sweep = PRESETS[self.preset]()
+        if self.minutes is not None:
+            sweep = replace(sweep, minutes=self.minutes)
         targets = tuple(
             grid
             for named in self._of_regimes(sweep.targets)
@@ -142,9 +155,11 @@ class SweepConfig:
             rehearsal=tuple(self._measured(grid) for grid in sweep.rehearsal),
             targets=targets,
         )
+        if self.rehearse:
+            machine = Machine(num_gpus=1, gpu_name="a rehearsal's")
         sweep = for_machine(
             sweep,
-            self.mode,
+            "emulated" if self.rehearse else self.mode,
             machine,
             wants_gpus=self.gpus is not None,
             wants_cpu=self.ranks is not None,

@@ -27,12 +27,14 @@ class Sweep:
         measured: grids on real processes of this machine.
         targets: grids of a node of GPUs, predicted or emulated. All grids run in this order.
         rehearsal: grids that stand in for `targets` where measuring is asked for and there are no GPUs.
+        minutes: time for what is emulated; what it is too short for is left for the next run. None: no limit.
     """
 
     name: str
     measured: tuple[MeasuredGrid, ...] = ()
     targets: tuple[TargetGrid, ...] = ()
     rehearsal: tuple[MeasuredGrid, ...] = ()
+    minutes: float | None = None
 
 
 def small_dit(
@@ -178,6 +180,38 @@ def compare() -> Sweep:
     )
 
 
+def headline() -> Sweep:
+    """The headline table on one emulated rank of eight: the baseline and our best at four lengths, then its details.
+
+    What matters most comes first; bench/emulated_plans.py says how long it takes, and a test that the table itself
+    stays within its minutes.
+    """
+    timeout = 3_600.0
+    baseline = TargetGrid(regime="full", seq_lens=(65_536,), strategies=(), policies=(), point_timeout_s=timeout)
+
+    def ours(*lengths: int, **axes: Any) -> TargetGrid:
+        given: dict[str, Any] = {"strategies": ("ulysses",), "sp_degrees": (8,), "policies": ("keep_attention",)}
+        given |= {"attentions": ("auto",), "every_policy": True, "baseline": False, "point_timeout_s": timeout}
+        return TargetGrid(regime="full", seq_lens=lengths, **(given | axes))
+
+    return Sweep(
+        name="headline",
+        minutes=9.0,
+        targets=(
+            baseline,
+            ours(65_536, policies=("none",)),
+            replace(baseline, seq_lens=(262_144, 614_400)),
+            ours(262_144, 614_400, 819_200),
+            replace(baseline, seq_lens=(819_200,)),
+            # The table ends here. Memory of the whole depth, what the kernels and what the exchanges give, SP 2.
+            ours(819_200, strategies=("fastseq",), whole_depth=True),
+            ours(65_536, 262_144, 614_400, attentions=("sdpa-flash",)),
+            ours(65_536, 262_144, 614_400, strategies=("fastseq", "ring")),
+            ours(614_400, 819_200, strategies=("ulysses", "fastseq"), sp_degrees=(2,)),
+        ),
+    )
+
+
 def point() -> Sweep:
     """One point and its baseline, unless options ask for more: what the options of `reproduce` are said beside."""
     return Sweep(
@@ -197,5 +231,6 @@ PRESETS = {
     "blog": blog,
     "h800": h800,
     "compare": compare,
+    "headline": headline,
     "point": point,
 }

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from longreel.bench.emulated_plans import Estimates
+from longreel.bench.emulated_run import Emulator, emulated
 from longreel.bench.grids import MeasuredGrid, measured_points, target_points
 from longreel.bench.measured import measured
 from longreel.bench.modes import Machine
@@ -24,6 +26,7 @@ def run_sweep(
     provenance: dict[str, Any],
     *,
     machine: Machine | None = None,
+    emulator: Emulator | None = None,
     done: Callable[[str], bool] = lambda key: False,
     saved: Callable[[str], Record | None] = lambda key: None,
 ) -> Iterator[Record]:
@@ -31,11 +34,17 @@ def run_sweep(
 
     Args:
         sweep: what to run. pool: workers. provenance: of all records. machine: whose GPUs measured points run on.
+        emulator: where emulated points run.
         done: whether a point with this key needs no run. saved: the record of a key that is there already.
     """
     for grid in sweep.measured:
         yield from measured(grid, pool, provenance, device=device_of(grid, machine), done=done)
+    estimates = Estimates()
     for target in sweep.targets:
+        if target.kind == "emulated":
+            assert emulator is not None
+            yield from emulated(target, pool, provenance, emulator, estimates, done=done, saved=saved)
+            continue
         yield from predicted(target, pool, provenance, width=pool_width(sweep), done=done, saved=saved)
 
 
@@ -59,7 +68,7 @@ def num_points(sweep: Sweep) -> int:
 
 def pool_width(sweep: Sweep) -> int:
     """Workers that predict at the same time."""
-    return min(num_cores(), MAX_PREDICTORS) if sweep.targets else 1
+    return min(num_cores(), MAX_PREDICTORS) if any(grid.kind == "predicted" for grid in sweep.targets) else 1
 
 
 def pool_size(sweep: Sweep) -> int:

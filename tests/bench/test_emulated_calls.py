@@ -25,20 +25,21 @@ def everything(degree: int) -> list[Case]:
 
 
 def covering(degree: int) -> list[Case]:
-    """Every strategy once, each with another policy, engine and length than at the other degrees."""
+    """Every strategy at P = 2 and at one of 4 and 8, each time with another policy, engine and length."""
     others = list(itertools.product(POLICIES, ENGINES, LENGTHS))
     first = 5 * DEGREES.index(degree)
-    return [
+    chosen = [
         Case(strategy, degree, *others[(first + 3 * i) % len(others)])  # type: ignore[arg-type]
         for i, strategy in enumerate(STRATEGIES)
     ]
+    return {2: chosen, 4: chosen[1::2], 8: chosen[::2]}[degree]
 
 
-def compare(cases: list[Case], run_distributed: Callable[..., list[Any]]) -> None:
+def compare(cases: list[Case], run_distributed: Callable[..., list[Any]], *, every_end: bool = False) -> None:
     (ranks,) = {case.ranks for case in cases}
     real = run_distributed(real_steps, ranks, cases, timeout=600.0)
     # All ranks issue the same calls where lengths divide; the last one holds what padding there is.
-    for rank in (0, ranks - 1):
+    for rank in (0, ranks - 1) if every_end else (ranks - 1,):
         (emulated,) = run_distributed(emulated_steps, 1, cases, rank)
         for case, expected, found in zip(cases, real[rank], emulated, strict=True):
             assert found.calls == expected.calls, case
@@ -81,7 +82,7 @@ def test_calls_with_data_parallelism_and_in_the_published_layout(run_distributed
 def test_calls_and_bytes_equal_the_real_ranks_everywhere(degree: int, worker_pool: WorkerPool) -> None:
     cases = everything(degree)
     for start in range(0, len(cases), 12):
-        compare(cases[start : start + 12], worker_pool.run)
+        compare(cases[start : start + 12], worker_pool.run, every_end=True)
 
 
 def compare_memory(cases: list[Case], run_distributed: Callable[..., list[Any]]) -> None:

@@ -155,6 +155,17 @@ def test_a_link_takes_its_time_where_a_rank_waits(clock: Clock) -> None:
         assert sum(call.link_s for call in log.calls) == 4 + 2 * 4 + 4 + 5
 
 
+def test_waiting_for_a_send_waits_for_its_transfer(clock: Clock) -> None:
+    with emulated_world(4, link=LINK):
+        x = torch.zeros(16, dtype=torch.uint8)
+        works = [dist.isend(x, 2), dist.irecv(torch.empty_like(x), 0)]
+        start = clock.now
+        works[0].wait()
+        assert clock.now == start + 2.0
+        works[1].wait()
+        assert clock.now == start + 2.0
+
+
 def test_a_group_of_one_takes_no_link(clock: Clock) -> None:
     with emulated_world(1, link=LINK):
         x = torch.zeros(1, 4)

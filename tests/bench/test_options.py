@@ -118,7 +118,8 @@ def test_script_runs_without_an_install(tmp_path: Path) -> None:
         check=False,
     )
     assert done.returncode == 2
-    assert done.stderr == "error: unknown preset 'nope'; there are quick, smoke, thorough, blog, h800, compare, point\n"
+    presets = "quick, smoke, thorough, blog, h800, compare, headline, point"
+    assert done.stderr == f"error: unknown preset 'nope'; there are {presets}\n"
     assert list(tmp_path.iterdir()) == []
 
 

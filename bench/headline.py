@@ -1,0 +1,127 @@
+"""The headline table of a folder of records, in Markdown: `python -m longreel.bench.headline DIR`.
+
+Per length the baseline and the best configuration, how long both took and what memory they need; then how straight the
+line from depths 1 and 2 was where the model's depth ran too, and the longest sequence that fits.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from longreel.reports import store
+from longreel.reports.records import Record
+
+GiB = 2**30
+
+
+def table(records: Sequence[Record]) -> list[str]:
+    """Lines of Markdown.
+
+    Args:
+        records: of one sweep; emulated ones of the regime `full` count.
+
+    Raises:
+        ValueError: there are none.
+    """
+    rows = [r for r in records if r.kind == "emulated" and r.regime == "full"]
+    if not rows:
+        raise ValueError("no emulated records of regime full; make them with: python bench/sweep.py --preset headline")
+    lines = [
+        "| tokens | baseline, tokens/s | memory | best, tokens/s | memory | ratio | best configuration |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for seq_len in sorted({r.seq_len for r in rows}):
+        here = [r for r in rows if r.seq_len == seq_len]
+        baseline = next((r for r in here if r.is_baseline), None)
+        timed = [r for r in here if r.tokens_per_s is not None]
+        best = max(timed, key=lambda r: r.tokens_per_s or 0.0, default=None)
+        cells = [f"{seq_len:,}", *_figures(baseline), *_figures(best), _ratio(best, baseline), _words(best)]
+        lines.append(f"| {' | '.join(cells)} |")
+    lines += ["", f"Emulated: {rows[0].device}; {rows[0].model}."]
+    lines += [*_linearity(rows), *_longest(rows)]
+    return lines
+
+
+def _figures(record: Record | None) -> tuple[str, str]:
+    """Tokens/s and memory of a row."""
+    if record is None:
+        return "not run", ""
+    memory = record.memory.get("allocated", record.peak_memory)
+    size = "" if memory is None else f"{memory / GiB:.1f} GiB"
+    if record.status != "ok":
+        return ("out of memory" if record.status == "oom" else record.status), size
+    return f"{record.tokens_per_s:,.0f}", size
+
+
+def _ratio(best: Record | None, baseline: Record | None) -> str:
+    if best is None or baseline is None or not best.tokens_per_s or not baseline.tokens_per_s:
+        return "-"
+    return f"{best.tokens_per_s / baseline.tokens_per_s:.2f}"
+
+
+def _words(record: Record | None) -> str:
+    if record is None:
+        return "-"
+    return f"{record.strategy}, SP {record.sp_degree}, {record.policy}, {record.attention}"
+
+
+def _linearity(rows: Sequence[Record]) -> list[str]:
+    """How far figures continued from depths 1 and 2 are off where the model's depth ran."""
+    found = []
+    for r in rows:
+        line = r.provenance.get("emulation", {}).get("linearity")
+        if line:
+            off = ", ".join(f"{name} {100 * (value - 1):+.1f} %" for name, value in line.items() if name != "depth")
+            found.append(f"- {r.seq_len:,}, {_words(r)}: {off}")
+    return ["", "Continued from depths 1 and 2, against the model's depth as it ran:", *found] if found else []
+
+
+def longest_that_fits(rows: Sequence[Record]) -> dict[tuple[str, int, str], int]:
+    """(strategy, SP degree, policy) -> longest length whose memory fits, by the line through its two longest lengths.
+
+    Memory is linear in length: activations and buffers are, the rest is constant.
+    """
+    found: dict[tuple[str, int, str], int] = {}
+    by_place: dict[tuple[str, int, str], dict[int, Record]] = {}
+    for r in rows:
+        if "allocated" in r.memory and r.memory_usable:
+            by_place.setdefault((r.strategy, r.sp_degree, r.policy), {})[r.seq_len] = r
+    for place, at in by_place.items():
+        if len(at) < 2:
+            continue
+        low, high = (at[n] for n in sorted(at)[-2:])
+        slope = (high.memory["allocated"] - low.memory["allocated"]) / (high.seq_len - low.seq_len)
+        usable = high.memory_usable or 0
+        if slope > 0:
+            found[place] = int(high.seq_len + (usable - high.memory["allocated"]) / slope)
+    return found
+
+
+def _longest(rows: Sequence[Record]) -> list[str]:
+    lines = [
+        f"- {strategy}, SP {degree}, {policy}: {length:,} tokens"
+        for (strategy, degree, policy), length in longest_that_fits(rows).items()
+    ]
+    if not lines:
+        return []
+    return ["", "Longest sequence that fits, by the line through the two longest lengths emulated:", *lines]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Print the table; 0, or 2 after one `error:` line."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    try:
+        if len(arguments) != 1:
+            raise ValueError("give one folder of records, such as reports/measured/headline")
+        latest = {r.key: r for r in store.load(Path(arguments[0]) / "records.jsonl")}
+        print("\n".join(table(list(latest.values()))))
+    except (ValueError, OSError) as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

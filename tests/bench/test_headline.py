@@ -1,0 +1,90 @@
+"""longreel.bench.headline: the table, what was continued, and the longest length that fits."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from longreel.bench import headline
+from longreel.reports import store
+from longreel.reports.records import Record
+
+GiB = 2**30
+
+
+def record(seq_len: int, gib: float, step_s: float | None = 1.0, **fields: Any) -> Record:
+    given: dict[str, Any] = {
+        "kind": "emulated",
+        "regime": "full",
+        "status": "oom" if step_s is None else "ok",
+        "reason": "needs more" if step_s is None else None,
+        "model": "DiT-XL/2",
+        "device": "a GPU as one of 8 H800",
+        "strategy": "ulysses",
+        "sp_degree": 8,
+        "dp_degree": 1,
+        "num_devices": 8,
+        "engine": "fsdp2-zero2",
+        "policy": "keep_attention",
+        "attention": "triton",
+        "seq_len": seq_len,
+        "batch_per_group": 1,
+        "step_s": step_s,
+        "memory": {"allocated": int(gib * GiB)},
+        "memory_usable": 77 * GiB,
+    }
+    return Record(**(given | fields))
+
+
+def baseline(seq_len: int, gib: float, step_s: float | None) -> Record:
+    spread = {"strategy": "local", "sp_degree": 1, "dp_degree": 8, "policy": "full", "attention": "sdpa-flash"}
+    return record(seq_len, gib, step_s, is_baseline=True, **spread)
+
+
+def test_rows_hold_the_baseline_and_the_best() -> None:
+    lines = headline.table(
+        [
+            baseline(1000, 40, 10.0),
+            record(1000, 10, 1.0),
+            record(1000, 12, 2.0, strategy="ring"),
+            baseline(2000, 90, None),
+            record(2000, 20, 4.0),
+            record(2000, 1, 0.1, kind="predicted"),
+        ]
+    )
+    assert lines[2] == "| 1,000 | 800 | 40.0 GiB | 1,000 | 10.0 GiB | 1.25 | ulysses, SP 8, keep_attention, triton |"
+    assert (
+        lines[3] == "| 2,000 | out of memory | 90.0 GiB | 500 | 20.0 GiB | - | ulysses, SP 8, keep_attention, triton |"
+    )
+    assert "Emulated: a GPU as one of 8 H800; DiT-XL/2." in lines
+
+
+def test_the_longest_length_is_on_the_line_of_the_two_longest() -> None:
+    rows = [record(1000, 50), record(2000, 20), record(3000, 25), baseline(3000, 60, 1.0)]
+    # 5 GiB a thousand tokens from 25 GiB at 3,000 on; the third and shortest length does not count.
+    place = ("ulysses", 8, "keep_attention")
+    assert headline.longest_that_fits(rows) == {place: 3000 + 52_000 // 5}
+    assert any(line == "- ulysses, SP 8, keep_attention: 13,400 tokens" for line in headline.table(rows))
+
+
+def test_the_line_of_depths_is_told() -> None:
+    told = {"emulation": {"linearity": {"depth": 28.0, "step_s": 1.02, "allocated": 0.99}}}
+    lines = headline.table([record(1024, 1, provenance=told)])
+    assert "- 1,024, ulysses, SP 8, keep_attention, triton: step_s +2.0 %, allocated -1.0 %" in lines
+
+
+def test_the_command_reads_a_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for made in (record(1000, 10, 2.0), record(1000, 10, 1.0)):
+        store.append(tmp_path / "records.jsonl", made)
+    assert headline.main([str(tmp_path)]) == 0
+    # The newer of two records of one point.
+    assert "| 1,000 | not run |  | 1,000 |" in capsys.readouterr().out
+    assert headline.main([]) == 2
+    assert headline.main([str(tmp_path / "none")]) == 2
+    other = tmp_path / "other"
+    other.mkdir()
+    store.append(other / "records.jsonl", record(1, 1, regime="text_only"))
+    assert headline.main([str(other)]) == 2
+    assert "no emulated records" in capsys.readouterr().err
