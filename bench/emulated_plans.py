@@ -75,7 +75,7 @@ def plan_seconds(plan: Plan, block_s: float) -> float:
     if plan.memory_share > 1:
         return POINT_S + 2 * DEPTH_S + 3 * block_s * (2 if plan.warm_up else 1)
     samples = [plan.samples, plan.samples, plan.whole_samples]
-    steps = sum(depth * (n + plan.warm_up) for depth, n in zip(plan.depths, samples, strict=False))
+    steps = sum(depth * (n + plan.warms_up(depth)) for depth, n in zip(plan.depths, samples, strict=False))
     builds = len(plan.depths) + plan.is_doubtful
     return POINT_S + DEPTH_S * builds + block_s * steps
 

@@ -37,6 +37,10 @@ class Plan:
         if self.samples < 1:
             raise ValueError(f"samples must be at least 1, got {self.samples}")
 
+    def warms_up(self, depth: int) -> bool:
+        """Whether a step of full length goes before this depth's samples; of a third depth the others were enough."""
+        return self.warm_up and depth in self.depths[:2]
+
     @property
     def is_doubtful(self) -> bool:
         """Whether the prediction of memory leaves doubt."""

@@ -61,7 +61,7 @@ def emulate_point(point: Point, plan: Plan, device_name: str, deadline: float | 
     dist.destroy_process_group()
     silence_fsdp()
     try:
-        return _Rank(point, plan, torch.device(device_name), deadline).run()
+        return _Rank(point, plan, _indexed(torch.device(device_name)), deadline).run()
     finally:
         dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
 
@@ -175,15 +175,18 @@ class _Rank:
         self._release()
         run = self.runs.setdefault(depth, DepthRun(depth=depth))
         config = replace(self.point.model, depth=depth)
-        # As in the trainer: weights are drawn on the host.
-        model = ParallelDiT(gate.build_model(config, self.point.seed).to(self.device), mesh, self.point.parallel)
+        # Drawn where they are: hundreds of millions of weights take a host seconds.
+        with self.device:
+            weights = gate.build_model(config, self.point.seed)
+        model = ParallelDiT(weights, mesh, self.point.parallel)
+        del weights
         model.engine.attach(torch.optim.AdamW(model.parameters(), lr=_LEARNING_RATE))
         if depth not in self._warm:
             self._check_finite(model, self._batch(mesh, self._short_len), depth)
             # What the short step left in the allocator's cache is not the long one's.
             self._release()
         batch = self._batch(mesh, self.point.seq_len)
-        if self.plan.warm_up and depth not in self._warm:
+        if self.plan.warms_up(depth) and depth not in self._warm:
             self._in_time(run)
             _step(model, batch)
         self._warm.add(depth)
@@ -329,6 +332,13 @@ def _by_collective(calls: Sequence[Call]) -> dict[str, dict[str, float]]:
 def _step(model: ParallelDiT, batch: Batch) -> None:
     model.engine.backward(model.loss(batch))
     model.engine.step()
+
+
+def _indexed(device: torch.device) -> torch.device:
+    """The device with its index, which the allocator's cap wants."""
+    if device.type == "cuda" and device.index is None:
+        return torch.device("cuda", torch.cuda.current_device())
+    return device
 
 
 def _local(tensor: Tensor) -> Tensor:

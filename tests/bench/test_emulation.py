@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import types
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -16,10 +17,11 @@ from longreel.bench.cases import Point
 from longreel.bench.emulated_plans import Estimates
 from longreel.bench.emulated_result import DepthRun, Emulated, Plan
 from longreel.bench.emulated_run import Emulator, emulated
-from longreel.bench.emulation import cannot_emulate, emulate_point
+from longreel.bench.emulation import allocator_cap, cannot_emulate, emulate_point
 from longreel.bench.grids import TargetGrid
 from longreel.models.config import DiTConfig
 from longreel.parallel.config import ParallelConfig
+from longreel.parallel.predict.hardware import FIXED_RESERVE_BYTES
 from longreel.parallel.workers import WorkerPool, WorkerTimeout
 from longreel.reports import store
 from longreel.reports.records import Record
@@ -214,3 +216,27 @@ def test_pool_is_the_workers(worker_pool: WorkerPool) -> None:
     """What Pool stands for above takes the same arguments."""
     (made,) = worker_pool.run(emulate_point, 1, POINT, Plan(depths=(3,), samples=1), "cpu", None, timeout=60.0)
     assert [run.depth for run in made.runs] == [3]
+
+
+def test_a_model_that_does_not_fit_is_told_by_two_depths() -> None:
+    rank = emulation._Rank(replace(POINT, model=replace(MODEL, depth=28)), PLAN, torch.device("cpu"), None)
+    rank.runs = {depth: DepthRun(depth=depth, memory={"allocated": depth * 2**30}) for depth in (1, 2)}
+    rank.cap = 28 * 2**30
+    rank._stop_if_too_large()
+    rank.cap -= 1
+    with pytest.raises(emulation._Stop, match=r"needs 28.0 GiB at depth 28 .* more than the 28.0 GiB that H800 leaves"):
+        rank._stop_if_too_large()
+
+
+def test_the_allocator_gets_the_targets_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    device = torch.device("cuda", 0)
+    memory = types.SimpleNamespace(total_memory=141 * 10**9)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda d: memory)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda d: "a GPU")
+    assert allocator_cap("H800", device) == 80 * 2**30 - FIXED_RESERVE_BYTES
+    # What a data sheet calls 80 GB, as drivers show it.
+    memory.total_memory = int(79.1 * 2**30)
+    assert allocator_cap("H100", device) == 80 * 2**30 - FIXED_RESERVE_BYTES
+    with pytest.raises(ValueError, match="target B200 has 180 GiB, more than the 79 GiB of a GPU"):
+        allocator_cap("B200", device)
+    assert allocator_cap("H800", torch.device("cpu")) is None
