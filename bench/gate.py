@@ -8,7 +8,7 @@ others: an error of one length or of the sum over groups shows, and the oracle c
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -97,8 +97,11 @@ class EagerLocal(Local):
 def oracle(
     config: DiTConfig, seq_len: int, *, index: int, seed: int, device: torch.device | str = "cpu"
 ) -> tuple[float, dict[str, Tensor]]:
-    """Loss and gradients of one sample on one device, written without longreel.parallel.parallelize."""
-    model = build_model(config, seed).to(device)
+    """Loss and gradients of one sample on one device, written without longreel.parallel.parallelize.
+
+    How ranks lay out the text makes no difference on one device: there is nothing to shard.
+    """
+    model = build_model(replace(config, cross_layout="replicated"), seed).to(device)
     sample = make_sample(config, seq_len, index=index, seed=seed).to(device)
     x0, noise = (patchify(x, config.patch_size) for x in (sample.latents, sample.noise))
     prediction = model(

@@ -29,6 +29,8 @@ from longreel.parallel.mesh import build_mesh
 from longreel.parallel.parallelize import Batch, ParallelDiT
 
 _LEARNING_RATE = 1e-4
+# Steps take tenths of seconds and more: a reading more often would say no more and cost the interpreter's time.
+_READ_EVERY_S = 0.1
 # A sample that is taken anyway, even where the wall cap has passed: one alone says nothing about its noise.
 _FEWEST_SAMPLES = 2
 
@@ -97,7 +99,7 @@ def measure_points(points: Sequence[Point], oracle_path: str, at_path: str | Non
         _note(note, i)
         found.append(_prepare(point, oracle_path, device, [p for p in found if isinstance(p, _Prepared)]))
     ready = {i: one for i, one in enumerate(found) if isinstance(one, _Prepared)}
-    with Monitor(device.torch_device) as monitor:
+    with Monitor(device.torch_device, period_s=_READ_EVERY_S) as monitor:
         _time_in_turns(ready, device, monitor, note)
         return [one if isinstance(one, RankResult) else _result(one, device, monitor) for one in found]
 
