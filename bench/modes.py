@@ -62,6 +62,8 @@ def for_machine(
             raise ValueError(
                 "gpus: there is no GPU here to measure on; use --mode predicted, or --ranks for processes on the CPU"
             )
+        if not sweep.measured and not sweep.rehearsal:
+            raise ValueError(f"mode: preset {sweep.name} has nothing to measure without a GPU; use --mode predicted")
         return replace(sweep, measured=(*sweep.measured, *sweep.rehearsal), targets=(), rehearsal=())
     if mode == "measured" and wants_cpu and not wants_gpus:
         return replace(sweep, measured=(*sweep.measured, *sweep.rehearsal), targets=(), rehearsal=())

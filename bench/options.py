@@ -197,7 +197,7 @@ class SweepConfig:
             "sp_degrees": parse_counts("sp_degrees", self.sp_degrees),
             "policies": parse_names("policies", self.policies, (*POLICIES, "auto")),
             "engines": parse_names("engines", self.engines, ENGINES),
-            "attentions": parse_names("attentions", self.attentions, PROVIDERS),
+            "attentions": parse_names("attentions", self.attentions, ("auto", *PROVIDERS)),
             "batches": parse_counts("batches", self.batches),
             "head_chunks": parse_counts("head_chunks", self.head_chunks),
             "mlp_tiles": parse_lengths("mlp_tiles", self.mlp_tiles),
