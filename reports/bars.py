@@ -65,9 +65,8 @@ def draw_bars(axes: Axes, bars: Sequence[Bar], *, width: float, limit: float | N
         span = [0.5, len(bars) - 0.5]
         axes.plot([limit] * 2, span, color=INK, linewidth=1.2, linestyle=(0, (1, 1.5)), gid="series-limit", zorder=1)
     # Every bar has its figure beside it.
-    axes.set_xticks([])
-    axes.set_yticks([])
-    axes.spines["bottom"].set_visible(False)
+    axes.set_axis_off()
+    axes.axvline(0.0, color=INK, linewidth=0.8, clip_on=False)
 
 
 def _words(axes: Axes, row: int, bar: Bar, width: float) -> None:

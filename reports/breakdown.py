@@ -102,9 +102,8 @@ def _figure(title: str, group: Group, points: Sequence[Record]) -> tuple[Figure,
         axes.annotate(note, (0, row), xytext=place, textcoords="offset points", ha="left", va="center", fontsize=12)
     axes.set_xlim(0.0, max([*totals, *hidden]) or 1.0)
     axes.set_ylim(len(points) - 0.5, -0.5)
-    axes.set_xticks([])
-    axes.set_yticks([])
-    axes.spines["bottom"].set_visible(False)
+    axes.set_axis_off()
+    axes.axvline(0.0, color=INK, linewidth=0.8, clip_on=False)
     handles = []
     for name in parts:
         colour, hatch = _look(name, parts)

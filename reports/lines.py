@@ -11,7 +11,6 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 from matplotlib.transforms import offset_copy
 
 from longreel.reports import formatting
@@ -25,13 +24,14 @@ from longreel.reports.frame import (
     WIDTH,
     Mark,
     colour_of,
+    draw_axes,
     frame,
     mark,
 )
 from longreel.reports.records import Record
 from longreel.reports.series import Series
 from longreel.reports.svg import INK, printable
-from longreel.reports.ticks import log_ticks, thin
+from longreel.reports.ticks import linear_ticks, log_ticks, thin
 
 PLOT_HEIGHT = 270.0
 DASHES = ("-", "-", (0, (6, 2)), (0, (2, 1.5)), (0, (6, 2, 1.5, 2)))
@@ -85,7 +85,6 @@ def line_figure(plot: Plot, group: Group, shown: Shown, lengths: Sequence[int]) 
         _line(figure, axes, plot, line, points, i - middle, over=_twin(plot, points, shown[:i]))
         for i, (line, points) in enumerate(shown)
     ]
-    axes.set_xlabel("tokens per sample", fontsize=12.5)
     if plot.shows_need:
         handles += _memory_marks(figure, axes, shown)
     elif plot.marks_ends:
@@ -247,20 +246,20 @@ def _scales(axes: Axes, plot: Plot, lengths: Sequence[int]) -> None:
     low, high = axes.get_xlim()
     characters = (WIDTH - MARGIN_LEFT - MARGIN_RIGHT) / 8.0
     labelled = thin(lengths, [len(formatting.length(n)) + 1.5 for n in lengths], characters, low, high)
-    axes.xaxis.set_major_locator(FixedLocator(labelled))
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda v, _: formatting.length(round(v))))
-    axes.xaxis.set_minor_locator(FixedLocator([n for n in lengths if n not in labelled]))
-    axes.xaxis.set_minor_formatter(FuncFormatter(lambda v, _: ""))
     if plot.is_log:
         axes.set_yscale("log")
         low, high = axes.get_ylim()
         if high / low < 1.5:
             low, high = low / 1.15, high * 1.15
             axes.set_ylim(low, high)
-        axes.yaxis.set_major_locator(FixedLocator(log_ticks(low, high, binary=plot.binary)))
+        ticks = log_ticks(low, high, binary=plot.binary)
     else:
         axes.set_ylim(bottom=0.0)
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda v, _: plot.tick(v)))
-    axes.yaxis.set_minor_locator(NullLocator())
-    axes.grid(True, which="major", color=INK, alpha=0.13, linewidth=0.8)
-    axes.tick_params(which="both", labelsize=12.0, length=4)
+        ticks = linear_ticks(axes.get_ylim()[1])
+    draw_axes(
+        axes,
+        x=[(n, formatting.length(n)) for n in labelled],
+        y=[(value, plot.tick(value)) for value in ticks],
+        more_x=[n for n in lengths if n not in labelled],
+        name="tokens per sample",
+    )

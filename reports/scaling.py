@@ -9,7 +9,6 @@ from typing import Any
 
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 from longreel.reports import formatting
 from longreel.reports.compare import Group, throughput_interval
@@ -21,6 +20,7 @@ from longreel.reports.frame import (
     MARKERS,
     Drawing,
     Mark,
+    draw_axes,
     finish,
     frame,
     mark,
@@ -28,6 +28,7 @@ from longreel.reports.frame import (
 from longreel.reports.records import Record
 from longreel.reports.series import Series, build_series
 from longreel.reports.svg import INK, PALETTE, printable
+from longreel.reports.ticks import linear_ticks
 
 _HEIGHT = 220.0
 
@@ -135,14 +136,14 @@ def _figure(
     axes.set_xscale("log", base=2)
     axes.set_ylim(bottom=0.0)
     axes.set_xlim(degrees[0] / 1.25, degrees[-1] * 1.25)
-    axes.xaxis.set_major_locator(FixedLocator(degrees))
-    axes.xaxis.set_minor_locator(NullLocator())
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}"))
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda v, _: formatting.number(v)))
     words = "devices" if over_devices else f"P, sequence-parallel degree on {group.num_devices} devices"
-    axes.set_xlabel(words, fontsize=12.5)
-    axes.grid(True, which="major", color=INK, alpha=0.13, linewidth=0.8)
-    axes.tick_params(which="both", labelsize=12.0, length=4)
+    ticks = linear_ticks(axes.get_ylim()[1])
+    draw_axes(
+        axes,
+        x=[(n, str(n)) for n in degrees],
+        y=[(value, formatting.number(value)) for value in ticks],
+        name=words,
+    )
     figure.legend(
         handles=handles,
         loc="lower left",

@@ -46,3 +46,10 @@ def log_ticks(low: float, high: float, *, binary: bool = False) -> list[float]:
                 return ticks[:: math.ceil(len(ticks) / 8)]
     even = MaxNLocator(nbins=6, steps=[1, 2, 2.5, 5, 10]).tick_values(low / unit, high / unit)
     return [float(tick) * unit for tick in even if low <= tick * unit <= high]
+
+
+def linear_ticks(high: float) -> list[float]:
+    """Four to seven round values from zero to the end of an axis."""
+    return [
+        float(tick) for tick in MaxNLocator(nbins=6, steps=[1, 2, 2.5, 5, 10]).tick_values(0.0, high) if tick <= high
+    ]

@@ -107,7 +107,7 @@ const startFigures = (data, ratios) => {
         button("PNG", savePng),
         button("CSV", () => save(`${file}.csv`, "text/csv", data.csvText([columns, ...rows()]))),
       );
-      const line = (cells, tag) => make("tr", {}, ...cells.map((c) => make(tag, tag === "th" ? { scope: "col" } : {}, typeof c === "number" ? number(c) : String(c ?? "–"))));
+      const line = (cells, tag) => make("tr", {}, ...cells.map((c) => make(tag, tag === "th" ? { scope: "col" } : {}, typeof c !== "number" ? String(c ?? "–") : Number.isInteger(c) ? tokens(c) : number(c))));
       const table = make("table", { "aria-label": `${name}: values` }, make("thead", {}, line(columns, "th")), make("tbody", {}, ...rows().map((r) => line(r, "td"))));
       more.append(buttons, make("div", { class: "scroll tall", tabindex: "0", role: "region", "aria-label": `${name}: values` }, table));
     });
