@@ -54,7 +54,8 @@ class ObjectiveConfig:
         objective: `flow` (rectified flow) or `ddpm` (1000 steps, epsilon with learned sigma, as the original DiT).
         prediction: of `flow`: `velocity`, or `x0`, which large patches on a narrow model need.
         timesteps: of `flow`, how training draws them: `uniform` or `logit-normal`, which favours the middle.
-        timestep_shift: of `flow`: above 1 moves training timesteps towards noise, where the layout is decided.
+        timestep_shift: of `flow`: above 1 moves timesteps of training and sampling towards noise, where the layout is
+            decided; the more, the more numbers a patch or clip has.
         min_weighed_t: of prediction `x0`: its error weighs 1 / max(t, this)^2.
     """
 

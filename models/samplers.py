@@ -82,7 +82,9 @@ def sample_latents(
     if sampler == "euler":
         assert isinstance(objective, RectifiedFlow)
         flow = objective
-        return euler_sample(lambda x, t: flow.velocity(output(x, t), x, t), noise, num_steps, on_step=on_step)
+        return euler_sample(
+            lambda x, t: flow.velocity(output(x, t), x, t), noise, num_steps, shift=flow.shift, on_step=on_step
+        )
     if not 1 <= num_steps <= NUM_TIMESTEPS:
         raise ValueError(f"steps must be between 1 and {NUM_TIMESTEPS} for sampler {sampler!r}, got {num_steps}")
     scheduler = _scheduler(sampler)

@@ -46,6 +46,18 @@ def test_euler_asks_at_these_times_and_reports_every_step():
     assert out.item() == -(1.0 + 0.75 + 0.5 + 0.25) / 4
 
 
+def test_shifted_euler_steps_are_exact_on_straight_paths_and_lie_nearer_to_noise():
+    x0, noise = torch.randn(2, 6, dtype=torch.float64), torch.randn(2, 6, dtype=torch.float64)
+    times = []
+
+    def velocity(x, t):
+        times.append(t)
+        return (x - x0) / t
+
+    torch.testing.assert_close(euler_sample(velocity, noise, 4, shift=3.0), x0, rtol=0, atol=1e-12)
+    assert times == pytest.approx([1, 0.9, 0.75, 0.5])
+
+
 def test_euler_keeps_the_dtype_of_the_noise_and_no_graph():
     weight = torch.ones(1, requires_grad=True)
     out = euler_sample(lambda x, t: (x * weight).bfloat16(), torch.ones(2), 2)
