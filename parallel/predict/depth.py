@@ -31,6 +31,7 @@ from longreel.parallel.predict.step import (
     by_phase,
     costs_by_phase,
     fake_batch,
+    group_extents,
     group_sizes,
     run_optimizer,
     run_places,
@@ -144,6 +145,7 @@ def step_at_depth(
         kept=run.kept - shallow.parameters + kept,
         costs=costs_by_phase(Counter(run.costs), repeated, whole.costs),
         group_sizes=group_sizes(mesh),
+        group_extents=group_extents(mesh),
         # Every block keeps the same.
         host_bytes=store.peak_bytes * config.depth // blocks,
     )

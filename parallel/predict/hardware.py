@@ -9,6 +9,8 @@ GPUs that are not here come from a TOML file of the user's own.
 
 from __future__ import annotations
 
+import math
+import re
 import tomllib
 from dataclasses import dataclass
 from functools import lru_cache
@@ -105,6 +107,8 @@ class GPUProfile:
         gpus_per_node: GPUs that these links join.
         node_link_bytes_s: network bandwidth of one GPU per direction to other nodes, vendor; None: one node only.
         flash_scale: FlashAttention-2 rates relative to H100's, assumed.
+        measured_matmul, measured_memory: rates in place of the shares of vendor figures, None if nothing was measured.
+        measured_attention: (head_dim, backward, ((seq_len, rate), ...)) in place of FlashAttention-2's as published.
     """
 
     name: str
@@ -115,6 +119,9 @@ class GPUProfile:
     gpus_per_node: int = 8
     node_link_bytes_s: float | None = None
     flash_scale: Rate
+    measured_matmul: Rate | None = None
+    measured_memory: Rate | None = None
+    measured_attention: tuple[tuple[int, bool, tuple[tuple[int, Rate], ...]], ...] = ()
 
     @property
     def usable_bytes(self) -> int:
@@ -124,11 +131,15 @@ class GPUProfile:
     @property
     def matmul(self) -> Rate:
         """FLOP/s of large bf16 matrix products."""
+        if self.measured_matmul is not None:
+            return self.measured_matmul
         return MATMUL_SHARE.scaled(self.matmul_flops, note=f"times {self.name}'s vendor peak")
 
     @property
     def memory(self) -> Rate:
         """Bytes/s that memory-bound kernels move."""
+        if self.measured_memory is not None:
+            return self.measured_memory
         return MEMORY_SHARE.scaled(self.hbm_bytes_s, note=f"times {self.name}'s vendor bandwidth")
 
     @property
@@ -166,16 +177,22 @@ class GPUProfile:
         }
         return rates | ({} if self.node_link_bytes_s is None else {"node_link_byte_s": self.node_link})
 
-    def attention(self, head_dim: int, *, backward: bool) -> Rate:
+    def attention(self, head_dim: int, *, backward: bool, seq_len: int | None = None) -> Rate:
         """FLOP/s of flash attention (FlashAttention-2, which SDPA runs), counting head_dim as it is.
 
         Args:
             head_dim: D; columns that pad it to a multiple of 32 are computed and not counted.
             backward: the rate of the backward kernel, otherwise forward.
+            seq_len: of measured rates, that of the nearest length; None: of the longest. Others are of any length.
 
         Raises:
             ValueError: head_dim above 128.
         """
+        for measured_dim, measured_backward, by_length in self.measured_attention:
+            if (measured_dim, measured_backward) == (head_dim, backward):
+                longest = max(length for length, _ in by_length)
+                wanted = math.log(max(seq_len or longest, 1))
+                return min(by_length, key=lambda one: abs(math.log(one[0]) - wanted))[1]
         padded = -(-head_dim // 32) * 32
         if padded not in FLASH2_H100_TFLOPS:
             raise ValueError(f"no flash attention rate for head_dim {head_dim}; it must be between 1 and 128")
@@ -265,6 +282,12 @@ def get_profile(name: str) -> GPUProfile:
             f"path: {TEMPLATE}"
         )
     return profile
+
+
+def profile_of_device(device_name: str) -> GPUProfile | None:
+    """The profile of a device by the name its driver gives, None for others."""
+    words = re.split(r"[^A-Z0-9]+", device_name.upper())
+    return next((profile for name, profile in PROFILES.items() if name in words), None)
 
 
 # One line, as errors at the command line are.

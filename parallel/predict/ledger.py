@@ -9,6 +9,7 @@ every result written.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -45,7 +46,8 @@ class OpCost:
         scope: the strategy op that it ran inside, or empty.
         flops: of matrix products, by the op's registered formula; element-wise work does not count, as usual for MFU.
         bytes: arguments read plus results written; for a collective the bytes this rank sends.
-        group: for a collective, the process group's name. head_dim: for attention.
+        group: for a collective, the process group's name. head_dim: for attention. seq_len: the same; queries and keys,
+            the geometric mean where they differ.
         chunks: for a collective, of how many chunks of heads or of tokens it is one; the strategy's op attends to one
             while others are in flight.
     """
@@ -59,6 +61,7 @@ class OpCost:
     group: str = ""
     head_dim: int = 0
     chunks: int = 1
+    seq_len: int = 0
 
 
 class OpLedger:
@@ -111,7 +114,7 @@ class OpLedger:
         if _is_view(func):
             return
         scope = next((_name(f) for f in self._open if not _is_attention(f)), "")
-        group, head_dim, flops = "", 0, 0
+        group, head_dim, seq_len, flops = "", 0, 0, 0
         kind: Kind = "memory"
         if func.namespace == "c10d":
             sent, group = _sent(func, args)
@@ -126,11 +129,22 @@ class OpLedger:
         if formula is not None and not _is_memory_bound(func):
             flops = formula(*args, **kwargs, out_val=result)
             kind = "attention" if _is_attention(func) else "matmul"
-            head_dim = result[0].shape[-1] if kind == "attention" else 0
+            if kind == "attention":
+                head_dim = result[0].shape[-1]
+                seq_len = _pairs_root(func, result, flops)
         moved = sum(_bytes(tensor) for tensor in tensors_in((args, tuple(kwargs.values()), result)))
         # Allocation alone moves nothing.
         if moved and not _name(func).startswith(("empty", "new_empty")):
-            self.costs[OpCost(kind, _name(func), self.phase, scope, flops, moved, group, head_dim)] += 1
+            cost = OpCost(kind, _name(func), self.phase, scope, flops, moved, group, head_dim, seq_len=seq_len)
+            self.costs[cost] += 1
+
+
+def _pairs_root(func: Any, result: Any, flops: int) -> int:
+    """Square root of the (query, key) pairs of one head in an attention op."""
+    first = result if isinstance(result, Tensor) else result[0]
+    products = 5 if _name(func).endswith("backward") else 2
+    per_pair = 2 * products * first.shape[0] * first.shape[-2] * first.shape[-1]
+    return math.isqrt(flops // per_pair) if per_pair else 0
 
 
 def _body(func: Any) -> Callable[..., Any]:

@@ -100,7 +100,13 @@ class Setting:
         trace = trace_shape(self.model, traced, self.world_size, self.grid, batch, self.fused_pointwise)
         seconds = low = high = None
         if self.gpu is not None and self.is_timed(parallel):
-            time = step_time(trace.costs, self.gpu, group_sizes=trace.group_sizes, host_bytes=trace.host_bytes)
+            time = step_time(
+                trace.costs,
+                self.gpu,
+                group_sizes=trace.group_sizes,
+                group_extents=trace.group_extents,
+                host_bytes=trace.host_bytes,
+            )
             seconds, low, high = time.seconds, time.low, time.high
         return Need(
             parallel=parallel,

@@ -6,13 +6,12 @@ nothing is allocated and no process group is needed; equal arguments choose the 
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from longreel.models.config import DiTConfig
 from longreel.parallel.config import ParallelConfig, Policy
-from longreel.parallel.predict.hardware import PROFILES, GiB, GPUProfile
+from longreel.parallel.predict.hardware import GiB, GPUProfile, profile_of_device
 from longreel.parallel.predict.needs import Need, Setting
 
 # From what is recomputed and moved least to most: the order of cost where the GPU's rates are not known.
@@ -30,10 +29,11 @@ class PolicyChoice:
 
 
 def known_gpu(device_name: str, world_size: int) -> GPUProfile | None:
-    """The profile of a CUDA device by the name its driver gives; None for others, and beyond the links of one node."""
-    words = re.split(r"[^A-Z0-9]+", device_name.upper())
-    profile = next((profile for name, profile in PROFILES.items() if name in words), None)
-    return profile if profile is not None and world_size <= profile.gpus_per_node else None
+    """The profile of a CUDA device by the name its driver gives; None for others, and for parts of several nodes."""
+    profile = profile_of_device(device_name)
+    if profile is None or (world_size > profile.gpus_per_node and world_size % profile.gpus_per_node):
+        return None
+    return profile
 
 
 def under_policy(parallel: ParallelConfig, policy: Policy, *, host_memory_gib: float | None = None) -> ParallelConfig:

@@ -10,6 +10,7 @@ from typing import Any
 from longreel.models.config import DiTConfig
 from longreel.parallel.config import ParallelConfig, Precision
 from longreel.parallel.mesh import build_mesh
+from longreel.parallel.predict.calibration import MeasuredRates
 from longreel.parallel.predict.depth import OptimizerTrace, step_at_depth, trace_optimizer
 from longreel.parallel.predict.fake_world import fake_world
 from longreel.parallel.predict.flops import useful_flops
@@ -43,6 +44,8 @@ class PredictionCase:
         batch_per_group: samples that each SP group holds.
         fused_pointwise: take adaLN-modulate, gated residual and bias-GELU as one kernel each without temporaries;
             False follows their eager specification, fp32 temporaries included.
+        rates: measured on a GPU (longreel.parallel.predict.calibration), in place of those assumed; then
+            attention_provider may be any that they are of. None: all rates are assumed.
     """
 
     model: DiTConfig
@@ -53,6 +56,7 @@ class PredictionCase:
     latent_size: tuple[int, int, int] | None = None
     batch_per_group: int = 1
     fused_pointwise: bool = True
+    rates: MeasuredRates | None = None
 
     def __post_init__(self) -> None:
         if (self.seq_len is None) == (self.latent_size is None):
@@ -72,10 +76,13 @@ class PredictionCase:
                 f"precision {self.parallel.precision!r} cannot be predicted: there are rates for bf16 only"
                 + ("; engine 'ddp' has no bf16, use fsdp2-zero2 or -zero3" if self.parallel.engine == "ddp" else "")
             )
-        if self.parallel.attention_provider not in ("auto", "sdpa-flash"):
+        provider = self.parallel.attention_provider
+        measured = () if self.rates is None else self.rates.providers(self.model.head_dim)
+        if provider not in ("auto", "sdpa-flash", *measured):
             raise ValueError(
-                f"attention_provider {self.parallel.attention_provider!r} cannot be predicted: there are rates for "
-                "sdpa-flash only; use 'auto' or 'sdpa-flash'"
+                f"attention_provider {provider!r} cannot be predicted: there are rates for "
+                f"{', '.join(dict.fromkeys(('sdpa-flash', *measured)))} only; use 'auto' or 'sdpa-flash', or calibrate "
+                f"on op records that have forward and backward of it at head_dim {self.model.head_dim}"
             )
         if self.parallel.policy == "auto":
             raise ValueError("policy 'auto' cannot be predicted: it chooses by predictions; name a policy")
@@ -146,9 +153,17 @@ def predict_step(case: PredictionCase) -> Prediction:
         ValueError: a process group is initialised in this process.
     """
     profile = get_profile(case.target)
+    if case.rates is not None:
+        profile = case.rates.on(profile, case.parallel.attention_provider)
     parallel = replace(case.parallel, attention_provider="sdpa-flash")
     trace = trace_shape(case.model, parallel, case.num_gpus, case.grid, case.batch_per_group, case.fused_pointwise)
-    time = step_time(trace.costs, profile, group_sizes=trace.group_sizes, host_bytes=trace.host_bytes)
+    time = step_time(
+        trace.costs,
+        profile,
+        group_sizes=trace.group_sizes,
+        group_extents=trace.group_extents,
+        host_bytes=trace.host_bytes,
+    )
     t, h, w = case.grid
     samples = case.batch_per_group * case.parallel.dp_degree(case.num_gpus)
     flops = float(samples * useful_flops(case.model, num_video=t * h * w))
@@ -226,7 +241,10 @@ def _inputs(case: PredictionCase, profile: GPUProfile) -> dict[str, Any]:
         ),
         "fixed_reserve_bytes": assumed(FIXED_RESERVE_BYTES, FIXED_RESERVE_SOURCE),
         "fragmentation_share": assumed(FRAGMENTATION_SHARE, FRAGMENTATION_SOURCE),
-        "attention": assumed("sdpa-flash", "FlashAttention-2 as PyTorch runs it, its dQ accumulator included"),
+        "attention": assumed(
+            "sdpa-flash" if case.parallel.attention_provider == "auto" else case.parallel.attention_provider,
+            "memory as of FlashAttention-2 as PyTorch runs it, its dQ accumulator included",
+        ),
         "pointwise": assumed(pointwise, "adaLN modulate, gated residual and bias-GELU"),
         "optimizer": assumed("AdamW foreach", "PyTorch's default on CUDA, fp32 states sharded as the parameters"),
     }

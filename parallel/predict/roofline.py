@@ -53,30 +53,37 @@ class StepTime:
 
 
 def step_time(
-    costs: Mapping[OpCost, float], profile: GPUProfile, *, group_sizes: Mapping[str, int], host_bytes: int = 0
+    costs: Mapping[OpCost, float],
+    profile: GPUProfile,
+    *,
+    group_sizes: Mapping[str, int],
+    group_extents: Mapping[str, int] | None = None,
+    host_bytes: int = 0,
 ) -> StepTime:
     """Time of one step.
 
     Args:
         costs: calls of every op on one rank.
         profile: the GPU.
-        group_sizes: ranks of every process group that a collective names.
+        group_sizes: ranks of every process group that a collective names. group_extents: consecutive ranks that it
+            lies in; where they are more than a node's GPUs, its slowest link is the network. None: all in one node.
         host_bytes: activations that go to host memory in forward and come back in backward.
     """
-    parts, hidden = _parts(costs, profile, group_sizes, host_bytes, "expected", overlap=True)
-    low, _ = _parts(costs, profile, group_sizes, host_bytes, "fast", overlap=True)
-    high, _ = _parts(costs, profile, group_sizes, host_bytes, "slow", overlap=False)
+    far = frozenset(name for name, ranks in (group_extents or {}).items() if ranks > profile.gpus_per_node)
+    parts, hidden = _parts(costs, profile, group_sizes, far, host_bytes, "expected", overlap=True)
+    low, _ = _parts(costs, profile, group_sizes, far, host_bytes, "fast", overlap=True)
+    high, _ = _parts(costs, profile, group_sizes, far, host_bytes, "slow", overlap=False)
     return StepTime(
         seconds=sum(parts.values()),
         low=sum(low.values()),
         high=sum(high.values()),
         breakdown=parts,
         hidden=hidden,
-        rates=_rates_used(costs, profile) | ({"host_byte_s": HOST_LINK} if host_bytes else {}),
+        rates=_rates_used(costs, profile, far) | ({"host_byte_s": HOST_LINK} if host_bytes else {}),
     )
 
 
-def _rates_used(costs: Mapping[OpCost, float], profile: GPUProfile) -> dict[str, Rate]:
+def _rates_used(costs: Mapping[OpCost, float], profile: GPUProfile, far: frozenset[str]) -> dict[str, Rate]:
     rates = {
         "matmul_flop_s": profile.matmul,
         "memory_byte_s": profile.memory,
@@ -84,9 +91,13 @@ def _rates_used(costs: Mapping[OpCost, float], profile: GPUProfile) -> dict[str,
         "collective_latency_s": COLLECTIVE_LATENCY,
         "kernel_floor_s": KERNEL_FLOOR,
     }
-    for head_dim in {cost.head_dim for cost in costs if cost.kind == "attention"}:
-        rates["attention_forward_flop_s"] = profile.attention(head_dim, backward=False)
-        rates["attention_backward_flop_s"] = profile.attention(head_dim, backward=True)
+    if far:
+        rates["node_link_byte_s"] = profile.node_link
+    # Of the calls with most work, which are those of self-attention.
+    for cost in sorted((cost for cost in costs if cost.kind == "attention"), key=lambda cost: cost.flops):
+        backward = cost.name.endswith("backward")
+        name = f"attention_{'backward' if backward else 'forward'}_flop_s"
+        rates[name] = profile.attention(cost.head_dim, backward=backward, seq_len=cost.seq_len)
     return rates
 
 
@@ -98,12 +109,13 @@ def _delay(seconds: Rate, pace: Pace) -> float:
     return {"expected": seconds.value, "fast": seconds.low, "slow": seconds.high}[pace]
 
 
-def _op_seconds(cost: OpCost, profile: GPUProfile, pace: Pace) -> float:
+def _op_seconds(cost: OpCost, profile: GPUProfile, far: frozenset[str], pace: Pace) -> float:
     if cost.kind == "collective":
-        return _delay(COLLECTIVE_LATENCY, pace) + cost.bytes / _speed(profile.link, pace)
+        link = profile.node_link if cost.group in far else profile.link
+        return _delay(COLLECTIVE_LATENCY, pace) + cost.bytes / _speed(link, pace)
     seconds = max(cost.bytes / _speed(profile.memory, pace), _delay(KERNEL_FLOOR, pace))
     if cost.kind == "attention":
-        rate = profile.attention(cost.head_dim, backward=cost.name.endswith("backward"))
+        rate = profile.attention(cost.head_dim, backward=cost.name.endswith("backward"), seq_len=cost.seq_len)
         return max(seconds, cost.flops / _speed(rate, pace))
     if cost.kind == "matmul":
         return max(seconds, cost.flops / _speed(profile.matmul, pace))
@@ -114,6 +126,7 @@ def _parts(
     costs: Mapping[OpCost, float],
     profile: GPUProfile,
     group_sizes: Mapping[str, int],
+    far: frozenset[str],
     host_bytes: int,
     pace: Pace,
     *,
@@ -130,7 +143,7 @@ def _parts(
     sharding: dict[str, float] = defaultdict(float)
     largest: dict[str, float] = defaultdict(float)
     for cost, calls in costs.items():
-        one = _op_seconds(cost, profile, pace)
+        one = _op_seconds(cost, profile, far, pace)
         if cost.kind != "collective":
             parts["optimizer" if cost.phase == "optimizer" else cost.kind] += calls * one
             compute[cost.phase] += calls * one

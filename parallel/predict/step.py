@@ -40,7 +40,8 @@ class StepTrace:
         state: bytes that stay from step to step: parameters and optimizer state of this rank.
         kept: bytes live between forward and backward beyond `state`: activations, inputs, gathered parameters.
         costs: calls per op, phases `forward`, `backward` and `optimizer`.
-        group_sizes: ranks of the process groups that the costs name.
+        group_sizes: ranks of the process groups that the costs name. group_extents: how many consecutive ranks of the
+            world each of them lies in.
         host_bytes: activations in host memory at most, which go there and come back once.
     """
 
@@ -49,6 +50,7 @@ class StepTrace:
     kept: int
     costs: Mapping[OpCost, int]
     group_sizes: Mapping[str, int]
+    group_extents: Mapping[str, int]
     host_bytes: int
 
     @property
@@ -133,6 +135,7 @@ def trace_step(
         kept=places.kept - state,
         costs=costs_by_phase(places.costs, optimizer_costs),
         group_sizes=group_sizes(mesh),
+        group_extents=group_extents(mesh),
         host_bytes=store.peak_bytes,
     )
 
@@ -248,3 +251,11 @@ def group_sizes(mesh: ParallelMesh) -> dict[str, int]:
     """Ranks of the mesh's process groups, by name."""
     names = mesh.sp_group, mesh.flat.get_group().group_name, mesh.ulysses_group, mesh.ring_group
     return {name: comm.group_size(name) for name in names if name}
+
+
+def group_extents(mesh: ParallelMesh) -> dict[str, int]:
+    """Of the same groups, the consecutive ranks of the world between their first and their last."""
+    sizes = group_sizes(mesh)
+    # SP groups and those that split heads are consecutive ranks; a ring takes one of each of the latter.
+    stride = sizes.get(mesh.ulysses_group, 1)
+    return sizes | ({mesh.ring_group: (sizes[mesh.ring_group] - 1) * stride + 1} if mesh.ring_group else {})

@@ -101,8 +101,9 @@ def test_devices_by_the_drivers_name():
         assert found.name == profile
     assert known_gpu("NVIDIA GeForce RTX 4090", 1) is None
     assert known_gpu("", 1) is None
-    # Rates between nodes are not known.
-    assert known_gpu("NVIDIA H100 80GB HBM3", 16) is None
+    # Whole nodes are.
+    assert known_gpu("NVIDIA H100 80GB HBM3", 16) is not None
+    assert known_gpu("NVIDIA H100 80GB HBM3", 12) is None
 
 
 def test_eager_attention_counts_its_scores():

@@ -111,3 +111,12 @@ def test_interval_and_breakdown() -> None:
     slow_wire = 3 * COLLECTIVE_LATENCY.high + 1.2e9 / H800.link.low
     assert time.high == pytest.approx(1e13 / H800.matmul.low + 1e9 / H800.memory.low + slow_wire)
     assert {rate.provenance for rate in time.rates.values()} == {"assumed"}
+
+
+def test_groups_that_span_nodes_go_by_the_network() -> None:
+    gather = {_op("collective", "_allgather_base_", bytes=10**9, group="all"): 1}
+    inside, across = (step_time(gather, H800, group_sizes=GROUPS, group_extents={"all": extent}) for extent in (8, 16))
+    assert inside.seconds == pytest.approx(COLLECTIVE_LATENCY.value + 1e9 / H800.link.value)
+    assert across.seconds == pytest.approx(COLLECTIVE_LATENCY.value + 1e9 / H800.node_link.value)
+    assert "node_link_byte_s" in across.rates
+    assert "node_link_byte_s" not in inside.rates

@@ -11,11 +11,19 @@ from torch.profiler import ProfilerActivity, profile
 from longreel.models.config import DiTConfig
 from longreel.models.dit import DiT, parameter_count
 from longreel.parallel.config import ParallelConfig
-from longreel.parallel.mesh import build_mesh
+from longreel.parallel.mesh import ParallelMesh, build_mesh
 from longreel.parallel.parallelize import ParallelDiT
 from longreel.parallel.predict.depth import step_at_depth, trace_optimizer
 from longreel.parallel.predict.fake_world import fake_world
-from longreel.parallel.predict.step import StepTrace, allocate_state, build_optimizer, fake_batch, trace_step
+from longreel.parallel.predict.step import (
+    SizesOnly,
+    StepTrace,
+    allocate_state,
+    build_optimizer,
+    fake_batch,
+    group_extents,
+    trace_step,
+)
 
 
 def _parallel(**fields: Any) -> ParallelConfig:
@@ -121,33 +129,59 @@ def test_without_recomputation_a_block_keeps_nineteen_hidden_states() -> None:
     assert two.kept - one.kept == pytest.approx(hidden + gathered, rel=1e-3)
 
 
+REAL = [
+    ("local", 1, "none", 2),
+    ("local", 1, "full", 2),
+    ("local", 1, "keep_attention", 2),
+    ("ulysses", 2, "full", 2),
+    ("ulysses", 2, "keep_attention", 2),
+    ("fastseq", 4, "none", 2),
+    ("ring", 2, "keep_attention", 2),
+]
+# With those: every strategy under every policy, and under both ZeRO stages.
+MORE_REAL = [
+    ("local", 1, "none", 3),
+    ("local", 1, "offload", 3),
+    ("ulysses", 4, "none", 3),
+    ("ulysses", 2, "offload", 2),
+    ("fastseq", 2, "full", 3),
+    ("fastseq", 4, "keep_attention", 3),
+    ("fastseq", 2, "offload", 2),
+    ("ring", 4, "none", 3),
+    ("ring", 2, "full", 3),
+    ("ring", 4, "offload", 2),
+    ("usp", 4, "none", 3),
+    ("usp", 4, "full", 2),
+    ("usp", 4, "keep_attention", 3),
+    ("usp", 4, "offload", 2),
+]
+
+
 @pytest.mark.parametrize(
-    ("strategy", "degree", "policy"),
-    [
-        ("local", 1, "none"),
-        ("local", 1, "full"),
-        ("local", 1, "keep_attention"),
-        ("ulysses", 2, "full"),
-        ("ulysses", 2, "keep_attention"),
-        ("fastseq", 4, "none"),
-        ("ring", 2, "keep_attention"),
-    ],
+    ("strategy", "degree", "policy", "stage"),
+    [*REAL, *(pytest.param(*one, marks=pytest.mark.slow) for one in MORE_REAL)],
 )
-def test_peak_equals_real_allocations(strategy: str, degree: int, policy: str) -> None:
+def test_peak_equals_real_allocations(strategy: str, degree: int, policy: str, stage: int) -> None:
     """Every allocation of a real step on the CPU, as the profiler saw them, the ops as they run there."""
     config = DiTConfig(depth=2, hidden_size=128, num_heads=4, conditioning="cross")
-    parallel = _parallel(strategy=strategy, sp_degree=degree, policy=policy)
+    hybrid = {"ulysses_degree": 2} if strategy == "usp" else {}
+    parallel = _parallel(strategy=strategy, sp_degree=degree, policy=policy, engine=f"fsdp2-zero{stage}", **hybrid)
     latent_size = (8, 16, 32)
     with fake_world(degree):
-        mesh = build_mesh(sp_degree=degree)
+        mesh = build_mesh(sp_degree=degree, ulysses_degree=parallel.ulysses_degree)
         predicted = trace_step(config, parallel, mesh, latent_size=latent_size, batch=1, open_pointwise=True)
-        real = _real_peak(config, parallel, latent_size)
+        real = _real_peak(config, parallel, mesh, latent_size)
     assert predicted.peak - predicted.state == pytest.approx(real, rel=0.002)
 
 
-def _real_peak(config: DiTConfig, parallel: ParallelConfig, latent_size: tuple[int, int, int]) -> int:
-    """Peak of what one step allocates, bytes, from the profiler's allocation events."""
-    model = ParallelDiT(DiT(config), build_mesh(sp_degree=parallel.sp_degree), parallel)
+def _real_peak(
+    config: DiTConfig, parallel: ParallelConfig, mesh: ParallelMesh, latent_size: tuple[int, int, int]
+) -> int:
+    """Peak of what one step allocates, bytes, from the profiler's allocation events.
+
+    Here the host is the device: what `offload` sends to host memory is let go, and comes back as new memory.
+    """
+    model = ParallelDiT(DiT(config), mesh, parallel, store=SizesOnly())
     optimizer = build_optimizer(model)
     allocate_state(optimizer)
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
@@ -172,3 +206,14 @@ def test_gathered_hidden_states_are_kept_or_gathered_again(policy: str) -> None:
     # Of every block, one gathering of other ranks' x less.
     assert again.sent()["sequence.send"] - kept.sent()["sequence.send"] == config.depth * 3 * own
     assert kept.flops == again.flops
+
+
+def test_extent_of_groups_on_the_ranks_of_the_world() -> None:
+    with fake_world(16):
+        mesh = build_mesh(sp_degree=8, ulysses_degree=2)
+        found = group_extents(mesh)
+    assert found[mesh.sp_group] == 8
+    assert found[mesh.ulysses_group] == 2
+    # Ranks 0, 2, 4 and 6.
+    assert found[mesh.ring_group] == 7
+    assert found[mesh.flat.get_group().group_name] == 16
