@@ -11,6 +11,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from longreel.data.command_line import parse_arguments
 from longreel.models.config import DiTConfig
@@ -101,7 +102,7 @@ def compare(record: Record, rates: MeasuredRates | None) -> Comparison | str:
     )
 
 
-def _tuples(fields: dict[str, object]) -> dict[str, object]:
+def _tuples(fields: dict[str, Any]) -> dict[str, Any]:
     return {name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()}
 
 
