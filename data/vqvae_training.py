@@ -193,9 +193,14 @@ def _train(model: VQVAE, config: VQVAETrainConfig, crops: RandomCrops, console: 
         task = progress.add_task("", total=config.steps, figures="")
         for step, batch in zip(range(1, config.steps + 1), crops, strict=False):
             video = batch.to(next(model.parameters()).device)
-            decoded, commitment, quantised = model(video)
-            squared = F.mse_loss(decoded, video)
-            loss = squared + F.l1_loss(decoded, video) + commitment
+            try:
+                decoded, commitment, quantised = model(video)
+                squared = F.mse_loss(decoded, video)
+                loss = squared + F.l1_loss(decoded, video) + commitment
+                if not loss.isfinite():
+                    raise FloatingPointError("the loss is not finite")
+            except FloatingPointError as error:
+                raise ValueError(f"{error} at step {step}; use a learning_rate below {config.learning_rate}") from error
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -203,10 +208,6 @@ def _train(model: VQVAE, config: VQVAETrainConfig, crops: RandomCrops, console: 
             falling.step()
             latest.append(quantised.detach())
             decibels = 10 * math.log10(4 / max(squared.item(), 1e-12))
-            if not math.isfinite(loss.item()):
-                raise ValueError(
-                    f"the loss is not finite at step {step}; use a learning_rate below {config.learning_rate}"
-                )
             lines.write(json.dumps({"step": step, "loss": loss.item(), "psnr": decibels}) + "\n")
             progress.update(task, advance=1, figures=f"{decibels:.1f} dB")
             if not console.is_terminal and step % max(1, config.steps // 10) == 0:

@@ -116,8 +116,9 @@ class VQVAE(nn.Module):
             for last in (self.encoder[-1], self.decoder[-2]):
                 for parameter in last.parameters():
                     parameter.zero_()
-            self.patch_in.weight.mul_(0.1)
-            self.patch_out.weight.mul_(0.1)
+            for linear in (self.patch_in, self.patch_out):
+                linear.weight.mul_(0.1)
+                linear.bias.zero_()
             for color in range(min(3, config.channels)):
                 elements = slice(color * volume, (color + 1) * volume)
                 self.patch_in.weight[color] = 0
@@ -150,9 +151,15 @@ class VQVAE(nn.Module):
 
         Returns:
             (reconstruction of that shape, commitment loss, quantised vectors [B, T', H', W', C]).
+
+        Raises:
+            FloatingPointError: training has diverged.
         """
         check_video(video, time_factor=self.time_factor, space_factor=self.space_factor)
         vectors = self._encoded(video.permute(0, 4, 1, 2, 3), None).permute(0, 2, 3, 4, 1)
+        if not vectors.isfinite().all():
+            # The codebooks would take them up, or fail in ways that say nothing.
+            raise FloatingPointError("the vectors to quantise are not finite")
         shape = vectors.shape
         quantised, _, commitment = self.quantizer(vectors.reshape(1, -1, shape[-1]))
         quantised = quantised.reshape(shape)

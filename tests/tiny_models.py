@@ -90,6 +90,9 @@ def write_vqvae(folder: Path) -> None:
         torch.manual_seed(0)
         model = VQVAE(VQVAEConfig(hidden=8, channels=4, codebooks=2, codebook_size=16, res_blocks=1))
         with torch.no_grad():
+            for parameter in model.parameters():
+                if not parameter.any():
+                    parameter.normal_(std=0.1)
             _, _, quantised = model(torch.rand(1, 8, 32, 32, 3) * 2 - 1)
         model.fit_latent_scale(quantised)
     save_vqvae(model, folder)

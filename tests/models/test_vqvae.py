@@ -15,9 +15,12 @@ def video(frames: int = 8, size: int = 16) -> torch.Tensor:
 
 
 def trained(**sizes: int) -> VQVAE:
-    """A model whose codebooks hold codes of the video above."""
+    """A model whose codebooks hold codes of the video above, and whose last convolutions are not zero any more."""
     model = VQVAE(VQVAEConfig(**(SMALL | sizes)))
     with torch.no_grad():
+        for parameter in model.parameters():
+            if not parameter.any():
+                parameter.normal_(std=0.1)
         for _ in range(3):
             _, _, quantised = model(video())
     model.fit_latent_scale(quantised)
@@ -69,6 +72,30 @@ def test_latents_have_unit_scale():
     latents = model.encode(video()).flatten(0, -2)
     torch.testing.assert_close(latents.mean(0), torch.zeros(4), atol=0.3, rtol=0)
     torch.testing.assert_close(latents.std(0), torch.ones(4), atol=0.3, rtol=0)
+
+
+def test_training_starts_from_the_mean_colour_of_patches():
+    model = VQVAE(VQVAEConfig(**SMALL))
+    model.quantizer = Exact()
+    patches = video().reshape(1, 4, 2, 4, 4, 4, 4, 3)
+    mean = patches.mean(dim=(2, 4, 6), keepdim=True).expand_as(patches).reshape(1, 8, 16, 16, 3)
+    with torch.no_grad():
+        # The fourth channel is free, and small at first.
+        torch.testing.assert_close(model(video())[0], mean, rtol=0, atol=0.1)
+
+
+class Exact(torch.nn.Module):
+    """A quantiser that changes nothing."""
+
+    def forward(self, vectors: torch.Tensor) -> tuple[torch.Tensor, None, torch.Tensor]:
+        return vectors, None, torch.zeros(1)
+
+
+def test_large_pictures_are_quantised_in_pieces(monkeypatch):
+    model = trained()
+    whole = model.encode(video())
+    monkeypatch.setattr("longreel.models.vqvae._ROWS", 7)
+    assert torch.equal(model.encode(video()), whole)
 
 
 def test_saved_model_gives_the_same_bits(tmp_path):

@@ -1,0 +1,86 @@
+"""data/vqvae_training.py: a brief training compresses real videos, the same every time."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from longreel.data.video import scan, to_float
+from longreel.data.vqvae_training import RandomCrops, VQVAETrainConfig, read_stretch, train_vqvae
+from longreel.models.autoencoders import AutoencoderConfig, build_autoencoder
+from longreel.models.vqvae import VQVAEConfig
+
+TINY = VQVAEConfig(hidden=8, channels=4, codebooks=2, codebook_size=32, res_blocks=0)
+
+
+@pytest.fixture
+def videos(encode: Callable[..., Path]) -> Path:
+    generator = np.random.default_rng(0)
+    for name, size in (("a.mp4", (48, 64)), ("b.mp4", (32, 32)), ("tiny.mp4", (16, 16))):
+        small = generator.integers(60, 190, (1, size[0] // 8, size[1] // 8), np.uint8)
+        levels = small.repeat(8, 1).repeat(8, 2).repeat(8, 0)
+        # Stripes inside every patch, which its mean colour does not tell.
+        levels[:, :, ::2] -= 40
+        levels[:, :, 1::2] += 40
+        path = encode(name, levels)
+    (path.parent / "broken.mp4").write_text("no video")
+    return path.parent
+
+
+def config(videos: Path, out: str, **options: object) -> VQVAETrainConfig:
+    fields = {"steps": 12, "batch_size": 2, "frames": 4, "crop": 30, "device": "cpu", "model": TINY} | options
+    return VQVAETrainConfig(videos=videos, out=videos / out, **fields)
+
+
+def test_training_learns_and_is_the_same_every_time(videos: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = torch.get_rng_state()
+    model = train_vqvae(config(videos, "one", steps=16, learning_rate=1e-2))
+    assert torch.equal(torch.get_rng_state(), before)
+    told = capsys.readouterr().err
+    assert "broken.mp4: " in told
+    assert "tiny.mp4: 8 frames of 16x16 are less than a crop" in told
+    assert "dB, 8 frames" in told
+    losses = [json.loads(line)["loss"] for line in (videos / "one" / "metrics.jsonl").read_text().splitlines()]
+    assert len(losses) == 16
+    assert np.mean(losses[-3:]) < 0.9 * losses[0]
+    train_vqvae(config(videos, "two", steps=16, learning_rate=1e-2))
+    for name in ("vqvae.safetensors", "vqvae.json", "metrics.jsonl"):
+        assert (videos / "one" / name).read_bytes() == (videos / "two" / name).read_bytes()
+    loaded = build_autoencoder(AutoencoderConfig(autoencoder="vqvae", autoencoder_path=str(videos / "one")))
+    clip = to_float(read_stretch(videos / "a.mp4", scan(videos / "a.mp4"), 0, 8))[None]
+    assert torch.equal(loaded.encode(clip), model.encode(clip))
+    latents = loaded.encode(clip).flatten(0, -2)
+    assert latents.mean(0).abs().max() < 1
+    assert 0.3 < latents.std() < 3
+
+
+def test_crops_come_from_every_video_and_place(videos: Path) -> None:
+    crops = RandomCrops(videos, frames=4, side=32, batch_size=4, seed=0)
+    assert [path.name for path, _ in crops.videos] == ["a.mp4", "b.mp4"]
+    batches = [batch for _, batch in zip(range(10), crops, strict=False)]
+    assert all(batch.shape == (4, 4, 32, 32, 3) for batch in batches)
+    assert len({batch[0, 0].sum().item() for batch in batches}) > 5
+    again = next(iter(RandomCrops(videos, frames=4, side=32, batch_size=4, seed=0)))
+    assert torch.equal(again, batches[0])
+
+
+def test_folders_without_a_usable_video_are_refused(videos: Path, tmp_path: Path) -> None:
+    with pytest.raises(
+        ValueError, match=r"no video has 4 frames of 100x100 pixels; the first: .*a\.mp4: 8 frames of 64x48"
+    ):
+        RandomCrops(videos, frames=4, side=100, batch_size=1, seed=0)
+    with pytest.raises(ValueError, match="is not a folder"):
+        RandomCrops(tmp_path / "nothing", frames=4, side=8, batch_size=1, seed=0)
+    with pytest.raises(ValueError, match="steps must be at least 1"):
+        config(videos, "x", steps=0)
+
+
+def test_loss_that_is_not_finite_saves_nothing(videos: Path) -> None:
+    with pytest.raises(ValueError, match=r"not finite at step \d+; use a learning_rate below 1e\+30"):
+        train_vqvae(config(videos, "out", learning_rate=1e30, save_every=100))
+    assert not (videos / "out" / "vqvae.safetensors").exists()
