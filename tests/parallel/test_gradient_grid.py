@@ -60,9 +60,12 @@ def groups(case: Case, size: int) -> set[tuple[Any, ...]]:
     return set(itertools.combinations(enumerate(case), size))
 
 
+COVERING = covering(outlines())
+
+
 def name(case: Case | Outline) -> str:
-    strategy, conditioning, (degree, counts), *rest = case
-    return "-".join([strategy, conditioning, f"P{degree}", f"dp{len(counts)}", *rest])
+    strategy, conditioning, placement, *rest = case
+    return "-".join([strategy, conditioning, placed(placement), *rest])
 
 
 def arguments(case: Case) -> tuple[Any, ...]:
@@ -90,16 +93,20 @@ def check(run: Callable[..., list[Any]], together: list[Case], timeout: float = 
     assert not wrong, "\n".join(wrong)
 
 
-def marks(engines: set[str]) -> Any:
-    missing = "colossalai" in engines and not installed()
-    return pytest.mark.skip(reason=MISSING) if missing else ()
+def runnable(chosen: list[Case]) -> list[Case]:
+    """Without the cases that need ColossalAI where it is missing."""
+    return [case for case in chosen if case[4] != "colossalai" or installed()]
 
 
-@pytest.mark.parametrize(
-    "case", [pytest.param(case, id=name(case), marks=marks({case[4]})) for case in covering(outlines())]
-)
-def test_gradients_equal_one_device(run_distributed, case):
-    check(run_distributed, [case])
+def placed(placement: tuple[int, tuple[int, ...]]) -> str:
+    return f"P{placement[0]}-dp{len(placement[1])}"
+
+
+# One call for each strategy and placement: groups of ranks are dear to build.
+@pytest.mark.parametrize("placement", PLACEMENTS, ids=placed)
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_gradients_equal_one_device(run_distributed, strategy, placement):
+    check(run_distributed, runnable([case for case in COVERING if (case[0], case[2]) == (strategy, placement)]))
 
 
 @pytest.mark.slow
@@ -107,8 +114,8 @@ def test_gradients_equal_one_device(run_distributed, case):
 @pytest.mark.parametrize("policy", POLICIES)
 @pytest.mark.parametrize("outline", outlines(), ids=name)
 def test_gradients_equal_one_device_everywhere(run_distributed, outline, policy):
-    engines = [engine for engine in ENGINES if engine != "colossalai" or installed()]
-    check(run_distributed, [(*outline, policy, *rest) for rest in itertools.product(engines, LENGTHS)], timeout=3000)
+    together = [(*outline, policy, *rest) for rest in itertools.product(ENGINES, LENGTHS)]
+    check(run_distributed, runnable(together), timeout=3000)
 
 
 @pytest.fixture(scope="module")
@@ -124,20 +131,19 @@ WIDE = covering([(strategy, conditioning, WIDEST) for strategy in STRATEGIES for
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_gradients_of_two_groups_of_eight_equal_one_device(sixteen_workers, strategy):
-    together = [case for case in WIDE if case[0] == strategy and (case[4] != "colossalai" or installed())]
-    check(sixteen_workers.run, together, timeout=3000)
+    check(sixteen_workers.run, runnable([case for case in WIDE if case[0] == strategy]), timeout=3000)
 
 
 def test_every_pair_of_choices_is_covered_by_cases_that_run_anywhere():
     # Those that need ColossalAI do not count for pairs without it: where it is missing they are skipped.
-    some = covering(outlines()), everything()
+    some = COVERING, everything()
     chosen, possible = ([case for case in these if "colossalai" not in case] for these in some)
     assert pairs(chosen) == pairs(possible)
 
 
 @pytest.mark.skipif(not installed(), reason=f"{MISSING}; no pair with it runs")
 def test_every_pair_of_choices_with_colossalai_is_covered():
-    assert pairs(covering(outlines())) == pairs(everything())
+    assert pairs(COVERING) == pairs(everything())
 
 
 def test_every_pair_of_choices_is_covered_on_sixteen_ranks():

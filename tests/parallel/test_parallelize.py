@@ -41,6 +41,37 @@ def test_gradients_of_the_published_regime_equal_one_device(run_distributed, str
     check(run_distributed, cases.tiny_config(conditioning), cases.fp64(strategy, 4), (1, 2), torch.float64)
 
 
+# Each policy, engine and regime once; all of them together are slow.
+PUBLISHED = {
+    "ulysses": ("published", "full", "ddp"),
+    "fastseq": ("cross_published", "keep_attention", "fsdp2-zero3"),
+    "ring": ("text_only", "offload", "ddp"),
+    "usp": ("cross_published", "full", "fsdp2-zero2"),
+}
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_the_published_regime_goes_with_policies_and_engines(run_distributed, strategy):
+    conditioning, policy, engine = PUBLISHED[strategy]
+    parallel = cases.fp64(strategy, 2, engine, policy)
+    check(run_distributed, cases.tiny_config(conditioning), parallel, (1, 2), torch.float64)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("conditioning", ["text_only", "published", "cross_published"])
+@pytest.mark.parametrize("strategy", [*STRATEGIES, "ulysses-chunks", "fastseq-attention"])
+def test_the_published_regime_goes_with_every_policy_and_engine(run_distributed, strategy, conditioning):
+    together = [
+        (cases.tiny_config(conditioning), cases.fp64(strategy, 4, engine, policy), (1, 2), cases.LATENT_SHAPE)
+        for engine in ("fsdp2-zero2", "fsdp2-zero3", "ddp")
+        for policy in ("none", "full", "keep_attention", "offload")
+    ]
+    for of_rank in run_distributed(cases.parities, 8, together, timeout=1500.0):
+        for case, errors in zip(together, of_rank, strict=True):
+            assert max(errors.values()) <= PARALLEL_TOLERANCE[torch.float64], (case, errors)
+
+
 @pytest.mark.parametrize("policy", ["full", "keep_attention", "offload"])
 @pytest.mark.parametrize("engine", ["fsdp2-zero2", "fsdp2-zero3", "ddp"])
 def test_policies_without_sequence_parallelism_equal_one_device(run_distributed, engine, policy):
@@ -241,7 +272,7 @@ def whole_output(config: DiTConfig, strategy: str, degree: int) -> Tensor:
     return spread.output(data["latents"], data["timestep"], data["text"])
 
 
-@pytest.mark.parametrize("conditioning", ["adaln", "in_context", "published"])
+@pytest.mark.parametrize("conditioning", ["adaln", "cross", "in_context", "published"])
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_output_is_whole_and_equal_on_every_rank(run_distributed, strategy, conditioning):
     config = cases.tiny_config(conditioning, learn_sigma=conditioning == "adaln")

@@ -68,13 +68,14 @@ def one_rank(trained: Path) -> Tensor:
 
 @pytest.mark.parametrize(
     ("strategy", "sp_degree", "world_size"),
-    [("ulysses", 2, 2), ("fastseq", 4, 4), ("fastseq", 2, 4)],
-    ids=["ulysses-P2", "fastseq-P4", "fastseq-P2-dp2"],
+    [("ulysses", 2, 2), ("fastseq", 4, 4), ("fastseq", 2, 4), ("ring", 2, 2), ("usp", 4, 4)],
+    ids=["ulysses-P2", "fastseq-P4", "fastseq-P2-dp2", "ring-P2", "usp-P4"],
 )
 def test_every_rank_has_the_video_of_one(
     trained: Path, one_rank: Tensor, run_distributed: Any, strategy: Any, sp_degree: int, world_size: int
 ) -> None:
-    parallel = ParallelConfig(strategy=strategy, sp_degree=sp_degree, precision="fp64")
+    hybrid = {"ulysses_degree": 2} if strategy == "usp" else {}
+    parallel = ParallelConfig(strategy=strategy, sp_degree=sp_degree, precision="fp64", **hybrid)
     for video in run_distributed(sample_here, world_size, configured(trained, parallel=parallel)):
         torch.testing.assert_close(video, one_rank, rtol=0, atol=1e-6)
 
