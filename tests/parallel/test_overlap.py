@@ -13,6 +13,7 @@ from unittest import mock
 
 import pytest
 import torch
+from schedules import fastseq_backward_seconds, fastseq_seconds, ring_seconds, ulysses_seconds
 from torch import Tensor, nn
 
 from longreel.models.sequence import SequenceLengths
@@ -143,16 +144,6 @@ def layer(
         return run(ratio * (1 - linear_share) / pairs, ratio * linear_share / max(rows, 1.0), 1 / sent)
 
 
-def fastseq_seconds(degree: int, ratio: float, linear_share: float, *, attends: bool) -> float:
-    """Critical path: T_s = T_(s-1) + max(work on chunk s - 1, transfer of chunk s), then the last chunk, then o."""
-    one = degree / ((degree - 1) * (degree + 1))
-    projection = ratio * linear_share / degree
-    attention = [ratio * (1 - linear_share) * (2 * s + 1) / degree**2 for s in range(degree)]
-    work = [projection + a if attends else projection for a in attention]
-    now = sum(max(work[s], one) for s in range(degree - 1)) + work[-1]
-    return now + (0 if attends else sum(attention)) + one * (degree - 1) / degree
-
-
 @pytest.mark.parametrize("ratio", [0.25, 1.0, 4.0])
 @pytest.mark.parametrize("degree", [2, 4, 8], ids=lambda p: f"P{p}")
 @pytest.mark.parametrize("overlap", ["projection", "attention"])
@@ -168,24 +159,6 @@ def test_fastseq_hides_its_transfers_where_computation_is_four_times_as_long(deg
     assert forward("fastseq", degree, 4.0, fastseq_overlap="attention").now <= 1.1 * 4.0
     # Behind the projection alone it cannot.
     assert forward("fastseq", degree, 4.0, fastseq_overlap="projection").now > 1.1 * 4.0
-
-
-def fastseq_backward_seconds(degree: int, ratio: float) -> float:
-    """Critical path: dO, then in each step attention on what is left while the next x arrives and a share leaves."""
-    chunk = degree / ((degree - 1) * (2 * degree + 1))
-    now = chunk * (degree - 1) / degree
-    arrived = link = now + chunk
-    left = 0.0
-    for step in range(1, degree + 1):
-        now += ratio * (2 * (degree - step) + 1) / degree**2
-        if step < degree:
-            now = max(now, arrived)
-        if step + 1 < degree:
-            arrived = link = max(link, now) + chunk
-        now = max(now, left)
-        if step < degree:
-            left = link = max(link, now) + chunk
-    return now
 
 
 @pytest.mark.parametrize("ratio", [0.25, 1.0, 4.0])
@@ -208,22 +181,7 @@ def test_fastseq_backward_hides_its_transfers_where_computation_is_four_times_as
 @pytest.mark.parametrize("degree", [2, 4, 8], ids=lambda p: f"P{p}")
 def test_a_ring_takes_the_longer_of_attention_and_transfer(degree, ratio):
     clock = forward("ring", degree, ratio, linear_share=0.0)
-    one, work = 1 / (degree - 1), ratio / degree
-    assert clock.now == pytest.approx((degree - 1) * max(one, work) + work)
-
-
-def ulysses_seconds(chunks: int, ratio: float, share_in: float = 0.75) -> float:
-    """Critical path: the link carries in 0, in 1, back 0, in 2, back 1, ...; in j + 1 is asked for when j begins."""
-    way_in, work, way_back = share_in / chunks, ratio / chunks, (1 - share_in) / chunks
-    done, link = 0.0, way_in
-    arrival = link
-    for chunk in range(chunks):
-        begun = max(done, arrival)
-        if chunk + 1 < chunks:
-            arrival = link = max(link, begun) + way_in
-        done = begun + work
-        link = max(link, done) + way_back
-    return link
+    assert clock.now == pytest.approx(ring_seconds(degree, ratio))
 
 
 @pytest.mark.parametrize("ratio", [0.25, 1.0, 4.0])
