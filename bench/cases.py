@@ -150,7 +150,7 @@ class Point:
             num_devices=self.num_devices,
             engine=p.engine,
             policy=p.policy,
-            attention=p.attention_provider,
+            attention=p.attention_provider if self.peer is None else PEERS[self.peer].attention,
             seq_len=self.seq_len,
             batch_per_group=self.batch_per_group,
             is_baseline=self.is_baseline,

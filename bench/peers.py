@@ -29,16 +29,17 @@ class Peer:
     """An implementation of another project.
 
     Args:
-        package: what is imported; pip's name is the same.
+        packages: what is imported, of the peer and beside it.
         hybrid: splits heads and goes round a ring (as `usp`), else heads only (as `ulysses`).
-        needs_cuda: its kernels run on CUDA alone.
+        needs_cuda: its kernels run on CUDA alone. attention: what attends inside a rank.
         attend: builds its attention for the ranks of a strategy of ours.
         policies: activation policies under which it keeps or recomputes what ours does.
     """
 
-    package: str
+    packages: tuple[str, ...]
     hybrid: bool
     needs_cuda: bool
+    attention: str
     attend: Callable[[USP, ParallelMesh], Attend]
     policies: tuple[Policy, ...] = ("none", "full")
 
@@ -58,10 +59,11 @@ class Peer:
 
     def unavailable(self, device_type: str) -> str | None:
         """Why it cannot run here, None where it can."""
-        if importlib.util.find_spec(self.package) is None:
-            return f"{self.package} is not installed (pip install {self.package})"
+        missing = [name for name in self.packages if importlib.util.find_spec(name) is None]
+        if missing:
+            return f"{', '.join(missing)} not installed (pip install {' '.join(missing)})"
         if self.needs_cuda and device_type != "cuda":
-            return f"attention of {self.package} runs on CUDA only"
+            return f"attention of {self.packages[0]} runs on CUDA only"
         return None
 
 
@@ -83,18 +85,25 @@ def _deepspeed(strategy: USP, mesh: ParallelMesh) -> Attend:
 
 
 def _yunchang(strategy: USP, mesh: ParallelMesh) -> Attend:
-    """yunchang's LongContextAttention: all-to-alls inside, PyTorch's flash attention round a ring outside."""
+    """yunchang's LongContextAttention: all-to-alls inside, flash-attn round a ring outside.
+
+    Its ring over PyTorch's own kernels is no choice: in 0.6.4 the backward of that one raises.
+    """
     from yunchang import LongContextAttention, set_seq_parallel_pg
     from yunchang.kernels import AttnType
 
     set_seq_parallel_pg(strategy.ulysses_degree, strategy.ring_degree, dist.get_rank(), dist.get_world_size())
-    layer = LongContextAttention(ring_impl_type="basic_pytorch", attn_type=AttnType.TORCH_FLASH)
+    layer = LongContextAttention(ring_impl_type="basic", attn_type=AttnType.FA)
     return lambda q, k, v: layer(q, k, v, causal=False)
 
 
 PEERS: dict[str, Peer] = {
-    "deepspeed-ulysses": Peer(package="deepspeed", hybrid=False, needs_cuda=False, attend=_deepspeed),
-    "yunchang-usp": Peer(package="yunchang", hybrid=True, needs_cuda=True, attend=_yunchang),
+    "deepspeed-ulysses": Peer(
+        packages=("deepspeed",), hybrid=False, needs_cuda=False, attention="sdpa-flash", attend=_deepspeed
+    ),
+    "yunchang-usp": Peer(
+        packages=("yunchang", "flash_attn"), hybrid=True, needs_cuda=True, attention="flash-attn", attend=_yunchang
+    ),
 }
 
 

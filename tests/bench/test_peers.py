@@ -72,9 +72,10 @@ def exchanged(strategy, mesh, *, scale: float = 1.0) -> Callable[[Tensor, Tensor
 def measure_stand_in(scale: float, of: list[Point], path: str) -> list[RankResult]:
     """measure_points with a peer of our own (in a worker)."""
     stand_in = Peer(
-        package="torch",
+        packages=("torch",),
         hybrid=False,
         needs_cuda=False,
+        attention="torch",
         attend=lambda strategy, mesh: exchanged(strategy, mesh, scale=scale),
     )
     with mock.patch.dict(PEERS, {"deepspeed-ulysses": stand_in}):
@@ -101,16 +102,20 @@ def test_wrong_peer_gets_no_timing(run_distributed, oracle_file) -> None:
 
 def test_missing_package_and_device_are_the_reason(monkeypatch) -> None:
     monkeypatch.setattr(peers.importlib.util, "find_spec", lambda name: None)
-    assert "deepspeed is not installed" in points("deepspeed-ulysses", 2)[0].impossible
+    assert "deepspeed not installed" in points("deepspeed-ulysses", 2)[0].impossible
     monkeypatch.setattr(peers.importlib.util, "find_spec", lambda name: object())
     assert points("deepspeed-ulysses", 2)[0].impossible is None
     assert "CUDA only" in points("yunchang-usp", 4)[0].impossible
+    # Its ring has no backward without flash-attn.
+    monkeypatch.setattr(peers.importlib.util, "find_spec", lambda name: None if name == "flash_attn" else object())
+    assert "flash_attn not installed" in points("yunchang-usp", 4)[0].impossible
 
 
 def test_hybrids_need_a_degree_that_leaves_a_ring() -> None:
     assert points("yunchang-usp", 2) == []
     (point,) = points("yunchang-usp", 4)
     assert (point.parallel.strategy, point.parallel.ulysses_degree, point.strategy) == ("usp", 2, "yunchang-usp")
+    assert point.record("skipped", reason="so it is", provenance={}).attention == "flash-attn"
 
 
 def test_what_a_peer_sends_is_told_from_what_the_engine_sends() -> None:
@@ -127,35 +132,3 @@ def test_deepspeed_passes_the_gate(run_distributed, oracle_file, degree) -> None
         for result in results:
             assert result.reason is None
             assert result.traffic["sequence.all_to_all"] > 0
-
-
-def on_cpu(points: list[Point], path: str) -> list[RankResult]:
-    """measure_points with the attention kernel that yunchang takes from CUDA replaced (in a worker)."""
-    from yunchang.ring import ring_pytorch_attn
-
-    def forward(q, k, v, softmax_scale=None, causal=False, **_):
-        out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            *(x.transpose(1, 2) for x in (q, k, v)), scale=softmax_scale
-        )
-        return out.transpose(1, 2), lse
-
-    def backward(dout, q, k, v, out, softmax_lse=None, softmax_scale=None, causal=False, **_):
-        grads = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-            *(x.transpose(1, 2) for x in (dout, q, k, v, out)), softmax_lse, 0.0, False, scale=softmax_scale
-        )
-        return tuple(grad.transpose(1, 2) for grad in grads)
-
-    with (
-        mock.patch.object(ring_pytorch_attn, "pytorch_attn_forward", forward),
-        mock.patch.object(ring_pytorch_attn, "pytorch_attn_backward", backward),
-    ):
-        return measure_points(points, path)
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(importlib.util.find_spec("yunchang") is None, reason="yunchang is not installed")
-def test_yunchang_passes_the_gate(run_distributed, oracle_file) -> None:
-    for (result,) in run_distributed(on_cpu, 4, points("yunchang-usp", 4), oracle_file):
-        assert result.reason is None
-        assert result.traffic["sequence.all_to_all"] > 0
-        assert result.traffic["sequence.send"] > 0
