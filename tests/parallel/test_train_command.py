@@ -207,7 +207,7 @@ def script(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
 def test_demo_to_mp4_by_the_scripts(tmp_path: Path) -> None:
     trained = script(tmp_path, str(SCRIPTS / "train.py"), "--demo", "--steps", "2", *TINY)
     assert trained.returncode == 0, trained.stderr
-    assert "8 tokens each" in trained.stderr
+    assert "4 tokens each" in trained.stderr
     assert "Warning" not in trained.stderr
     prompt = ["--prompt", "a red square", "--steps", "2", "--out", "clips/red.mp4"]
     sampled = script(tmp_path, str(SCRIPTS / "sample.py"), "--checkpoint", "out/train", *prompt)
