@@ -144,10 +144,15 @@ def _run(
     if reason is not None:
         return point.record("skipped", reason=reason, provenance=stamped(provenance))
     block = estimates.block_s(asked)
-    plan = emulator.plan(asked, block, whole_depth=grid.whole_depth)
-    seconds = 0.0 if emulator.rehearse else plan_seconds(plan, block)
     words = f"{formatting.length(asked.seq_len)} {point.strategy} SP {point.parallel.sp_degree} {point.parallel.policy}"
     left = f"left for the next run of this command: {words}"
+    # Before its memory is predicted, which takes a second that may not be there.
+    least = 0.0 if emulator.rehearse else 3 * block
+    if emulator.deadline is not None and time.monotonic() + least > emulator.deadline:
+        emulator.say(f"{left}, more than {least:.0f} s")
+        return None
+    plan = emulator.plan(asked, block, whole_depth=grid.whole_depth)
+    seconds = 0.0 if emulator.rehearse else plan_seconds(plan, block)
     if emulator.deadline is not None and time.monotonic() + seconds > emulator.deadline:
         emulator.say(f"{left}, about {seconds:.0f} s")
         return None
