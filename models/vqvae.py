@@ -1,9 +1,10 @@
 """A video-native VQ-VAE: 3-D convolutions, causal in time, and a codebook per group of channels.
 
 Every stage folds pixels (and frames) into channels and convolves; the decoder unfolds them. Beside both runs a linear
-map of whole patches that starts out as their mean colour, so that training begins with a blurred video and not with
-none. All that looks along time looks back only, so a video of any length passes in pieces of a few frames with what
-each convolution last saw carried over, and the result is that of the whole video at once.
+map of whole patches that starts out as their mean colour and the lowest frequencies of their brightness, so that
+training begins with a blurred video and not with none. All that looks along time looks back only, so a video of any
+length passes in pieces of a few frames with what each convolution last saw carried over, and the result is that of the
+whole video at once.
 Source: van den Oord et al. 2017 (arXiv:1711.00937); over videos, Yan et al. 2021, VideoGPT (arXiv:2104.10157).
 """
 
@@ -116,15 +117,11 @@ class VQVAE(nn.Module):
             for last in (self.encoder[-1], self.decoder[-2]):
                 for parameter in last.parameters():
                     parameter.zero_()
+            basis = _patch_basis(config.channels, self.patch.factors)
+            self.patch_in.weight.copy_(basis / basis.square().sum(1, keepdim=True).clamp(min=1))
+            self.patch_out.weight.copy_(basis.T)
             for linear in (self.patch_in, self.patch_out):
-                linear.weight.mul_(0.1)
                 linear.bias.zero_()
-            for color in range(min(3, config.channels)):
-                elements = slice(color * volume, (color + 1) * volume)
-                self.patch_in.weight[color] = 0
-                self.patch_in.weight[color, elements] = 1 / volume
-                self.patch_out.weight[:, color] = 0
-                self.patch_out.weight[elements, color] = 1
         self.quantizer = VectorQuantize(
             config.channels,
             config.codebook_size,
@@ -210,6 +207,20 @@ class VQVAE(nn.Module):
         seen: dict[nn.Module, Tensor] = {}
         x = x.to(self.latent_mean.device, self.latent_mean.dtype).permute(0, 4, 1, 2, 3)
         return torch.cat([run(piece, seen) for piece in x.split(frames, dim=2)], dim=2).permute(0, 2, 3, 4, 1)
+
+
+def _patch_basis(channels: int, factors: tuple[int, int, int]) -> Tensor:
+    """[C, 3 ft fh fw] orthogonal rows: the mean of each colour, then cosines of all three, from low to high."""
+    time, height, width = (
+        torch.cos(torch.pi * (torch.arange(size) + 0.5) * torch.arange(size)[:, None] / size) for size in factors
+    )
+    waves = torch.einsum("at,bh,cw->abcthw", time, height, width).flatten(0, 2).flatten(1)
+    frequencies = torch.cartesian_prod(*(torch.arange(size) for size in factors)).reshape(-1, 3).sum(1)
+    order = frequencies.argsort(stable=True)[1:]
+    means = torch.eye(3).repeat_interleave(waves.shape[1], 1)
+    rows = torch.cat([means, waves[order].repeat(1, 3)])
+    # Channels beyond are left for the convolutions.
+    return F.pad(rows, (0, 0, 0, max(0, channels - len(rows))))[:channels]
 
 
 class CausalConv3d(nn.Conv3d):

@@ -12,7 +12,7 @@ import torch
 
 from longreel.data.video import scan, to_float
 from longreel.data.vqvae_training import RandomCrops, VQVAETrainConfig, read_stretch, train_vqvae
-from longreel.models.autoencoders import AutoencoderConfig, build_autoencoder
+from longreel.models.autoencoders import AutoencoderConfig, build_autoencoder, psnr
 from longreel.models.vqvae import VQVAEConfig
 
 TINY = VQVAEConfig(hidden=8, channels=4, codebooks=2, codebook_size=32, res_blocks=0)
@@ -39,16 +39,16 @@ def config(videos: Path, out: str, **options: object) -> VQVAETrainConfig:
 
 def test_training_learns_and_is_the_same_every_time(videos: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = torch.get_rng_state()
-    model = train_vqvae(config(videos, "one", steps=16, learning_rate=1e-2))
+    model = train_vqvae(config(videos, "one", steps=24, learning_rate=3e-3))
     assert torch.equal(torch.get_rng_state(), before)
     told = capsys.readouterr().err
     assert "broken.mp4: " in told
     assert "tiny.mp4: 8 frames of 16x16 are less than a crop" in told
     assert "dB, 8 frames" in told
     losses = [json.loads(line)["loss"] for line in (videos / "one" / "metrics.jsonl").read_text().splitlines()]
-    assert len(losses) == 16
-    assert np.mean(losses[-3:]) < 0.9 * losses[0]
-    train_vqvae(config(videos, "two", steps=16, learning_rate=1e-2))
+    assert len(losses) == 24
+    assert np.mean(losses[-6:]) < 0.9 * np.mean(losses[:6])
+    train_vqvae(config(videos, "two", steps=24, learning_rate=3e-3))
     for name in ("vqvae.safetensors", "vqvae.json", "metrics.jsonl"):
         assert (videos / "one" / name).read_bytes() == (videos / "two" / name).read_bytes()
     loaded = build_autoencoder(AutoencoderConfig(autoencoder="vqvae", autoencoder_path=str(videos / "one")))
@@ -84,3 +84,16 @@ def test_loss_that_is_not_finite_saves_nothing(videos: Path) -> None:
     with pytest.raises(ValueError, match=r"not finite at step \d+; use a learning_rate below 1e\+30"):
         train_vqvae(config(videos, "out", learning_rate=1e30, save_every=100))
     assert not (videos / "out" / "vqvae.safetensors").exists()
+
+
+@pytest.mark.slow
+def test_a_brief_training_brings_a_real_video_back(sample_videos: Path, tmp_path: Path) -> None:
+    (tmp_path / "videos").mkdir()
+    path = tmp_path / "videos" / "h265_video.mp4"
+    path.symlink_to(sample_videos / path.name)
+    sizes = {"steps": 60, "batch_size": 4, "frames": 4, "crop": 32}
+    train_vqvae(VQVAETrainConfig(videos=path.parent, out=tmp_path, device="cpu", model=VQVAEConfig(hidden=16), **sizes))
+    trained = build_autoencoder(AutoencoderConfig(autoencoder="vqvae", autoencoder_path=str(tmp_path)))
+    video = to_float(read_stretch(path, scan(path), 0, 10))[None]
+    # Measured 23.8 dB; the mean colours of patches alone give 19.7.
+    assert psnr(trained.decode(trained.encode(video)), video) > 22
