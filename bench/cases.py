@@ -11,6 +11,7 @@ from longreel.bench.peers import PEERS
 from longreel.models.config import DiTConfig
 from longreel.parallel.config import ParallelConfig
 from longreel.reports.records import Kind, Record, Regime, Status
+from longreel.reports.turns import MIN_DECISIVE
 
 # One frame of a sample, in patches: 16 x 16 is a 256x256 image through SD-VAE at patch 2.
 FRAME_SIDE = 16
@@ -23,12 +24,12 @@ class Timing:
     """How the steps of a measured point are sampled, after an untimed step on the same batch.
 
     Args:
-        min_samples: steps timed at least. max_samples: and at most.
+        min_samples: steps timed at least; fewer than MIN_DECISIVE give no verdict. max_samples: and at most.
         budget_s: between the two, go on until this many seconds were timed.
         wall_cap_s: seconds of steps after which sampling ends with what there is, at least two samples.
     """
 
-    min_samples: int = 3
+    min_samples: int = MIN_DECISIVE
     max_samples: int = 10
     budget_s: float = 0.6
     wall_cap_s: float = 600.0

@@ -6,14 +6,18 @@ line from depths 1 and 2 was where the model's depth ran too, and the longest se
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from longreel.reports import store
 from longreel.reports.records import Record
 
 GiB = 2**30
+# What tells one configuration from another whatever its length, besides `config`.
+_CONFIGURATION = ("model", "device", "strategy", "sp_degree", "engine", "policy", "attention", "batch_per_group")
 
 
 def table(records: Sequence[Record]) -> list[str]:
@@ -78,35 +82,40 @@ def _linearity(rows: Sequence[Record]) -> list[str]:
     return ["", "Continued from depths 1 and 2, against the model's depth as it ran:", *found] if found else []
 
 
-def longest_that_fits(rows: Sequence[Record]) -> dict[tuple[str, int, str], int]:
-    """(strategy, SP degree, policy) -> longest length whose memory fits, by the line through its two longest lengths.
+def longest_that_fits(rows: Sequence[Record]) -> list[tuple[Record, int]]:
+    """Of every configuration emulated at two lengths the longest of them, and the longest length whose memory fits.
 
-    Memory is linear in length: activations and buffers are, the rest is constant.
+    By the line through the two: memory is linear in length, as activations and buffers are and the rest is constant.
     """
-    found: dict[tuple[str, int, str], int] = {}
-    by_place: dict[tuple[str, int, str], dict[int, Record]] = {}
+    found = []
+    by_place: dict[tuple[Any, ...], dict[int, Record]] = {}
     for r in rows:
         if "allocated" in r.memory and r.memory_usable:
-            by_place.setdefault((r.strategy, r.sp_degree, r.policy), {})[r.seq_len] = r
-    for place, at in by_place.items():
+            place = [getattr(r, name) for name in _CONFIGURATION] + [json.dumps(dict(r.config), sort_keys=True)]
+            by_place.setdefault(tuple(place), {})[r.seq_len] = r
+    for at in by_place.values():
         if len(at) < 2:
             continue
         low, high = (at[n] for n in sorted(at)[-2:])
         slope = (high.memory["allocated"] - low.memory["allocated"]) / (high.seq_len - low.seq_len)
         usable = high.memory_usable or 0
         if slope > 0:
-            found[place] = int(high.seq_len + (usable - high.memory["allocated"]) / slope)
+            found.append((high, int(high.seq_len + (usable - high.memory["allocated"]) / slope)))
     return found
 
 
 def _longest(rows: Sequence[Record]) -> list[str]:
     lines = [
-        f"- {strategy}, SP {degree}, {policy}: {length:,} tokens"
-        for (strategy, degree, policy), length in longest_that_fits(rows).items()
+        f"- {_words(record)}{_batch(record)}: {length:,} tokens, extrapolated from {record.seq_len:,}"
+        for record, length in longest_that_fits(rows)
     ]
     if not lines:
         return []
-    return ["", "Longest sequence that fits, by the line through the two longest lengths emulated:", *lines]
+    return ["", "Longest sequence that fits, on the line through the two longest lengths emulated:", *lines]
+
+
+def _batch(record: Record) -> str:
+    return "" if record.batch_per_group == 1 else f", batch {record.batch_per_group}"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -21,7 +21,7 @@ from longreel.bench import gate, traffic
 from longreel.bench.cases import Point
 from longreel.bench.nvml import MIN_ENERGY_WINDOW_S, Monitor, Reading
 from longreel.bench.peers import peer_strategy, relabelled
-from longreel.bench.rank_device import RankDevice, rank_device
+from longreel.bench.rank_device import Held, RankDevice, rank_device
 from longreel.models.config import DiTConfig
 from longreel.parallel import comm
 from longreel.parallel.config import DTYPES
@@ -72,8 +72,8 @@ class _Prepared:
     model: ParallelDiT
     batch: Batch
     result: dict[str, Any]
-    # Bytes that it holds between steps.
-    resident: int = 0
+    # What it holds between steps.
+    resident: Held = field(default_factory=Held)
     samples: list[float] = field(default_factory=list)
     readings: list[Reading | None] = field(default_factory=list)
     energy: list[float | None] = field(default_factory=list)
@@ -106,7 +106,10 @@ def measure_points(points: Sequence[Point], oracle_path: str, at_path: str | Non
 
 def _note(path: Path | None, place: int) -> None:
     if path is not None:
-        path.write_text(str(place))
+        # Whole or not at all: the process may be killed here, and another one reads it meanwhile.
+        new = path.with_suffix(".new")
+        new.write_text(str(place))
+        new.replace(path)
 
 
 def _prepare(point: Point, oracle_path: str, device: RankDevice, parked: Sequence[_Prepared]) -> RankResult | _Prepared:
@@ -152,7 +155,7 @@ def _prepare(point: Point, oracle_path: str, device: RankDevice, parked: Sequenc
         result["flops"] = flops.get_total_flops()
         steps = ["1 counted"]
     # Memory is that of a step like the timed ones: whole, with the optimizer's states there before it.
-    device.start_peak(sum(one.resident for one in parked))
+    device.start_peak(Held(sum(one.resident.allocated for one in parked), sum(one.resident.reserved for one in parked)))
     _step(model, batch)
     device.synchronize()
     result |= {
@@ -162,9 +165,8 @@ def _prepare(point: Point, oracle_path: str, device: RankDevice, parked: Sequenc
         "warm_up": f"{' and '.join([*steps, '1 whole'])} step",
     }
     dist.barrier()
-    return _Prepared(
-        point=point, model=model, batch=batch, result=result, resident=max(0, device.resident() - resident)
-    )
+    added = Held(*(max(0, now - before) for now, before in zip(device.resident(), resident, strict=True)))
+    return _Prepared(point=point, model=model, batch=batch, result=result, resident=added)
 
 
 def _build(point: Point, config: DiTConfig, device: RankDevice) -> ParallelDiT:

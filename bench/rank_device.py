@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 
 from longreel.bench.cases import DeviceType
 from longreel.bench.process_memory import PeakMemory
+
+
+class Held(NamedTuple):
+    """Bytes of a device that are taken: allocated, and reserved by the caching allocator with what lies between."""
+
+    allocated: int = 0
+    reserved: int = 0
 
 
 class RankDevice(Protocol):
@@ -24,15 +31,15 @@ class RankDevice(Protocol):
         """Hand back what earlier points left in caches."""
         ...
 
-    def resident(self) -> int:
-        """Bytes allocated now."""
+    def resident(self) -> Held:
+        """Taken now, caches handed back."""
         ...
 
-    def start_peak(self, parked: int) -> None:
+    def start_peak(self, parked: Held) -> None:
         """Watch the peak from here on.
 
         Args:
-            parked: bytes that other points hold meanwhile, which are not this one's.
+            parked: what other points hold meanwhile, which is not this one's.
         """
         ...
 
@@ -60,11 +67,11 @@ class CpuRank:
     def release(self) -> None:
         """PeakMemory hands freed memory back."""
 
-    def resident(self) -> int:
+    def resident(self) -> Held:
         """Not told apart: what a step adds to its process is the figure there."""
-        return 0
+        return Held()
 
-    def start_peak(self, parked: int) -> None:
+    def start_peak(self, parked: Held) -> None:
         """See RankDevice."""
         self._watched = PeakMemory()
 
@@ -86,7 +93,7 @@ class CudaRank:
     def __init__(self, index: int) -> None:
         self.torch_device = torch.device("cuda", index)
         self.limit: int | None = torch.cuda.get_device_properties(self.torch_device).total_memory
-        self._parked = 0
+        self._parked = Held()
 
     def synchronize(self) -> None:
         """See RankDevice."""
@@ -96,11 +103,13 @@ class CudaRank:
         """See RankDevice."""
         torch.cuda.empty_cache()
 
-    def resident(self) -> int:
+    def resident(self) -> Held:
         """See RankDevice."""
-        return torch.cuda.memory_allocated(self.torch_device)
+        torch.cuda.empty_cache()
+        device = self.torch_device
+        return Held(torch.cuda.memory_allocated(device), torch.cuda.memory_reserved(device))
 
-    def start_peak(self, parked: int) -> None:
+    def start_peak(self, parked: Held) -> None:
         """See RankDevice."""
         torch.cuda.synchronize(self.torch_device)
         # Otherwise blocks that another point reserved would count as this one's.
@@ -111,11 +120,10 @@ class CudaRank:
     def peak(self) -> dict[str, int]:
         """See RankDevice. `device` is what the driver says is taken, contexts and other processes included."""
         free, total = torch.cuda.mem_get_info(self.torch_device)
-        return {
-            "allocated": torch.cuda.max_memory_allocated(self.torch_device) - self._parked,
-            "reserved": torch.cuda.max_memory_reserved(self.torch_device) - self._parked,
-            "device": total - free - self._parked,
-        }
+        allocated = torch.cuda.max_memory_allocated(self.torch_device) - self._parked.allocated
+        # A point may lie in gaps of the blocks that others reserved: what it allocated is its own all the same.
+        reserved = max(allocated, torch.cuda.max_memory_reserved(self.torch_device) - self._parked.reserved)
+        return {"allocated": allocated, "reserved": reserved, "device": total - free - self._parked.reserved}
 
     @property
     def memory_source(self) -> str:

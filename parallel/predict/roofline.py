@@ -93,11 +93,16 @@ def _rates_used(costs: Mapping[OpCost, float], profile: GPUProfile, far: frozens
     }
     if far:
         rates["node_link_byte_s"] = profile.node_link
-    # Of the calls with most work, which are those of self-attention.
-    for cost in sorted((cost for cost in costs if cost.kind == "attention"), key=lambda cost: cost.flops):
+    dims: dict[str, int] = {}
+    # Of the calls with most work, which are those of self-attention; another head_dim has a rate of its own name.
+    attention = [cost for cost in costs if cost.kind == "attention"]
+    for cost in sorted(attention, key=lambda cost: (-cost.flops, -cost.seq_len, cost.head_dim, cost.name)):
         backward = cost.name.endswith("backward")
-        name = f"attention_{'backward' if backward else 'forward'}_flop_s"
-        rates[name] = profile.attention(cost.head_dim, backward=backward, seq_len=cost.seq_len)
+        name = f"attention_{'backward' if backward else 'forward'}"
+        rate = profile.attention(cost.head_dim, backward=backward, seq_len=cost.seq_len)
+        if dims.setdefault(name, cost.head_dim) != cost.head_dim:
+            name += f"_head_dim_{cost.head_dim}"
+        rates.setdefault(f"{name}_flop_s", rate)
     return rates
 
 

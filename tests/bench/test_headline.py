@@ -64,9 +64,20 @@ def test_rows_hold_the_baseline_and_the_best() -> None:
 def test_the_longest_length_is_on_the_line_of_the_two_longest() -> None:
     rows = [record(1000, 50), record(2000, 20), record(3000, 25), baseline(3000, 60, 1.0)]
     # 5 GiB a thousand tokens from 25 GiB at 3,000 on; the third and shortest length does not count.
-    place = ("ulysses", 8, "keep_attention")
-    assert headline.longest_that_fits(rows) == {place: 3000 + 52_000 // 5}
-    assert any(line == "- ulysses, SP 8, keep_attention: 13,400 tokens" for line in headline.table(rows))
+    assert headline.longest_that_fits(rows) == [(rows[2], 3000 + 52_000 // 5)]
+    line = "- ulysses, SP 8, keep_attention, triton: 13,400 tokens, extrapolated from 3,000"
+    assert line in headline.table(rows)
+
+
+def test_configurations_that_differ_in_attention_or_batch_have_lines_of_their_own() -> None:
+    rows = [
+        record(seq_len, gib * seq_len / 1000, attention=attention, batch_per_group=batch)
+        for attention, batch, gib in (("triton", 1, 10), ("sdpa-flash", 1, 20), ("triton", 2, 30))
+        for seq_len in (1000, 2000)
+    ]
+    assert [length for _, length in headline.longest_that_fits(rows)] == [7700, 3850, 2566]
+    lines = headline.table(rows)
+    assert "- ulysses, SP 8, keep_attention, triton, batch 2: 2,566 tokens, extrapolated from 2,000" in lines
 
 
 def test_the_line_of_depths_is_told() -> None:

@@ -15,6 +15,7 @@ from longreel.bench.options import SweepConfig
 from longreel.bench.presets import H800_LENGTHS, PRESETS, Sweep
 from longreel.bench.reproduce import reproduce
 from longreel.parallel.config import ParallelConfig
+from longreel.reports.turns import MIN_DECISIVE
 
 NO_GPU, ONE_GPU, NODE = Machine(), Machine(num_gpus=1, gpu_name="NVIDIA H200"), Machine(num_gpus=8, gpu_name="H800")
 
@@ -126,6 +127,8 @@ def test_on_gpus_the_true_model_runs_in_bf16_behind_a_gate_that_takes_seconds() 
     for point in points_of(resolved("h800", NODE)):
         assert (point.model.depth, point.parallel.precision, point.device_type) == (28, "bf16", "cuda")
         assert (point.gate_depth, point.gate_len) == (2, min(32_768, point.seq_len))
+        # As many steps as a verdict takes, however long one is.
+        assert point.timing.min_samples >= MIN_DECISIVE
 
 
 @pytest.mark.parametrize(

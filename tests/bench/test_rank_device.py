@@ -15,7 +15,7 @@ from longreel.bench.grids import MeasuredGrid, measured_points
 from longreel.bench.measure import RankResult, measure_points
 from longreel.bench.nvml import Monitor, Reading
 from longreel.bench.presets import small_dit
-from longreel.bench.rank_device import CpuRank, CudaRank, rank_device
+from longreel.bench.rank_device import CpuRank, CudaRank, Held, rank_device
 
 GiB = 2**30
 MODEL = small_dit(depth=2, hidden_size=32)
@@ -28,11 +28,13 @@ class FakeCuda:
     def __init__(self) -> None:
         self.calls: list[str] = []
         self.allocated = self.peak = self.reserved = 0
+        # Of blocks that are partly taken, which the allocator keeps.
+        self.gaps = 0
 
     def take(self, size: int) -> None:
         self.allocated += size
         self.peak = max(self.peak, self.allocated)
-        self.reserved = max(self.reserved, self.allocated)
+        self.reserved = max(self.reserved, self.allocated + self.gaps)
 
     def give(self, size: int) -> None:
         self.allocated -= size
@@ -40,7 +42,7 @@ class FakeCuda:
     def install(self, monkeypatch) -> None:
         def empty_cache() -> None:
             self.calls.append("empty_cache")
-            self.reserved = self.allocated
+            self.reserved = self.allocated + self.gaps
 
         def reset(device) -> None:
             self.calls.append("reset")
@@ -52,6 +54,7 @@ class FakeCuda:
             "empty_cache": empty_cache,
             "reset_peak_memory_stats": reset,
             "memory_allocated": lambda device: self.allocated,
+            "memory_reserved": lambda device: self.reserved,
             "max_memory_allocated": lambda device: self.peak,
             "max_memory_reserved": lambda device: self.reserved,
             "mem_get_info": lambda device: (79 * GiB - self.reserved, 80 * GiB),
@@ -71,7 +74,7 @@ def test_three_memory_figures_are_the_points_own(monkeypatch) -> None:
     cuda.give(40 * GiB)
     cuda.take(2 * GiB)
     cuda.take(3 * GiB)
-    device.start_peak(parked=2 * GiB)
+    device.start_peak(parked=Held(2 * GiB, 2 * GiB))
     cuda.take(10 * GiB)
     cuda.give(10 * GiB)
     assert device.peak() == {"allocated": 13 * GiB, "reserved": 13 * GiB, "device": 14 * GiB}
@@ -79,11 +82,26 @@ def test_three_memory_figures_are_the_points_own(monkeypatch) -> None:
     assert cuda.calls == ["synchronize", "empty_cache", "reset"]
 
 
+def test_gaps_in_blocks_of_points_beside_it_are_not_the_points(monkeypatch) -> None:
+    cuda = FakeCuda()
+    cuda.install(monkeypatch)
+    device = rank_device("cuda", 0)
+    cuda.take(2 * GiB)
+    cuda.gaps = GiB
+    parked = device.resident()
+    assert parked == Held(2 * GiB, 3 * GiB)
+    cuda.take(3 * GiB)
+    device.start_peak(parked)
+    cuda.take(4 * GiB)
+    # And 1 GiB of the driver's.
+    assert device.peak() == {"allocated": 7 * GiB, "reserved": 7 * GiB, "device": 8 * GiB}
+
+
 def test_a_cpu_rank_tells_what_its_process_took() -> None:
     device = rank_device("cpu", 0)
     assert isinstance(device, CpuRank)
     assert device.limit is None
-    device.start_peak(parked=0)
+    device.start_peak(parked=Held())
     kept = torch.ones(2**22)
     peak = device.peak()
     assert peak["process"] - peak["process_before"] >= kept.nbytes

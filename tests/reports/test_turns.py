@@ -10,7 +10,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from longreel.reports.turns import CONFIDENCE, MARGIN, Comparison, compare, quantile
+from longreel.reports.turns import CONFIDENCE, MARGIN, MIN_DECISIVE, Comparison, compare, quantile
 
 DRAWS = 1500
 # Of DRAWS at a rate of 5 %, three standard deviations more.
@@ -118,6 +118,22 @@ def test_too_few_samples_say_nothing() -> None:
     found = compare([0.8, 0.9, 0.85], [1.0, 1.2, 1.1])
     assert (found.low, found.high) == (0.8 / 1.2, 0.9)
     assert found.verdict == "AMBIGUOUS"
+
+
+def test_as_many_of_both_sides_decide_from_four_on_and_three_against_five() -> None:
+    apart = [0.5 + i / 100 for i in range(5)], [1.0 + i / 100 for i in range(5)]
+    found = {
+        (few, many): compare(apart[0][:few], apart[1][:many]).verdict for few in range(1, 6) for many in range(1, 6)
+    }
+    assert {sides for sides, verdict in found.items() if verdict == "FAST"} == {
+        (3, 5),
+        (5, 3),
+        (4, 4),
+        (4, 5),
+        (5, 4),
+        (5, 5),
+    }
+    assert min(few for few in range(1, 6) if found[few, few] == "FAST") == MIN_DECISIVE
 
 
 def test_a_side_without_samples_is_refused() -> None:

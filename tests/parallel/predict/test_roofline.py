@@ -161,3 +161,13 @@ def test_fastseq_exposes_little_more_than_the_model_says(degree: int, ratio: flo
     simulated = fastseq_seconds(degree, ratio, 0.01, attends=True) - ratio - output
     assert found <= simulated + 1e-6
     assert simulated - found <= (0.25 if ratio < 4 else 1 / (degree - 1)) + 1e-6
+
+
+def test_attention_of_two_head_dims_has_a_named_rate_of_each_whatever_the_order() -> None:
+    wide, narrow = (
+        _op("attention", "attention_packed", flops=flops, head_dim=dim) for flops, dim in ((10**13, 72), (10**12, 128))
+    )
+    for costs in ({wide: 1, narrow: 1}, {narrow: 1, wide: 1}):
+        rates = _time(costs).rates
+        assert rates["attention_forward_flop_s"] == H800.attention(72, backward=False)
+        assert rates["attention_forward_head_dim_128_flop_s"] == H800.attention(128, backward=False)
