@@ -58,6 +58,7 @@ class Point:
         peer: another project's implementation that runs in the strategy's place, see longreel.bench.peers; None: ours.
         gate_depth, gate_len: blocks and tokens that the gate's step is held to; None: those of the point.
         timing: of a measured point.
+        refused: why this machine cannot run it, None where it can.
         seed: of weights and data.
     """
 
@@ -76,6 +77,7 @@ class Point:
     gate_depth: int | None = None
     gate_len: int | None = None
     timing: Timing = Timing()
+    refused: str | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -102,6 +104,8 @@ class Point:
     @property
     def impossible(self) -> str | None:
         """Why this point cannot run; None when it can."""
+        if self.refused is not None:
+            return self.refused
         try:
             self.parallel.check_heads(self.model.num_heads)
         except ValueError as error:

@@ -119,12 +119,11 @@ def emulated(
         key = point.key(provenance)
         if done(key):
             if (record := saved(key)) is not None:
-                wanted.saw(replace(record, seq_len=asked.seq_len))
+                wanted.saw(asked, record)
             continue
         record = _run(asked, point, grid, pool, provenance, emulator, estimates)
         if record is not None:
-            # Under the length asked for, which a rehearsal divides.
-            wanted.saw(replace(record, seq_len=asked.seq_len))
+            wanted.saw(asked, record)
             yield record
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from longreel.bench.cases import DeviceType, Point, Timing
@@ -67,7 +67,8 @@ class MeasuredGrid(Axes):
         ranks: world sizes.
         model: the DiT. name: of it; None: its sizes in words.
         precision: see ParallelConfig. device_type: of the ranks.
-        timing: how steps are sampled; the longest of several lengths takes two samples on a CPU.
+        timing: how steps are sampled. longest_timing: the same at the longest of several lengths on a CPU.
+        refused: why none of it can run on this machine; its points become rows that say so.
         max_len_mixed: longest length at which SP and DP are mixed on one world (SP 2 x DP 2 on 4 ranks).
     """
 
@@ -77,6 +78,8 @@ class MeasuredGrid(Axes):
     precision: Precision = "fp32"
     device_type: DeviceType = "cpu"
     timing: Timing = field(default_factory=Timing)
+    longest_timing: Timing = field(default_factory=lambda: Timing(min_samples=2, max_samples=2))
+    refused: str | None = None
     max_len_mixed: int = 2**62
 
     @property
@@ -217,6 +220,12 @@ def is_baseline(one: dict[str, Any]) -> bool:
     return "peer" not in one and parallel == ParallelConfig(**BASELINE, precision=parallel.precision)
 
 
+def marked(grid: Axes, point: Point) -> Point:
+    """A point of the grid whose policy was settled, marked where that made it the baseline."""
+    one = {"parallel": point.parallel} | ({} if point.peer is None else {"peer": point.peer})
+    return replace(point, is_baseline=is_baseline(one) and point.batch_per_group == grid.batches[0])
+
+
 def measured_points(grid: MeasuredGrid, *, device: str) -> list[Point]:
     """The grid's points by length, then by number of ranks: a baseline and its candidates are next to each other."""
     points = []
@@ -240,7 +249,8 @@ def measured_points(grid: MeasuredGrid, *, device: str) -> list[Point]:
                         device_type=grid.device_type,
                         seq_len=seq_len,
                         is_baseline=is_baseline(one) and one["batch_per_group"] == grid.batches[0],
-                        timing=Timing(min_samples=2, max_samples=2) if longest else grid.timing,
+                        timing=grid.longest_timing if longest else grid.timing,
+                        refused=grid.refused,
                         gate_depth=min(GPU_GATE_DEPTH, grid.model.depth) if on_gpu else None,
                         gate_len=min(GPU_GATE_LEN, seq_len) if on_gpu else None,
                     )
@@ -251,15 +261,22 @@ def measured_points(grid: MeasuredGrid, *, device: str) -> list[Point]:
 def target_points(grid: TargetGrid) -> list[list[Point]]:
     """The grid's points in groups of one length and one policy; a group's points do not depend on each other."""
     groups: list[list[Point]] = []
-    order = dict.fromkeys((*grid.policies, BASELINE["policy"]) if grid.baseline else grid.policies)
+    order: list[tuple[Policy, ...]] = [(policy,) for policy in dict.fromkeys(grid.policies)]
+    if grid.baseline and "auto" in grid.policies:
+        # The baseline alone comes first: what `auto` becomes may be the same, which has to be there as such by then.
+        order.insert(0, ())
+    elif grid.baseline and BASELINE["policy"] not in grid.policies:
+        order.append(())
     for seq_len in grid.seq_lens:
-        for policy in order:
-            asked = (policy,) if policy in grid.policies else ()
+        taken: list[dict[str, Any]] = []
+        for asked in order:
+            here = asked or (BASELINE["policy"],)
             found = [
                 one
                 for one in configurations(grid, grid.num_gpus, grid.dit.num_heads, policies=asked, precision="bf16")
-                if one["parallel"].policy == policy
+                if one["parallel"].policy in here and one not in taken
             ]
+            taken += found
             groups.append(
                 [
                     Point(

@@ -142,17 +142,20 @@ class SweepConfig:
             raise ValueError(f"rehearse is a rehearsal of mode emulated, got mode {self.mode!r}; leave --mode out")
         machine = machine or this_machine()
         sweep = PRESETS[self.preset]()
+        self._check_conditioning(sweep, machine)
         if self.minutes is not None:
             sweep = replace(sweep, minutes=self.minutes)
         targets = tuple(
-            grid
-            for named in self._of_regimes(sweep.targets)
-            for grid in self._layouts(self._target(named, on_gpus=self.mode == "measured"))
+            dict.fromkeys(
+                grid
+                for named in self._of_regimes(sweep.targets)
+                for grid in self._layouts(self._target(named, on_gpus=self.mode == "measured"))
+            )
         )
         sweep = replace(
             sweep,
-            measured=tuple(self._measured(grid) for grid in sweep.measured),
-            rehearsal=tuple(self._measured(grid) for grid in sweep.rehearsal),
+            measured=self._variants(tuple(self._measured(grid) for grid in sweep.measured)),
+            rehearsal=self._rehearsal(tuple(self._measured(grid) for grid in sweep.rehearsal)),
             targets=targets,
         )
         if self.rehearse:
@@ -177,8 +180,9 @@ class SweepConfig:
         if regimes is None:
             return grids
         has = list(dict.fromkeys(grid.regime for grid in grids))
+        small = self.mode == "measured" and not any(PRESETS[self.preset]().rehearsal)
         for regime in regimes:
-            if self.mode != "measured" and regime not in has:
+            if regime not in has and not small:
                 raise ValueError(f"regimes: preset {self.preset} has no {regime} points; it has {', '.join(has)}")
         return tuple(grid for grid in grids if grid.regime in regimes)
 
@@ -188,6 +192,27 @@ class SweepConfig:
             return (grid,)
         given: list[dict[str, Any]] = [{"layout": layout} for layout in layouts]
         return tuple(replace(grid, **one) for one in given)
+
+    def _variants(self, grids: tuple[MeasuredGrid, ...]) -> tuple[MeasuredGrid, ...]:
+        """Small grids in the regimes and layouts that were asked for, where they are all that is."""
+        if self.preset != "point" and self.mode != "measured":
+            return grids
+        regimes = parse_names("regimes", self.regimes, get_args(Regime))
+        models: list[dict[str, Any]] = [{"text_only": regime == "text_only"} for regime in regimes or ()] or [{}]
+        layouts = parse_names("layouts", self.layouts, get_args(CrossLayout))
+        models = [one | {"cross_layout": layout} for one in models for layout in layouts or ()] or models
+        return tuple(replace(grid, model=replace(grid.model, **one)) for grid in grids for one in models)
+
+    def _rehearsal(self, grids: tuple[MeasuredGrid, ...]) -> tuple[MeasuredGrid, ...]:
+        """What stands in for points of true size: of the same regimes and layouts."""
+        regimes = parse_names("regimes", self.regimes, get_args(Regime)) or get_args(Regime)
+        layouts = parse_names("layouts", self.layouts, get_args(CrossLayout))
+        found = [grid for grid in grids if ("text_only" if grid.model.text_only else "full") in regimes]
+        if layouts is not None:
+            found = [
+                replace(grid, model=replace(grid.model, cross_layout=layout)) for grid in found for layout in layouts
+            ]
+        return tuple(dict.fromkeys(found))
 
     def _axes(self, grid: Axes) -> dict[str, Any]:
         """What the options say of the axes that every grid has; None for those they do not mention."""
@@ -225,15 +250,12 @@ class SweepConfig:
             raise ValueError(f"ranks: {max(ranks)} processes are too many for one machine; at most {MAX_RANKS}")
         model: dict[str, Any] = {"depth": self.depth, "hidden_size": self.hidden_size, "num_heads": self.num_heads}
         model["conditioning"] = self._conditioning()
-        if self.preset == "point":
-            layouts = parse_names("layouts", self.layouts, get_args(CrossLayout))
-            model["cross_layout"] = None if layouts is None else layouts[0]
-            model["text_only"] = None if self.regimes is None else self.regimes == "text_only"
         given = self._axes(grid) | {
             "seq_lens": lengths,
             "ranks": ranks,
             "model": replace(grid.model, **_said(model)),
             "timing": self._timing(grid.timing),
+            "longest_timing": self._timing(grid.longest_timing),
             # Lengths that were asked for get every split.
             "max_len_mixed": None if lengths is None else max(lengths),
         }
@@ -244,6 +266,19 @@ class SweepConfig:
         if names is not None and len(names) > 1:
             raise ValueError(f"conditioning: one of {', '.join(get_args(Conditioning))}, got {self.conditioning}")
         return None if names is None else names[0]
+
+    def _check_conditioning(self, sweep: Sweep, machine: Machine) -> None:
+        name = self._conditioning()
+        regimes = parse_names("regimes", self.regimes, get_args(Regime))
+        if regimes is None:
+            # Where a CPU measures a preset's own small grids, those of true size play no part.
+            small = self.mode == "measured" and machine.num_gpus == 0 and not sweep.rehearsal
+            regimes = () if small else tuple(grid.regime for grid in sweep.targets)
+        if name not in (None, "cross") and "text_only" in regimes:
+            raise ValueError(
+                f"conditioning: with {name} and regime text_only nothing would attend; give --regimes full, or "
+                "--conditioning cross"
+            )
 
     def _target(self, grid: TargetGrid, *, on_gpus: bool) -> TargetGrid:
         if self.model is not None and self.model not in MODELS:

@@ -33,6 +33,7 @@ def check_possible(sweep: Sweep, *, asked_ranks: tuple[int, ...], asked_degrees:
             points=measured_points(grid, device=""),
         )
         for grid in sweep.measured
+        if grid.refused is None
     ] + [
         _Worlds(
             option="gpus",
@@ -78,7 +79,10 @@ def check_possible(sweep: Sweep, *, asked_ranks: tuple[int, ...], asked_degrees:
         reasons = [point.impossible for point in splitting if point.peer is None]
         # Where only some points are impossible, they become rows with their reason.
         if reasons and all(reasons):
-            raise ValueError(reasons[0])
+            raise ValueError(
+                f"strategies: none of {', '.join(grid.strategies)} can run with sp_degrees "
+                f"{', '.join(map(str, grid.sp_degrees))}: {reasons[0]}"
+            )
 
 
 def _divisors(*worlds: int) -> str:

@@ -4,44 +4,23 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
-
-import torch.distributed as dist
 
 from longreel.bench.cases import Point
 from longreel.bench.failures import failure
-from longreel.bench.grids import TargetGrid, target_points
-from longreel.bench.longest import STEP, longest_that_fits
-from longreel.bench.measure import silence_fsdp
+from longreel.bench.grids import TargetGrid, marked, target_points
+from longreel.bench.longest import STEP
 from longreel.bench.outcome import predicted_record
+from longreel.bench.predictor import HOST_BYTES, Answer, predict_share, search_share
 from longreel.bench.provenance import stamped
 from longreel.bench.reproduce import reproduce
-from longreel.parallel.config import ParallelConfig
-from longreel.parallel.predict.hardware import GiB, get_profile
-from longreel.parallel.predict.policy import choose_policy, under_policy
-from longreel.parallel.predict.predict import Prediction, PredictionCase, predict_step
+from longreel.parallel.predict.hardware import GiB
+from longreel.parallel.predict.policy import under_policy
 from longreel.parallel.workers import WorkerError, WorkerPool
-from longreel.reports.records import Record, Status
-
-# Assumed of policies `auto` and `offload`: half of a node's 2 TiB, shared by its 8 GPUs.
-HOST_BYTES = 128 * GiB
+from longreel.reports.records import Record
 
 Done = Callable[[str], bool]
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Answer:
-    """What a worker says to a point: the point that was predicted and its prediction, or status and reason of none.
-
-    chosen: why policy `auto` became the one of the point.
-    """
-
-    point: Point
-    prediction: Prediction | None = None
-    chosen: str | None = None
-    status: Status = "ok"
-    reason: str | None = None
 
 
 def predicted(
@@ -65,12 +44,12 @@ def predicted(
         points = [point for point in group if wanted(point)]
         for point in points:
             if (record := saved(point.key(provenance))) is not None:
-                wanted.saw(record)
+                wanted.saw(point, record)
         points = [point for point in points if not done(point.key(provenance))]
         batches = [points[i : i + width] for i in range(0, len(points), width)]
         for batch in batches:
-            for point, record in _answered(batch, pool, provenance, grid.point_timeout_s):
-                wanted.saw(record)
+            for point, record in _answered(batch, pool, provenance, grid):
+                wanted.saw(point, record)
                 if record.memory:
                     needs[_anywhere(point)][point.seq_len] = float(record.memory["allocated"])
                 yield record
@@ -79,7 +58,7 @@ def predicted(
 
 
 def _answered(
-    batch: Sequence[Point], pool: WorkerPool, provenance: dict[str, Any], timeout: float
+    batch: Sequence[Point], pool: WorkerPool, provenance: dict[str, Any], grid: TargetGrid
 ) -> Iterator[tuple[Point, Record]]:
     possible = [point for point in batch if point.impossible is None]
     for point in batch:
@@ -91,17 +70,18 @@ def _answered(
     if not possible:
         return
     try:
-        answers: list[Answer] = pool.run(predict_share, len(possible), possible, timeout=timeout)
+        answers: list[Answer] = pool.run(predict_share, len(possible), possible, timeout=grid.point_timeout_s)
     except WorkerError as error:
         if len(possible) == 1:
             yield possible[0], failure(possible[0], error, provenance)
             return
         # Only the point at fault shall have no figure.
         for point in possible:
-            yield from _answered([point], pool, provenance, timeout)
+            yield from _answered([point], pool, provenance, grid)
         return
     for point, answer in zip(possible, answers, strict=True):
-        yield point, _record(point, answer, provenance)
+        # A settled policy may have made it the baseline.
+        yield point, _record(point, replace(answer, point=marked(grid, answer.point)), provenance)
 
 
 def _record(asked: Point, answer: Answer, provenance: dict[str, Any]) -> Record:
@@ -120,92 +100,38 @@ def _details(point: Point, provenance: dict[str, Any]) -> dict[str, Any]:
     return stamped(provenance, reproduce=reproduce(point))
 
 
-def predict_share(points: Sequence[Point]) -> Answer:
-    """In a worker: predict this rank's one of the points. Prediction needs a process group of its own."""
-    return _alone(_predict, points[dist.get_rank()])
-
-
-def _alone(work: Callable[..., Any], *arguments: Any) -> Any:
-    dist.destroy_process_group()
-    silence_fsdp()
-    try:
-        return work(*arguments)
-    finally:
-        # The worker takes down the group that it set up.
-        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-
-
-def _predict(point: Point) -> Answer:
-    chosen = None
-    if point.parallel.policy == "auto":
-        try:
-            parallel, chosen = _with_policy(point)
-        except ValueError as error:
-            return Answer(point=point, status="oom" if "none fits" in str(error) else "skipped", reason=str(error))
-        point = replace(point, parallel=parallel)
-    try:
-        case = case_of(point)
-    except ValueError as error:
-        return Answer(point=point, status="skipped", reason=str(error))
-    return Answer(point=point, prediction=predict_step(case), chosen=chosen)
-
-
-def _with_policy(point: Point) -> tuple[ParallelConfig, str]:
-    """The configuration with policy `auto` settled, and why."""
-    assert point.target is not None
-    profile = get_profile(point.target)
-    choice = choose_policy(
-        point.model,
-        point.parallel,
-        world_size=point.num_devices,
-        grid=case_of(replace(point, parallel=under_policy(point.parallel, "full"))).grid,
-        batch=point.batch_per_group,
-        limit_bytes=profile.usable_bytes,
-        host_limit_bytes=HOST_BYTES,
-        gpu=profile,
-    )
-    return under_policy(point.parallel, choice.policy), choice.reason
-
-
-def case_of(point: Point) -> PredictionCase:
-    """What to predict of a point; ValueError where nothing can be."""
-    assert point.target is not None
-    return PredictionCase(
-        model=point.model,
-        parallel=point.parallel,
-        num_gpus=point.num_devices,
-        target=point.target,
-        seq_len=point.seq_len,
-        batch_per_group=point.batch_per_group,
-    )
-
-
 class Wanted:
     """Which predicted points say something new: see TargetGrid.every_policy."""
 
     def __init__(self, *, every_policy: bool) -> None:
         self._every_policy = every_policy
-        # (strategy, SP degree) -> policies that did not fit at a length so far, and lengths at which one fitted.
-        self._too_large: dict[tuple[str, int], set[str]] = defaultdict(set)
-        self._fitted: dict[tuple[str, int], set[int]] = defaultdict(set)
+        # Configuration -> policies that did not fit at a length so far, and lengths at which one fitted.
+        self._too_large: dict[Point, set[str]] = defaultdict(set)
+        self._fitted: dict[Point, set[int]] = defaultdict(set)
 
     def __call__(self, point: Point) -> bool:
         if self._every_policy or point.is_baseline:
             return True
-        spread = point.strategy, point.parallel.sp_degree
-        return point.parallel.policy not in self._too_large[spread] and point.seq_len not in self._fitted[spread]
+        one, policy = _configuration(point), point.parallel.policy
+        # `auto` is one answer for all policies, whatever else there is.
+        return policy not in self._too_large[one] and (policy == "auto" or point.seq_len not in self._fitted[one])
 
-    def saw(self, record: Record) -> None:
-        spread = record.strategy, record.sp_degree
+    def saw(self, point: Point, record: Record) -> None:
+        """Take note of what became of a point."""
         if record.status == "ok":
-            self._fitted[spread].add(record.seq_len)
+            self._fitted[_configuration(point)].add(point.seq_len)
         elif record.status == "oom":
-            self._too_large[spread].add(record.policy)
+            self._too_large[_configuration(point)].add(point.parallel.policy)
+
+
+def _configuration(point: Point) -> Point:
+    """What a point's policies and lengths are tried of: batch, engine, kernels and tiles decide what fits too."""
+    return replace(_anywhere(point), parallel=under_policy(point.parallel, "none"))
 
 
 def _anywhere(point: Point) -> Point:
     """The configuration without its length."""
-    return replace(point, seq_len=1)
+    return replace(point, seq_len=1, is_baseline=False)
 
 
 def _searched(
@@ -216,52 +142,59 @@ def _searched(
     done: Done,
     needs: dict[Point, dict[int, float]],
 ) -> Iterator[Record]:
-    """A record for every configuration at the longest length that fits."""
+    """A record for every configuration at the longest length that fits, or with why there is none."""
+    one_length = replace(grid, seq_lens=(STEP,))
     asked = [
         point
-        for point in dict.fromkeys(_anywhere(point) for group in target_points(grid) for point in group)
+        for point in dict.fromkeys(_anywhere(point) for group in target_points(one_length) for point in group)
         if point.impossible is None and point.parallel.policy != "auto" and not done(search_key(point, provenance))
     ]
     for start in range(0, len(asked), width):
-        batch = asked[start : start + width]
-        known = [needs.get(point, {}) for point in batch]
-        try:
-            answers = pool.run(search_share, len(batch), batch, known, timeout=grid.point_timeout_s)
-        except WorkerError as error:
-            for point in batch:
-                yield failure(replace(point, seq_len=max(grid.seq_lens)), error, provenance)
-            continue
-        for point, answer in zip(batch, answers, strict=True):
-            if answer is not None:
-                found = provenance | {
-                    "asked": {"key": search_key(point, provenance), "longest": True},
-                    "search": f"longest multiple of {STEP:,} tokens that fits, {HOST_BYTES // GiB} GiB of host memory "
-                    "per GPU assumed",
-                }
-                yield predicted_record(answer.point, answer.prediction, found)
+        yield from _found(asked[start : start + width], pool, provenance, grid.point_timeout_s, needs)
+
+
+def _found(
+    batch: Sequence[Point],
+    pool: WorkerPool,
+    provenance: dict[str, Any],
+    timeout: float,
+    needs: dict[Point, dict[int, float]],
+) -> Iterator[Record]:
+    known = [needs.get(point, {}) for point in batch]
+    try:
+        answers = pool.run(search_share, len(batch), batch, known, timeout=timeout)
+    except WorkerError as error:
+        if len(batch) == 1:
+            details = _of_search(batch[0], provenance)
+            yield _searched_record(failure(replace(batch[0], seq_len=STEP), error, details))
+            return
+        for point in batch:
+            yield from _found([point], pool, provenance, timeout, needs)
+        return
+    for point, answer in zip(batch, answers, strict=True):
+        details = _of_search(point, provenance)
+        if answer is None:
+            shortest = replace(point, seq_len=STEP)
+            reason = f"no length fits: {STEP:,} tokens, the shortest that is tried, need more memory than there is"
+            record = shortest.record("oom", reason=reason, provenance=_details(shortest, details))
+        else:
+            record = predicted_record(answer.point, answer.prediction, details)
+        yield _searched_record(record)
+
+
+def _of_search(point: Point, provenance: dict[str, Any]) -> dict[str, Any]:
+    return provenance | {
+        "asked": {"key": search_key(point, provenance), "longest": True},
+        "search": f"longest multiple of {STEP:,} tokens that fits, {HOST_BYTES // GiB} GiB of host memory per GPU "
+        "assumed",
+    }
+
+
+def _searched_record(record: Record) -> Record:
+    """Under a key of its own: the length found, or the one that stands for none, may be a point's of the grid."""
+    return replace(record, config=dict(record.config) | {"search": "longest"})
 
 
 def search_key(point: Point, provenance: dict[str, Any]) -> str:
     """What the search of a configuration is known by, whatever length it finds."""
     return f"longest-{_anywhere(point).key(provenance)}"
-
-
-def search_share(points: Sequence[Point], known: Sequence[dict[int, float]]) -> Answer | None:
-    """In a worker: the longest length that fits this rank's one of the configurations; None where none does."""
-    rank = dist.get_rank()
-    return _alone(_search, points[rank], known[rank])
-
-
-def _search(point: Point, known: dict[int, float]) -> Answer | None:
-    assert point.target is not None
-
-    usable = get_profile(point.target).usable_bytes
-
-    def need(seq_len: int) -> float:
-        found = predict_step(case_of(replace(point, seq_len=seq_len)))
-        return max(found.memory_bytes / usable, found.host_bytes / HOST_BYTES)
-
-    # Of host memory nothing is known yet.
-    known = {} if point.parallel.policy == "offload" else {n: memory / usable for n, memory in known.items()}
-    longest = longest_that_fits(need, 1.0, known=known)
-    return None if longest is None else _predict(replace(point, seq_len=longest, is_baseline=False))

@@ -7,12 +7,14 @@ from dataclasses import replace
 
 import pytest
 
+from longreel.bench.folder import Records
 from longreel.bench.grids import TargetGrid, target_points
 from longreel.bench.longest import STEP
-from longreel.bench.predicted import HOST_BYTES, Wanted, case_of, predict_share, predicted
+from longreel.bench.predicted import Wanted, predicted
+from longreel.bench.predictor import HOST_BYTES, Answer, case_of, predict_share, search_share
 from longreel.parallel.predict.hardware import get_profile
 from longreel.parallel.predict.predict import predict_step
-from longreel.parallel.workers import WorkerPool
+from longreel.parallel.workers import WorkerError, WorkerPool
 
 PROVENANCE = {"commit": "c", "environment": {}}
 GRID = TargetGrid(
@@ -48,10 +50,86 @@ def test_quick_predictions_leave_out_what_says_nothing_new() -> None:
                 longest = {"none": 1, "keep_attention": 2, "full": 9}[point.parallel.policy]
                 fits = point.seq_len <= longest
                 outcome = {"step_s": 1.0} if fits else {"reason": "needs more"}
-                wanted.saw(point.record("ok" if fits else "oom", provenance=PROVENANCE, **outcome))
+                wanted.saw(point, point.record("ok" if fits else "oom", provenance=PROVENANCE, **outcome))
     assert ran["ulysses"] == [(1, "none"), (2, "none"), (2, "keep_attention"), (3, "keep_attention"), (3, "full")]
     # The baseline of every ratio, local with recomputation, is predicted at every length.
     assert ran["local"] == [(1, "none"), (1, "full"), *ran["ulysses"][1:3], (2, "full"), *ran["ulysses"][3:]]
+
+
+def test_a_batch_or_kernel_that_does_not_fit_says_nothing_of_another() -> None:
+    grid = TargetGrid(regime="full", seq_lens=(1, 2), strategies=("local",), policies=("full",), batches=(1, 8))
+    wanted = Wanted(every_policy=False)
+    ((small, large), (small_later, large_later)) = target_points(replace(grid, mlp_tiles=(4096,), baseline=False))
+    wanted.saw(large, large.record("oom", reason="needs more", provenance=PROVENANCE))
+    assert wanted(small_later)
+    assert not wanted(large_later)
+    wanted.saw(small, small.record("ok", step_s=1.0, provenance=PROVENANCE))
+    assert wanted(replace(small, parallel=replace(small.parallel, policy="none", mlp_tile=None)))
+    assert not wanted(replace(small, parallel=replace(small.parallel, policy="none")))
+
+
+class FakePool:
+    """Answers in this process: `none` wherever policy `auto` is asked for, a search by `longest`; the rest fits."""
+
+    def __init__(self, *, chosen="full", longest=None, fails=lambda point: False) -> None:
+        self.chosen, self.longest, self.fails, self.calls = chosen, longest, fails, []
+        case = replace(target_points(GRID)[0][0], seq_len=512)
+        self.prediction = predict_step(case_of(case))
+
+    def run(self, function, world_size, points, *_, timeout):
+        self.calls.append(len(points))
+        if any(self.fails(point) for point in points):
+            raise WorkerError("rank 0 of 1 died")
+        if function is search_share:
+            found = (self.longest and replace(point, seq_len=self.longest) for point in points)
+            return [point and Answer(point=point, prediction=self.prediction) for point in found]
+        return [Answer(point=self._settled(point), prediction=self.prediction) for point in points]
+
+    def _settled(self, point):
+        if point.parallel.policy != "auto":
+            return point
+        return replace(point, parallel=replace(point.parallel, policy=self.chosen))
+
+
+@pytest.mark.parametrize("baseline", [True, False])
+def test_policy_auto_leaves_the_baseline_what_it_is(tmp_path, baseline) -> None:
+    grid = replace(GRID, strategies=("local",), policies=("auto",), every_policy=False, baseline=baseline)
+    records = Records(tmp_path, PROVENANCE, resume=False)
+    for record in predicted(grid, FakePool(), PROVENANCE, width=2, done=records.done, saved=records.saved):
+        records.add(record)
+    # What `auto` became is the same point.
+    assert [(r.policy, r.is_baseline) for r in records.all()] == [("full", True)]
+
+
+def test_policy_auto_is_asked_beside_others_that_fit() -> None:
+    grid = replace(GRID, policies=("full", "auto"), every_policy=False)
+    found = list(predicted(grid, FakePool(chosen="none"), PROVENANCE, width=2))
+    assert [(r.strategy, r.policy) for r in found] == [("local", "full"), ("ulysses", "full"), ("ulysses", "none")]
+
+
+def test_searches_have_rows_of_their_own_and_are_not_asked_again(tmp_path) -> None:
+    grid = replace(GRID, search=True)
+    for longest in (GRID.seq_lens[0], None):
+        records = Records(tmp_path / str(longest), PROVENANCE, resume=False)
+        records.path.parent.mkdir()
+        for record in predicted(grid, FakePool(longest=longest), PROVENANCE, width=2):
+            assert records.add(record)
+        searched = [r for r in records.all() if "search" in r.provenance]
+        # Of the baseline's length and of ours: a row beside the point's own.
+        assert [(r.strategy, r.is_baseline) for r in searched] == [("local", False), ("ulysses", False)]
+        assert {r.status for r in searched} == {"ok" if longest else "oom"}
+        again = Records(records.path.parent, PROVENANCE, resume=True)
+        asked = FakePool(longest=longest)
+        assert list(predicted(grid, asked, PROVENANCE, width=2, done=again.done, saved=again.saved)) == []
+        assert asked.calls == []
+
+
+def test_search_that_fails_costs_no_other_and_no_point() -> None:
+    pool = FakePool(longest=16_384, fails=lambda point: point.seq_len == 1 and point.strategy == "local")
+    found = list(predicted(replace(GRID, search=True), pool, PROVENANCE, width=2))
+    searched = {r.strategy: r.status for r in found if "search" in r.provenance}
+    assert searched == {"local": "error", "ulysses": "ok"}
+    assert len({r.key for r in found}) == len(found)
 
 
 def test_the_baseline_is_there_whatever_policies_are_asked_for() -> None:

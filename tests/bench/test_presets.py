@@ -145,6 +145,13 @@ def test_on_gpus_the_true_model_runs_in_bf16_behind_a_gate_that_takes_seconds() 
         ({"head_chunks": "0"}, NO_GPU, "head_chunks"),
         ({"conditioning": "cross,adaln"}, NO_GPU, "conditioning: one of"),
         ({"conditioning": "adaln", "regimes": "text_only"}, NO_GPU, "nothing would attend"),
+        ({"preset": "quick", "conditioning": "adaln"}, NO_GPU, "--regimes full"),
+        ({"preset": "h800", "mode": "measured", "regimes": "text_only"}, NO_GPU, "h800 has no text_only points"),
+        (
+            {"preset": "quick", "mode": "predicted", "model": "dit-s-2", "sp_degrees": "4", "strategies": "ulysses"},
+            NO_GPU,
+            "strategies: none of ulysses can run with sp_degrees 4: .*num_heads 6",
+        ),
         ({"batches": "2", "mode": "measured"}, NO_GPU, "batch_per_group must be 1"),
         ({"wall_cap": 0.0}, NO_GPU, "wall_cap must be positive"),
         ({"min_samples": 5, "max_samples": 2}, NO_GPU, "min_samples <= max_samples"),
@@ -154,6 +161,36 @@ def test_on_gpus_the_true_model_runs_in_bf16_behind_a_gate_that_takes_seconds() 
 def test_what_cannot_be_is_said_before_anything_runs(options, machine, said) -> None:
     with pytest.raises(ValueError, match=said):
         points_of(resolved("blog", machine, **options))
+
+
+def test_samples_that_are_asked_for_hold_at_the_longest_length_too() -> None:
+    words = "--ranks 1 --strategies local --seq-lens 1k,2k --min-samples 20 --wall-cap 50 --mode measured"
+    points = points_of(parse(words.split()).resolve(NO_GPU))
+    assert [(p.timing.min_samples, p.timing.wall_cap_s) for p in points] == [(20, 50.0), (20, 50.0)]
+    unsaid = points_of(resolved("quick", ranks="1", strategies="local", seq_lens="1k,2k", mode="measured"))
+    assert unsaid[-1].timing.max_samples == 2
+
+
+@pytest.mark.parametrize(
+    ("options", "models"),
+    [
+        ({"preset": "blog", "regimes": "text_only"}, {("text_only", "published"), ("text_only", "replicated")}),
+        ({"preset": "blog", "layouts": "Replicated"}, {("text_only", "replicated"), ("full", "replicated")}),
+        ({"preset": "point", "regimes": "TEXT_ONLY"}, {("text_only", "replicated")}),
+        ({"preset": "point", "layouts": "published,replicated"}, {("full", "published"), ("full", "replicated")}),
+        ({"preset": "quick", "regimes": "text_only", "layouts": "published"}, {("text_only", "published")}),
+    ],
+    ids=lambda value: "-".join(value.values()) if isinstance(value, dict) else None,
+)
+def test_regimes_and_layouts_hold_on_the_cpu(options, models) -> None:
+    sweep = SweepConfig(**({"mode": "measured"} | options)).resolve(NO_GPU)
+    assert {(p.regime, p.model.cross_layout) for p in points_of(sweep)} == models
+    assert len(set(sweep.measured)) == len(sweep.measured)
+
+
+def test_conditioning_without_attention_to_text_leaves_small_grids_alone() -> None:
+    points = points_of(resolved("quick", mode="measured", conditioning="adaln"))
+    assert {p.model.conditioning for p in points} == {"adaln"}
 
 
 def test_any_axis_on_the_command_line() -> None:
