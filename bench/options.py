@@ -207,12 +207,9 @@ class SweepConfig:
         """What stands in for points of true size: of the same regimes and layouts."""
         regimes = parse_names("regimes", self.regimes, get_args(Regime)) or get_args(Regime)
         layouts = parse_names("layouts", self.layouts, get_args(CrossLayout))
+        models: list[dict[str, Any]] = [{"cross_layout": layout} for layout in layouts or ()] or [{}]
         found = [grid for grid in grids if ("text_only" if grid.model.text_only else "full") in regimes]
-        if layouts is not None:
-            found = [
-                replace(grid, model=replace(grid.model, cross_layout=layout)) for grid in found for layout in layouts
-            ]
-        return tuple(dict.fromkeys(found))
+        return tuple(dict.fromkeys(replace(grid, model=replace(grid.model, **one)) for grid in found for one in models))
 
     def _axes(self, grid: Axes) -> dict[str, Any]:
         """What the options say of the axes that every grid has; None for those they do not mention."""
