@@ -58,7 +58,7 @@ class Point:
         peer: another project's implementation that runs in the strategy's place, see longreel.bench.peers; None: ours.
         gate_depth, gate_len: blocks and tokens that the gate's step is held to; None: those of the point.
         timing: of a measured point.
-        refused: why this machine cannot run it, None where it can.
+        refused: why this machine cannot run it, None where it can. chosen: why policy `auto` became the one it has.
         seed: of weights and data.
     """
 
@@ -78,6 +78,7 @@ class Point:
     gate_len: int | None = None
     timing: Timing = Timing()
     refused: str | None = None
+    chosen: str | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -143,6 +144,8 @@ class Point:
     def record(self, status: Status, *, provenance: dict[str, Any], **outcome: Any) -> Record:
         """The record of this point with what became of it."""
         p = self.parallel
+        if self.chosen is not None:
+            provenance = provenance | {"policy": self.chosen}
         return Record(
             kind=self.kind,
             regime=self.regime,

@@ -20,6 +20,7 @@ from longreel.bench.measure import silence_fsdp
 from longreel.bench.predicted import Wanted
 from longreel.bench.provenance import num_cores, stamped
 from longreel.bench.reproduce import reproduce
+from longreel.bench.settled import settled
 from longreel.kernels import resolve_attention_provider
 from longreel.parallel.workers import WorkerError, WorkerPool, WorkerTimeout
 from longreel.reports import formatting
@@ -112,18 +113,22 @@ def emulated(
     """
     silence_fsdp()
     wanted = Wanted(every_policy=grid.every_policy)
-    for asked in (point for group in target_points(grid) for point in group):
-        if not wanted(asked):
+    for first in (point for group in target_points(grid) for point in group):
+        if not wanted(first):
             continue
+        if first.parallel.policy == "auto" and emulator.deadline is not None and time.monotonic() > emulator.deadline:
+            emulator.say(f"left for the next run of this command: {formatting.length(first.seq_len)} policy auto")
+            continue
+        (asked,) = settled(grid, [first], pool)
         point = emulator.point(asked)
         key = point.key(provenance)
         if done(key):
             if (record := saved(key)) is not None:
-                wanted.saw(asked, record)
+                wanted.saw(first, record)
             continue
         record = _run(asked, point, grid, pool, provenance, emulator, estimates)
         if record is not None:
-            wanted.saw(asked, record)
+            wanted.saw(first, record)
             yield record
 
 

@@ -17,6 +17,7 @@ from longreel.bench.measure import RankResult, measure_points
 from longreel.bench.outcome import measured_record
 from longreel.bench.provenance import stamped
 from longreel.bench.reproduce import reproduce
+from longreel.bench.settled import settled
 from longreel.parallel.workers import WorkerError, WorkerPool, WorkerTimeout
 from longreel.reports.records import Record
 
@@ -37,7 +38,7 @@ def measured(
     """
     with tempfile.TemporaryDirectory(prefix="oracle-", dir=pool.scratch) as folder:
         runner = _Runner(grid, pool, provenance, Path(folder))
-        points = measured_points(grid, device=device)
+        points = settled(grid, measured_points(grid, device=device), pool)
         for _, group in groupby(points, key=lambda point: (point.seq_len, point.num_devices)):
             found = list(group)
             waiting = [point for point in found if not done(point.key(provenance))]

@@ -37,7 +37,9 @@ def for_machine(
     """The sweep as a mode has it on a machine.
 
     `auto` measures grids of true size where there are as many GPUs as they ask for, emulates them where there is one,
-    and predicts them where there is none. `measured` without GPUs runs a preset's small grids on the CPU.
+    and predicts them where there is none. `measured` without GPUs runs a preset's small grids on the CPU. A preset that
+    has small grids beside those of true size measures the small ones and predicts the others, unless GPUs are asked
+    for. The search for the longest length that fits is predicted beside whatever runs.
 
     Args:
         sweep: with its grids of true size as predicted ones. mode: `auto`, `measured`, `emulated` or `predicted`.
@@ -47,7 +49,11 @@ def for_machine(
     Raises:
         ValueError: the machine has no GPU for what is asked.
     """
-    on_cpu = () if wants_gpus and machine.num_gpus else sweep.measured
+    on_cpu = () if wants_gpus and not wants_cpu else sweep.measured
+    searches = tuple(
+        dict.fromkeys(replace(grid, kind="predicted", seq_lens=()) for grid in sweep.targets if grid.search)
+    )
+    emulated = {grid: replace(grid, kind="emulated", search=False) for grid in sweep.targets}
     if mode == "predicted":
         return replace(sweep, measured=(), rehearsal=())
     if mode == "emulated":
@@ -55,8 +61,7 @@ def for_machine(
             raise ValueError(
                 "mode emulated runs one rank on a GPU, and there is none here; use --mode predicted, or --rehearse"
             )
-        targets = tuple(replace(grid, kind="emulated") for grid in sweep.targets)
-        return replace(sweep, measured=(), rehearsal=(), targets=targets)
+        return replace(sweep, measured=(), rehearsal=(), targets=(*emulated.values(), *searches))
     if mode == "measured" and machine.num_gpus == 0:
         if wants_gpus:
             raise ValueError(
@@ -72,19 +77,20 @@ def for_machine(
         if not fits and not on_cpu:
             asked = ", ".join(map(str, sorted({grid.num_gpus for grid in sweep.targets})))
             raise ValueError(f"gpus: {asked} asked for, {machine.num_gpus} here; give --gpus {machine.num_gpus}")
-        gpu_grids = (on_gpus(grid, machine, timing) for grid in fits)
-        return replace(sweep, measured=(*on_cpu, *gpu_grids), targets=(), rehearsal=())
+        gpu_grids = (on_gpus(grid, machine, timing) for grid in sweep.targets)
+        return replace(sweep, measured=(*on_cpu, *gpu_grids), targets=searches, rehearsal=())
     # A preset of the CPU stays what it is; one of true size goes to what there is.
-    if machine.num_gpus == 0 or sweep.measured:
-        return replace(sweep, rehearsal=())
-    measured = tuple(on_gpus(grid, machine, timing) for grid in fits)
-    targets = tuple(replace(grid, kind="emulated") for grid in sweep.targets if grid not in fits)
-    return replace(sweep, measured=measured, targets=targets, rehearsal=())
+    if machine.num_gpus == 0 or (sweep.measured and not wants_gpus):
+        return replace(sweep, measured=on_cpu, rehearsal=())
+    measured = (on_gpus(grid, machine, timing) for grid in fits)
+    targets = (emulated[grid] for grid in sweep.targets if grid not in fits)
+    return replace(sweep, measured=(*on_cpu, *measured), targets=(*targets, *searches), rehearsal=())
 
 
 def on_gpus(grid: TargetGrid, machine: Machine, timing: Timing | None = None) -> MeasuredGrid:
-    """A grid of true size as one that is measured on this machine's GPUs."""
+    """A grid of true size as one that is measured on this machine's GPUs, or that they are too few for."""
     assert machine.gpu_name is not None
+    missing = f"needs {grid.num_gpus} GPUs, and there are {machine.num_gpus} here; --mode auto emulates it"
     return MeasuredGrid(
         seq_lens=grid.seq_lens,
         strategies=grid.strategies,
@@ -104,4 +110,5 @@ def on_gpus(grid: TargetGrid, machine: Machine, timing: Timing | None = None) ->
         precision="bf16",
         device_type="cuda",
         timing=replace(timing or Timing(), budget_s=10.0),
+        refused=missing if grid.num_gpus > machine.num_gpus else None,
     )

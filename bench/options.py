@@ -39,7 +39,8 @@ class SweepConfig:
             published tables), `h800` (8 GPUs, all there is), `compare` (other projects' sequence parallelism),
             `headline` (one emulated rank of eight: baseline and our best) or `point` (what the options say, and nothing
             else).
-        mode: `measured`, `emulated`, `predicted`, or `auto`: what this machine can do.
+        mode: `measured`, `emulated`, `predicted`, or `auto`: what this machine can do; of `quick`, `smoke` and
+            `thorough` CPU processes and predictions, unless `gpus` says that GPUs are meant.
         rehearse: emulate on the CPU, tiny models and lengths in place of the true ones: every path, no meaning.
         minutes: time for what is emulated; the same command goes on with what it was too short for.
         out: folder of report.html, records.jsonl and records.csv; out/<preset> if not given.
@@ -59,7 +60,7 @@ class SweepConfig:
         num_heads: attention heads of the DiT measured on the CPU.
         model: preset of the DiT of true size, such as dit-xl-2.
         target: GPU that is predicted or emulated, such as h800.
-        gpus: GPUs of the node.
+        gpus: GPUs of the node; leaves out what is measured on the CPU, unless `ranks` asks for it.
         policies: activation policies, such as none,full; auto: the fastest that fits by prediction. Where other points
             of true size than the preset's are asked for, none,keep_attention,full if not given.
         regimes: regimes of points of true size: full, text_only.
@@ -168,6 +169,15 @@ class SweepConfig:
             wants_cpu=self.ranks is not None,
             timing=self._timing(Timing()),
         )
+        if self.rehearse:
+            # No prediction belongs to a rehearsal.
+            sweep = replace(sweep, targets=tuple(grid for grid in sweep.targets if grid.kind == "emulated"))
+        if self.search and not any(grid.search for grid in sweep.targets):
+            raise ValueError(
+                "search: True is predicted, which nothing is here; leave out search, or --rehearse and --mode measured"
+            )
+        if self.search and parse_names("policies", self.policies, (*POLICIES, "auto")) == ("auto",):
+            raise ValueError(f"search: takes policies by name, not auto; give --policies {','.join(POLICIES)}")
         check_possible(
             sweep,
             asked_ranks=parse_counts("ranks", self.ranks) or (),

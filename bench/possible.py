@@ -44,6 +44,8 @@ def check_possible(sweep: Sweep, *, asked_ranks: tuple[int, ...], asked_degrees:
             points=[point for group in target_points(grid) for point in group],
         )
         for grid in sweep.targets
+        # One without lengths only searches for them.
+        if grid.seq_lens
     ]
     for measured_grid in sweep.measured:
         if "auto" in measured_grid.policies and measured_grid.device_type == "cpu":

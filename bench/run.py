@@ -73,9 +73,13 @@ def pool_width(sweep: Sweep) -> int:
 
 def pool_size(sweep: Sweep) -> int:
     """Workers at most."""
-    return max([pool_width(sweep), *(ranks for grid in sweep.measured for ranks in grid.ranks)])
+    return max([pool_width(sweep), *(ranks for grid in _run_here(sweep) for ranks in grid.ranks)])
 
 
 def backend(sweep: Sweep) -> str:
     """What the workers' collectives run by."""
-    return NCCL if any(grid.device_type == "cuda" for grid in sweep.measured) else GLOO
+    return NCCL if any(grid.device_type == "cuda" for grid in _run_here(sweep)) else GLOO
+
+
+def _run_here(sweep: Sweep) -> list[MeasuredGrid]:
+    return [grid for grid in sweep.measured if grid.refused is None]

@@ -250,7 +250,8 @@ def _answer(
     try:
         fn = _load(*located)
         if backend == NCCL:
-            torch.cuda.set_device(rank)
+            # Ranks beyond the GPUs compute on the CPU.
+            torch.cuda.set_device(rank % torch.cuda.device_count())
         dist.init_process_group(
             backend,
             init_method=f"file://{rendezvous}",

@@ -14,6 +14,7 @@ from longreel.bench.modes import Machine
 from longreel.bench.options import SweepConfig
 from longreel.bench.presets import H800_LENGTHS, PRESETS, Sweep
 from longreel.bench.reproduce import reproduce
+from longreel.bench.run import pool_size
 from longreel.parallel.config import ParallelConfig
 from longreel.reports.turns import MIN_DECISIVE
 
@@ -115,6 +116,38 @@ def test_what_fits_on_the_gpus_is_measured_and_the_rest_emulated() -> None:
     assert {(p.kind, p.num_devices) for p in points} == {("measured", 4), ("emulated", 8)}
 
 
+def test_measuring_on_too_few_gpus_says_so_of_every_row() -> None:
+    sweep = resolved("blog", Machine(num_gpus=4, gpu_name="H800"), mode="measured")
+    assert pool_size(sweep) == 4
+    reasons = {p.num_devices: p.impossible for p in points_of(sweep)}
+    assert reasons[4] is None
+    assert "needs 8 GPUs, and there are 4 here" in reasons[8]
+
+
+@pytest.mark.parametrize("preset", ["quick", "point"])
+def test_gpus_that_are_asked_for_are_what_runs(preset) -> None:
+    assert {(p.kind, p.num_devices) for p in points_of(resolved(preset, NODE, gpus=8))} == {("measured", 8)}
+    assert {p.kind for p in points_of(resolved(preset, ONE_GPU, gpus=8))} == {"emulated"}
+    assert {p.kind for p in points_of(resolved(preset, NO_GPU, gpus=8))} == {"predicted"}
+    assert {p.device_type for p in points_of(resolved(preset, NODE, gpus=8, ranks="1"))} == {"cpu", "cuda"}
+    assert {p.kind for p in points_of(resolved("quick", NODE))} == {"measured", "predicted"}
+
+
+@pytest.mark.parametrize(("machine", "mode"), [(NODE, "auto"), (NODE, "measured"), (ONE_GPU, "emulated")], ids=str)
+def test_the_longest_length_is_predicted_beside_what_runs(machine, mode) -> None:
+    sweep = resolved("h800", machine, mode=mode, strategies="ulysses")
+    (search,) = (grid for grid in sweep.targets if grid.search)
+    assert (search.kind, target_points(search)) == ("predicted", [])
+    assert "predicted" not in {p.kind for p in points_of(sweep)}
+    assert len(search.policies) == 3
+
+
+def test_the_example_of_the_documentation_resolves_everywhere() -> None:
+    words = "--seq-lens 64k,256k,819200 --strategies ulysses,fastseq --gpus 8 --target h800 --policy auto"
+    for machine in (NO_GPU, ONE_GPU, NODE):
+        assert points_of(parse(words.split()).resolve(machine))
+
+
 def test_measuring_without_gpus_is_the_same_sweep_of_a_small_model() -> None:
     for name in ("blog", "h800", "compare"):
         points = points_of(resolved(name, mode="measured"))
@@ -145,6 +178,9 @@ def test_on_gpus_the_true_model_runs_in_bf16_behind_a_gate_that_takes_seconds() 
         ({"head_chunks": "0"}, NO_GPU, "head_chunks"),
         ({"conditioning": "cross,adaln"}, NO_GPU, "conditioning: one of"),
         ({"conditioning": "adaln", "regimes": "text_only"}, NO_GPU, "nothing would attend"),
+        ({"mode": "measured", "search": True}, NO_GPU, "search: True is predicted"),
+        ({"rehearse": True, "search": True}, NO_GPU, "search: True is predicted"),
+        ({"search": True, "policies": "auto"}, NO_GPU, "search: takes policies by name"),
         ({"preset": "quick", "conditioning": "adaln"}, NO_GPU, "--regimes full"),
         ({"preset": "h800", "mode": "measured", "regimes": "text_only"}, NO_GPU, "h800 has no text_only points"),
         (
