@@ -73,7 +73,7 @@ def run(command: Sequence[str]) -> int:
 
 
 def failure_line(records: Sequence[Record]) -> str | None:
-    """What makes a finished run a failed one, in words: wrong or failed points, or none with a figure."""
+    """What makes a finished run a failed one, in words: wrong or failed points of it, or none with a figure."""
     counts = Counter(record.status for record in records)
     bad = [f"{counts[status]} {status}" for status in ("wrong", "error") if counts[status]]
     if bad:
@@ -109,7 +109,8 @@ def _origin(sweep: Sweep, command: Sequence[str], *, commit: str | None, on_gpu:
     """Provenance of all records: with the GPU, where points run on one."""
     emulates = any(grid.kind == "emulated" for grid in sweep.targets)
     if on_gpu and (emulates or backend(sweep) == NCCL):
-        return op_provenance.gather(command, torch.device("cuda"), commit=commit)
+        found = op_provenance.gather(command, torch.device("cuda"), commit=commit)
+        return found | {"environment": found["environment"] | provenance.software()}
     return provenance.gather(command)
 
 
@@ -118,11 +119,10 @@ def _sweep(sweep: Sweep, machine: Machine, folder: Path, kept: Records, *, rehea
     start = time.monotonic()
     deadline = None if sweep.minutes is None else start + 60 * sweep.minutes - REPORT_S
     console = Console(highlight=False, soft_wrap=True)
-    finished = kept.of_sweep()
-    if finished:
-        console.print(f"resumed: {len(finished)} records of this commit on this machine are kept", markup=False)
+    if kept.num_saved:
+        console.print(f"resumed: {kept.num_saved} records of this code on this machine are kept", markup=False)
     with WorkerPool(pool_size(sweep), backend=backend(sweep)) as pool, _progress(console) as progress:
-        task = progress.add_task("starting workers", total=num_points(sweep), completed=len(finished))
+        task = progress.add_task("starting workers", total=num_points(sweep))
         emulator = None
         if any(grid.kind == "emulated" for grid in sweep.targets):
             emulator = this_emulator(
@@ -133,10 +133,11 @@ def _sweep(sweep: Sweep, machine: Machine, folder: Path, kept: Records, *, rehea
         ):
             if not kept.add(record):
                 continue
-            finished.append(record)
             style = None if record.status == "ok" else "yellow"
             progress.console.print(point_line(record), style=style, markup=False)
-            progress.update(task, advance=1, description=f"{record.kind} {formatting.length(record.seq_len)}")
+            progress.update(
+                task, completed=len(kept.of_sweep()), description=f"{record.kind} {formatting.length(record.seq_len)}"
+            )
         progress.update(task, description="done", total=progress.tasks[0].completed)
     records = kept.all()
     page = write_report(folder, records, title=f"Longreel sweep: {sweep.name}", source_files=[RECORDS])
@@ -145,7 +146,7 @@ def _sweep(sweep: Sweep, machine: Machine, folder: Path, kept: Records, *, rehea
         console.print(line, markup=False)
     console.print(f"\n{time.monotonic() - start:.0f} s. Report: {page}", markup=False)
     console.print(f"Records: {kept.path}, {folder / 'records.csv'}", markup=False)
-    return finished
+    return kept.of_sweep()
 
 
 def parse(arguments: Sequence[str]) -> SweepConfig:

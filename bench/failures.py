@@ -19,10 +19,11 @@ _OUT_OF_MEMORY = ("can't allocate memory", "MemoryError", "OutOfMemoryError", "o
 _BROKEN = r"(?i)connection (closed|reset|refused)|broken pipe|read error|socketException|remote process exited"
 
 
-def failure(point: Point, error: WorkerError, provenance: dict[str, Any]) -> Record:
-    """The record of a point whose workers raised, died or took too long."""
+def failure(point: Point, error: WorkerError, provenance: dict[str, Any], *, status: Status | None = None) -> Record:
+    """The record of a point whose workers raised, died or took too long; None: `oom` or `error` by what they said."""
     reason = one_line(error)
-    status: Status = "oom" if any(words in reason for words in _OUT_OF_MEMORY) else "error"
+    if status is None:
+        status = "oom" if any(words in reason for words in _OUT_OF_MEMORY) else "error"
     return point.record(status, reason=reason, provenance=stamped(provenance, reproduce=reproduce(point)))
 
 

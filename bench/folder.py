@@ -16,22 +16,32 @@ from longreel.reports.records import Record
 
 RECORDS = "records.jsonl"
 LOCK = ".sweep.lock"
+# Of these there is no figure to keep: a worker may live next time, a package be installed.
+_AGAIN = ("error", "skipped")
 
 
 class Records:
-    """The record file of a folder, and what it holds of this commit on this machine.
+    """The record file of a folder, and what it holds of this code on this machine.
 
     Args:
-        folder: of the file. origin: provenance of what is added. resume: points that are there need no run.
+        folder: of the file. origin: provenance of what is added.
+        resume: points that are there need no run, but for those that may go another way today: failed and skipped ones.
     """
 
     def __init__(self, folder: Path, origin: dict[str, Any], *, resume: bool) -> None:
         self.path = folder / RECORDS
         self.origin = origin
         self._answered: dict[str, Record] = {}
+        # Points of this run, by the keys that records have, and what was there of points that run again.
+        self._of_sweep: set[str] = set()
+        self._again: dict[str, Record] = {}
         if resume and self.path.exists():
-            for record in of_origin(store.load(self.path), origin):
-                self._keep(record)
+            for record in {r.key: r for r in of_origin(store.load(self.path), origin)}.values():
+                if record.status in _AGAIN:
+                    self._again[record.key] = record
+                else:
+                    self._keep(record)
+        self.num_saved = len({record.key for record in self._answered.values()})
 
     def _keep(self, record: Record) -> None:
         self._answered[record.key] = record
@@ -41,29 +51,39 @@ class Records:
             self._answered[str(asked.get("key"))] = record
 
     def of_sweep(self) -> list[Record]:
-        """The records that a resumed sweep began with and those added since."""
-        return list({record.key: record for record in self._answered.values()}.values())
+        """The records of this sweep's points: those it added, and those there before that it asked for."""
+        return [self._answered[key] for key in self._of_sweep]
 
     def done(self, key: str) -> bool:
         """Whether a point with this key needs no run."""
-        return key in self._answered
+        if key not in self._answered:
+            return False
+        self._of_sweep.add(self._answered[key].key)
+        return True
 
     def saved(self, key: str) -> Record | None:
         """The record of a key, None where there is none."""
         return self._answered.get(key)
 
     def add(self, record: Record) -> bool:
-        """Append a record unless this sweep has one of its key; whether it was written. OSError names the file."""
-        if record.key in self._answered:
+        """Keep a record unless there is one of its key with as many steps; whether it is kept.
+
+        It is appended to the file, unless it says again that and why a point was skipped. OSError names the file.
+        """
+        there = self._answered.get(record.key)
+        if there is not None and len(record.samples_s) <= len(there.samples_s):
             return False
+        before = self._again.get(record.key)
         try:
-            store.append(self.path, record)
+            if before is None or (before.status, before.reason, record.status) != ("skipped", record.reason, "skipped"):
+                store.append(self.path, record)
         except OSError as error:
             raise OSError(
                 f"{self.path}: {error.strerror or error}; the records before it are whole; make room and run the same "
                 "command with --resume"
             ) from None
         self._keep(record)
+        self._of_sweep.add(record.key)
         return True
 
     def all(self) -> list[Record]:
@@ -72,7 +92,7 @@ class Records:
 
 
 def of_origin(records: Sequence[Record], origin: dict[str, Any]) -> list[Record]:
-    """The records of this commit on this machine: a folder may hold older ones, which a figure must not mix in."""
+    """The records of this code on this machine: a folder may hold older ones, which a figure must not mix in."""
     same = ("commit", "environment")
     return [r for r in records if all(r.provenance.get(name) == origin[name] for name in same)]
 

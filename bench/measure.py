@@ -32,7 +32,7 @@ _LEARNING_RATE = 1e-4
 # Steps take tenths of seconds and more: a reading more often would say no more and cost the interpreter's time.
 _READ_EVERY_S = 0.1
 # A sample that is taken anyway, even where the wall cap has passed: one alone says nothing about its noise.
-_FEWEST_SAMPLES = 2
+FEWEST_SAMPLES = 2
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -229,7 +229,7 @@ def _time_in_turns(ready: dict[int, _Prepared], device: RankDevice, monitor: Mon
 
 def _wants_more(one: _Prepared) -> bool:
     rule, taken, spent = one.point.timing, len(one.samples), sum(one.samples)
-    if taken >= rule.max_samples or (taken >= _FEWEST_SAMPLES and spent >= rule.wall_cap_s):
+    if taken >= rule.max_samples or (taken >= FEWEST_SAMPLES and spent >= rule.wall_cap_s):
         return False
     return taken < rule.min_samples or spent < rule.budget_s
 

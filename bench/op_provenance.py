@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib.metadata
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,7 +13,6 @@ from longreel.bench.nvml import driver_version
 from longreel.kernels.triton_common import interpreting
 
 _PEERS = ("flash-attn", "flash-attn-3", "flash-attn-4", "liger-kernel")
-_REPOSITORY = Path(__file__).resolve().parents[1]
 # What decides an op's figure.
 _SOURCE = ("kernels", "bench")
 
@@ -38,20 +35,11 @@ def gather(command: Sequence[str], device: torch.device, *, commit: str | None =
     found = provenance.gather(command)
     if commit is not None and found["commit"].startswith("unknown"):
         found["commit"] = commit
-    found["source"] = source_hash()
+    found["source"] = provenance.source_hash(_SOURCE)
     found["versions"] |= {name: version for name in _PEERS if (version := _version(name)) is not None}
     keep = ("cpu", "cores", "platform")
     found["environment"] = {name: found["environment"][name] for name in keep} | _device_facts(device)
     return found
-
-
-def source_hash() -> str:
-    """Hash of the Python files of kernels/ and bench/: says which code ran where there is no commit, or a dirty one."""
-    digest = hashlib.sha256()
-    for folder in _SOURCE:
-        for path in sorted((_REPOSITORY / folder).glob("*.py")):
-            digest.update(f"{folder}/{path.name}\n".encode() + path.read_bytes())
-    return digest.hexdigest()[:16]
 
 
 def _device_facts(device: torch.device) -> dict[str, Any]:

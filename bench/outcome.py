@@ -96,7 +96,9 @@ def _comparison(candidate: RankResult, baseline: RankResult | None, point: Point
     # Every dp rank adds a sample to a step: the baseline's steps hold more tokens.
     tokens = point.dp_degree / point.num_devices
     found = compare([seconds / tokens for seconds in candidate.samples_s], baseline.samples_s)
-    return {"verdict": found.verdict, "ratio": found.ratio, "low": found.low, "high": found.high}
+    verdict = {"verdict": found.verdict, "ratio": found.ratio, "low": found.low, "high": found.high}
+    # Its own: the baseline runs again beside each batch, and its record holds the samples of the first.
+    return verdict | {"baseline_samples_s": list(baseline.samples_s)}
 
 
 def _utilisation(point: Point, flops: float, hw_flops: float, step_s: float) -> dict[str, float]:

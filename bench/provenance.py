@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.metadata
 import os
 import platform
@@ -12,6 +13,9 @@ from pathlib import Path, PurePath
 from typing import Any
 
 _PACKAGES = ("torch", "triton", "numpy")
+# What decides a figure of a sweep.
+_DECISIVE = ("torch", "triton")
+_CODE = ("kernels", "models", "data", "parallel", "bench")
 _REPOSITORY = Path(__file__).resolve().parents[1]
 
 
@@ -34,8 +38,23 @@ def gather(command: Sequence[str]) -> dict[str, Any]:
             "threads_per_rank": 1,
             "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
             "platform": f"{platform.system()} {platform.release()}, {platform.machine()}",
-        },
+        }
+        | software(),
     }
+
+
+def software() -> dict[str, str]:
+    """What a figure leans on besides the machine, and what records are told apart by: code and packages."""
+    return {"source": source_hash(_CODE), **{name: _version(name) for name in _DECISIVE}}
+
+
+def source_hash(folders: Sequence[str]) -> str:
+    """Hash of the Python files of folders of the project: which code ran, where there is no commit or it was edited."""
+    digest = hashlib.sha256()
+    for folder in folders:
+        for path in sorted((_REPOSITORY / folder).rglob("*.py")):
+            digest.update(f"{path.relative_to(_REPOSITORY).as_posix()}\n".encode() + path.read_bytes())
+    return digest.hexdigest()[:16]
 
 
 def stamped(provenance: dict[str, Any], **more: Any) -> dict[str, Any]:

@@ -38,7 +38,7 @@ def run_sweep(
         done: whether a point with this key needs no run. saved: the record of a key that is there already.
     """
     for grid in sweep.measured:
-        yield from measured(grid, pool, provenance, device=device_of(grid, machine), done=done)
+        yield from measured(grid, pool, provenance, device=device_of(grid, machine), done=done, saved=saved)
     estimates = Estimates()
     for target in sweep.targets:
         if target.kind == "emulated":

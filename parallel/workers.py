@@ -31,6 +31,10 @@ from typing import Any
 
 # After one rank has failed, the others get this long to report the same before they are ended.
 GRACE_S = 2.0
+# Between two looks at a call that may be overdue.
+LOOK_S = 1.0
+# Until all workers of a call must have taken it up.
+START_S = 3600.0
 # Back ends of the workers' groups. With NCCL each rank has a GPU of its own; what lies in host memory goes by gloo.
 GLOO, NCCL = "gloo", "cpu:gloo,cuda:nccl"
 
@@ -78,7 +82,14 @@ class WorkerPool:
         self._end(list(self._workers))
         self._folder.cleanup()
 
-    def run(self, fn: Callable[..., Any], world_size: int, *args: Any, timeout: float = 120.0) -> list[Any]:
+    def run(
+        self,
+        fn: Callable[..., Any],
+        world_size: int,
+        *args: Any,
+        timeout: float = 120.0,
+        overdue: Callable[[], str | None] = lambda: None,
+    ) -> list[Any]:
         """Call fn(*args) on every rank of a new gloo group of world_size; returns the results by rank.
 
         Args:
@@ -86,10 +97,11 @@ class WorkerPool:
             world_size: ranks, at most max_workers.
             args: sent to every rank by pickle.
             timeout: seconds for the call, the start of new workers not included.
+            overdue: asked about every second while the call runs; what it says, if anything, ends it as a timeout does.
 
         Raises:
             ValueError: world_size is not within the pool.
-            WorkerTimeout: the call outlived timeout; its workers were ended.
+            WorkerTimeout: the call outlived timeout, or was overdue; its workers were ended.
             WorkerError: a rank raised or died; the message holds its rank and traceback.
         """
         if not 1 <= world_size <= self._max_workers:
@@ -104,7 +116,7 @@ class WorkerPool:
         try:
             for rank in ranks:
                 self._workers[rank][1].send((rank, *call))
-            replies = self._collect(set(ranks), timeout)
+            replies = self._collect(set(ranks), timeout, overdue)
         except BaseException:
             # Some ranks may still be in a collective that nobody will answer.
             self._end(list(ranks))
@@ -138,17 +150,21 @@ class WorkerPool:
         for process, _ in ended:
             process.join()
 
-    def _collect(self, pending: set[int], timeout: float) -> dict[int, Any]:
+    def _collect(self, pending: set[int], timeout: float, overdue: Callable[[], str | None]) -> dict[int, Any]:
         started = dict.fromkeys(pending, False)
         replies: dict[int, Any] = {}
         failures: dict[int, str] = {}
-        deadline = float("inf")
+        deadline = time.monotonic() + START_S
         while pending:
             by_connection = {self._workers[rank][1]: rank for rank in pending}
-            ready = wait(list(by_connection), timeout=max(0.0, min(deadline - time.monotonic(), 3600.0)))
+            ready = wait(list(by_connection), timeout=max(0.0, min(deadline - time.monotonic(), LOOK_S)))
             if not ready:
-                if failures:
+                if failures and time.monotonic() >= deadline:
                     break
+                if not failures and (late := overdue()) is not None:
+                    raise WorkerTimeout(late)
+                if time.monotonic() < deadline:
+                    continue
                 raise WorkerTimeout(
                     f"ranks {sorted(pending)} of {len(started)} did not finish within {timeout:g} s and were ended"
                 )

@@ -59,7 +59,8 @@ class Record:
         mfu, hfu: flops and hw_flops over the devices' peak for the step's time, None where no peak is known.
         error: comparison with the oracle: `loss`, `grad` (relative errors) and `tolerance`.
         comparison: with the baseline, timed in alternation: `verdict` (SAME, FAST, SLOW, AMBIGUOUS), `ratio` of
-            seconds per token (below 1 is faster), `low` and `high`; empty where the two were not timed so.
+            seconds per token (below 1 is faster), `low` and `high`, and the baseline's steps beside this point's,
+            `baseline_samples_s`; empty where the two were not timed so.
         energy_j: energy of one step over all devices, joules, None where it was not measured.
         breakdown: seconds that add up to step_s, by part of the step; empty where only the whole was timed.
         hidden: seconds of communication behind computation, by part; not in step_s.

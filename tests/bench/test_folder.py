@@ -51,6 +51,46 @@ def test_resuming_keeps_what_this_commit_has_made_on_this_machine(tmp_path) -> N
     assert Records(tmp_path, ORIGIN, resume=False).add(record(0))
 
 
+@pytest.mark.parametrize(("status", "again"), [("error", True), ("skipped", True), ("oom", False), ("wrong", False)])
+def test_points_that_may_go_another_way_today_run_again(tmp_path, status, again) -> None:
+    there = POINTS[0].record(status, reason="no such luck", provenance=dict(ORIGIN))
+    Records(tmp_path, ORIGIN, resume=False).add(there)
+    resumed = Records(tmp_path, ORIGIN, resume=True)
+    assert resumed.done(there.key) is not again
+    assert resumed.add(record(0)) is again
+    assert [r.status for r in resumed.of_sweep()] == ["ok" if again else status]
+    # It counts from then on.
+    assert Records(tmp_path, ORIGIN, resume=True).done(there.key)
+
+
+def test_point_that_is_skipped_again_is_not_written_again(tmp_path) -> None:
+    for reason, lines in (("no package", 1), ("no package", 1), ("no GPU", 2)):
+        records = Records(tmp_path, ORIGIN, resume=True)
+        assert records.add(POINTS[0].record("skipped", reason=reason, provenance=dict(ORIGIN)))
+        assert len(load(records.path)) == lines
+
+
+def test_more_steps_take_the_place_of_fewer(tmp_path) -> None:
+    Records(tmp_path, ORIGIN, resume=False).add(record(0, samples_s=(1.0,) * 2))
+    records = Records(tmp_path, ORIGIN, resume=True)
+    assert not records.add(record(0, samples_s=(1.0,) * 2))
+    assert records.add(record(0, samples_s=(1.0,) * 5))
+    assert len(records.saved(record(0).key).samples_s) == 5
+
+
+def test_failures_of_another_sweep_in_the_folder_are_not_this_ones(tmp_path, monkeypatch) -> None:
+    origin = provenance.gather(["x"])
+    other = replace(POINTS[0], seed=1).record("wrong", reason="gate", provenance=origin)
+    small_sweep(monkeypatch)
+    Records(tmp_path, origin, resume=False).add(other)
+    assert main(["--mode=measured", f"--out={tmp_path}", "--resume"]) == 0
+    # Its own count, also where they were there before.
+    own = POINTS[0].record("wrong", reason="gate", provenance=origin)
+    Records(tmp_path, origin, resume=False).add(own)
+    small_sweep(monkeypatch)
+    assert main(["--mode=measured", f"--out={tmp_path}", "--resume"]) == 1
+
+
 def test_answer_to_another_point_counts_for_the_one_that_was_asked_for(tmp_path) -> None:
     records = Records(tmp_path, ORIGIN, resume=False)
     records.add(record(0, ORIGIN | {"asked": {"key": "asked-for", "policy": "auto"}}))
@@ -92,7 +132,7 @@ def small_sweep(monkeypatch, *, stop_at: int | None = None, error: BaseException
     """Sweeps of POINTS without workers; the stop_at-th point that would run raises instead."""
     ran = iter(range(len(POINTS) + 1))
 
-    def records(sweep, pool, origin, *, machine, done, saved):
+    def records(sweep, pool, origin, *, done, **_):
         for point in POINTS:
             if done(point.key(origin)):
                 continue

@@ -7,17 +7,18 @@ import time
 from collections.abc import Sequence
 from dataclasses import fields, replace
 from pathlib import Path
+from types import SimpleNamespace
 from unittest import mock
 
 import pytest
 import torch.distributed as dist
 
 from longreel.bench import gate
-from longreel.bench.cases import Point
+from longreel.bench.cases import Point, Timing
 from longreel.bench.failures import one_line
 from longreel.bench.grids import MeasuredGrid, measured_points
 from longreel.bench.measure import RankResult, measure_points
-from longreel.bench.measured import measured
+from longreel.bench.measured import _Deadline, measured
 from longreel.bench.presets import small_dit
 from longreel.parallel import parallelize
 from longreel.parallel.strategies import USP
@@ -52,8 +53,10 @@ class ScriptedPool:
         self.num_oracles = 0
         self.faults = faults or {}
         self.calls: list[list[str]] = []
+        # What the place is noted as, itself if None.
+        self.note: str | None = None
 
-    def run(self, fn, world_size: int, *args, timeout: float):
+    def run(self, fn, world_size: int, *args, timeout: float, overdue=lambda: None):
         if fn is gate.write_oracle:
             self.num_oracles += 1
             if (end := next(self.ends, None)) is not None:
@@ -67,10 +70,10 @@ class ScriptedPool:
         self.calls.append([point.strategy for point in points])
         for place, point in enumerate(points):
             together, alone = self.faults.get(point.strategy, (None, None))
-            Path(at).write_text(str(place))
+            Path(at).write_text(str(place) if self.note is None else self.note)
             if (error := alone if len(points) == 1 else together) is not None:
                 raise error
-        return [[replace(RESULT, samples_s=(1.0 + place,) * 2) for place in range(len(points))]] * world_size
+        return [[replace(RESULT, samples_s=(1.0 + place,) * 4) for place in range(len(points))]] * world_size
 
 
 def run(pool: ScriptedPool, **changes) -> list[Record]:
@@ -93,6 +96,7 @@ def test_points_of_a_length_are_timed_in_turns_with_their_baseline(tmp_path) -> 
     # Twice and three times the baseline's seconds, for half its samples.
     assert (ulysses.comparison["ratio"], fastseq.comparison["ratio"]) == (4.0, 6.0)
     assert ulysses.comparison["verdict"] == "SLOW"
+    assert ulysses.comparison["baseline_samples_s"] == list(baseline.samples_s)
 
 
 @pytest.mark.parametrize(
@@ -121,6 +125,68 @@ def test_baseline_that_fails_leaves_candidates_without_a_comparison(tmp_path) ->
     records = {r.strategy: r for r in run(pool)}
     assert {name: r.status for name, r in records.items()} == {"local": "oom", "ulysses": "ok", "fastseq": "ok"}
     assert all(r.comparison == {} for r in records.values())
+
+
+def test_point_that_hangs_ends_the_call_once_and_does_not_run_again(tmp_path) -> None:
+    pool = ScriptedPool(tmp_path, faults={"ulysses": (WorkerTimeout("did not finish"), None)})
+    records = {r.strategy: r.status for r in run(pool)}
+    assert records == {"local": "ok", "ulysses": "error", "fastseq": "ok"}
+    assert pool.calls == [["local", "ulysses", "fastseq"], ["local", "fastseq"]]
+
+
+def test_worker_that_dies_before_its_first_note_is_looked_for(tmp_path) -> None:
+    pool = ScriptedPool(tmp_path, faults={"local": (WorkerError("died"), None)})
+    pool.note = ""
+    assert {r.status for r in run(pool)} == {"ok"}
+    assert pool.calls == [["local", "ulysses", "fastseq"], ["local"], ["ulysses", "fastseq"]]
+
+
+def test_one_point_may_take_the_time_of_one_point_only(tmp_path, monkeypatch) -> None:
+    clock = iter(range(0, 100, 4))
+    monkeypatch.setattr("longreel.bench.measured.time", SimpleNamespace(monotonic=lambda: next(clock)))
+    at = tmp_path / "at"
+    deadline = _Deadline(at, limit_s=10.0)
+    assert deadline.overdue() is None
+    # 8 s of the first point, 8 of the second, and 4 more of the first.
+    for place in (0, 0, 0, 1, 1, 1, 0):
+        at.write_text(str(place))
+        assert deadline.overdue() is None
+    assert deadline.overdue() == "did not finish within 10 s and was ended"
+
+
+def test_baseline_that_fails_is_not_tried_beside_every_batch(tmp_path) -> None:
+    out = WorkerError("out of memory")
+    grid = replace(GRID, strategies=("ulysses", "fastseq", "ring"), policies=("none", "full"))
+    grid = replace(grid, device_type="cuda", precision="bf16")
+    pool = ScriptedPool(tmp_path, faults={"local": (out, out)})
+    records = list(measured(grid, pool, PROVENANCE, device="NVIDIA H800"))
+    assert [r.status for r in records if r.is_baseline] == ["oom"]
+    assert sum("local" in call for call in pool.calls) == 2
+    # Nor when what it came to is known from before.
+    (baseline,) = (r for r in records if r.is_baseline)
+    pool = ScriptedPool(tmp_path, faults={"local": (out, out)})
+    there = {baseline.key: baseline}
+    records = list(measured(grid, pool, PROVENANCE, device="NVIDIA H800", done=there.__contains__, saved=there.get))
+    assert len(records) == 6
+    assert not any("local" in call for call in pool.calls)
+
+
+@pytest.mark.parametrize(
+    ("rule", "again"),
+    [
+        (Timing(min_samples=4), False),
+        (Timing(min_samples=5), True),
+        (Timing(min_samples=5, wall_cap_s=4.0), False),
+    ],
+    ids=["enough", "too-few", "time-was-over"],
+)
+def test_points_with_fewer_steps_than_asked_for_run_again(tmp_path, rule, again) -> None:
+    there = {r.key: r for r in run(ScriptedPool(tmp_path))}
+    assert all(len(r.samples_s) == 4 for r in there.values())
+    pool = ScriptedPool(tmp_path)
+    grid = replace(GRID, timing=rule)
+    records = list(measured(grid, pool, PROVENANCE, device="CPU", done=there.__contains__, saved=there.get))
+    assert (len(records), bool(pool.calls)) == ((3, True) if again else (0, False))
 
 
 def test_records_that_are_there_are_not_made_again(tmp_path) -> None:
@@ -152,8 +218,10 @@ def test_on_gpus_few_models_lie_beside_each_other_each_time_with_the_baseline(tm
         ([WorkerError("died"), None], 2, "ok"),
         ([WorkerError("died"), WorkerError("died again")], 2, "error"),
         ([WorkerTimeout("too slow")], 1, "error"),
+        # The oracle needs more memory than any point: that it found too little says nothing of theirs.
+        ([WorkerError("CUDA out of memory"), WorkerError("CUDA out of memory")], 2, "error"),
     ],
-    ids=["lost-once", "lost-twice", "timeout"],
+    ids=["lost-once", "lost-twice", "timeout", "out-of-memory"],
 )
 def test_lost_oracle_is_computed_once_more_and_a_slow_one_is_not(tmp_path, oracles, num_oracles, status) -> None:
     pool = ScriptedPool(tmp_path, oracles)
@@ -213,7 +281,7 @@ class FaultyPool:
     def __init__(self, pool: WorkerPool, how: str) -> None:
         self.pool, self.how, self.scratch = pool, how, pool.scratch
 
-    def run(self, fn, world_size: int, *args, timeout: float):
+    def run(self, fn, world_size: int, *args, timeout: float, overdue=lambda: None):
         if fn is not measure_points:
             return self.pool.run(fn, world_size, *args, timeout=120.0)
         hangs = self.how == "hang" and any(point.strategy == "fastseq" for point in args[0])

@@ -12,8 +12,8 @@ from longreel.bench import micro, micro_attempts
 from longreel.bench.micro import main
 from longreel.bench.micro_options import HOPPER, MicroConfig, parse_range
 from longreel.bench.micro_sweep import MicroPlan, load, run_plan
-from longreel.bench.op_provenance import source_hash
 from longreel.bench.ops import OPS, OpCase
+from longreel.bench.provenance import source_hash
 from longreel.bench.timing import TimingRule
 from longreel.parallel.workers import WorkerPool
 
@@ -218,11 +218,11 @@ def test_source_hash_follows_the_code(tmp_path, monkeypatch):
     for folder in ("kernels", "bench"):
         (tmp_path / folder).mkdir()
         (tmp_path / folder / "a.py").write_text("x = 1\n")
-    monkeypatch.setattr("longreel.bench.op_provenance._REPOSITORY", tmp_path)
-    first = source_hash()
-    assert source_hash() == first
+    monkeypatch.setattr("longreel.bench.provenance._REPOSITORY", tmp_path)
+    first = source_hash(("kernels", "bench"))
+    assert source_hash(("kernels", "bench")) == first
     (tmp_path / "kernels" / "a.py").write_text("x = 2\n")
-    assert source_hash() != first
+    assert source_hash(("kernels", "bench")) != first
 
 
 def raising_case(request):

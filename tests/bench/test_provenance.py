@@ -23,6 +23,7 @@ def test_says_commit_versions_machine_and_time() -> None:
     assert environment["cpu"]
     assert environment["memory_bytes"] > 2**28
     assert environment["platform"]
+    assert environment["torch"] == torch.__version__
     assert found["command"] == "python bench/sweep.py --preset quick"
     assert datetime.fromisoformat(found["time"]).utcoffset().total_seconds() == 0
 
@@ -38,3 +39,17 @@ def test_outside_git_the_commit_is_unknown_in_words(monkeypatch, tmp_path: Path)
     found = provenance.gather(["sweep.py"])
     assert found["commit"].startswith("unknown")
     assert found["dirty"] is None
+
+
+def test_edited_code_and_another_torch_make_another_environment(monkeypatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(provenance, "_REPOSITORY", tmp_path)
+    (tmp_path / "parallel" / "predict").mkdir(parents=True)
+    file = tmp_path / "parallel" / "predict" / "roofline.py"
+    found = []
+    for text in ("rate = 1", "rate = 2", "rate = 1"):
+        file.write_text(text)
+        found.append(provenance.gather(["x"])["environment"])
+    # What did not change has the same key again, wherever the tree lies.
+    assert found[0] == found[2] != found[1]
+    monkeypatch.setattr(provenance, "_version", lambda package: "9.9")
+    assert provenance.gather(["x"])["environment"] not in found

@@ -13,7 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from longreel.parallel.workers import WorkerError, WorkerPool
+from longreel.parallel.workers import WorkerError, WorkerPool, WorkerTimeout
 
 
 def summed(offset: float) -> float:
@@ -64,6 +64,13 @@ def test_a_failure_names_its_rank_and_the_pool_goes_on(pool, fn, says):
     with pytest.raises(WorkerError, match=f"(?s){says}"):
         pool.run(fn, 2, timeout=1.0)
     assert pool.run(summed, 2, 0.0) == [1.0, 1.0]
+
+
+def test_a_call_that_is_overdue_ends_before_its_timeout(pool):
+    began = time.monotonic()
+    with pytest.raises(WorkerTimeout, match="one of its parts takes too long"):
+        pool.run(hangs_on_rank_1, 2, timeout=50.0, overdue=lambda: "one of its parts takes too long")
+    assert time.monotonic() - began < 30
 
 
 def test_more_ranks_than_workers_is_an_error(pool):
