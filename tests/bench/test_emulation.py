@@ -18,7 +18,8 @@ from longreel.bench.emulated_plans import Estimates
 from longreel.bench.emulated_result import DepthRun, Emulated, Plan
 from longreel.bench.emulated_run import Emulator, emulated
 from longreel.bench.emulation import allocator_cap, cannot_emulate, emulate_point
-from longreel.bench.grids import TargetGrid
+from longreel.bench.grids import TargetGrid, target_points
+from longreel.bench.predictor import Answer
 from longreel.models.config import DiTConfig
 from longreel.parallel.config import ParallelConfig
 from longreel.parallel.predict.hardware import FIXED_RESERVE_BYTES
@@ -165,6 +166,20 @@ def test_points_that_the_deadline_ends_are_left_and_others_failed() -> None:
     assert len(said) == 1
     on, said = emulator()
     assert [r.status for r in records(Pool(WorkerTimeout("ended"), found()), grid(), on)] == ["error", "ok"]
+
+
+def test_policy_auto_is_settled_before_a_point_runs() -> None:
+    auto = grid(seq_lens=(65_536,), policies=("auto",))
+    ((asked,),) = target_points(auto)
+    answer = Answer(point=replace(asked, parallel=replace(asked.parallel, policy="none")), chosen="none: fits")
+    pool = Pool(answer, found())
+    (made,) = records(pool, auto, emulator()[0])
+    assert (made.status, made.policy, made.provenance["policy"]) == ("ok", "none", "none: fits")
+    assert pool.points[1][0].parallel.policy == "none"
+    # Over is over: nothing is predicted after the deadline either.
+    on, said = emulator(deadline=time.monotonic() - 1)
+    assert records(Pool(), auto, on) == []
+    assert "left for the next run" in said[0]
 
 
 def test_a_policy_that_did_not_fit_is_not_tried_at_longer_lengths() -> None:
