@@ -261,22 +261,15 @@ def measured_points(grid: MeasuredGrid, *, device: str) -> list[Point]:
 def target_points(grid: TargetGrid) -> list[list[Point]]:
     """The grid's points in groups of one length and one policy; a group's points do not depend on each other."""
     groups: list[list[Point]] = []
-    order: list[tuple[Policy, ...]] = [(policy,) for policy in dict.fromkeys(grid.policies)]
-    if grid.baseline and "auto" in grid.policies:
-        # The baseline alone comes first: what `auto` becomes may be the same, which has to be there as such by then.
-        order.insert(0, ())
-    elif grid.baseline and BASELINE["policy"] not in grid.policies:
-        order.append(())
+    order = dict.fromkeys((*grid.policies, BASELINE["policy"]) if grid.baseline else grid.policies)
     for seq_len in grid.seq_lens:
-        taken: list[dict[str, Any]] = []
-        for asked in order:
-            here = asked or (BASELINE["policy"],)
+        for policy in order:
+            asked = (policy,) if policy in grid.policies else ()
             found = [
                 one
                 for one in configurations(grid, grid.num_gpus, grid.dit.num_heads, policies=asked, precision="bf16")
-                if one["parallel"].policy in here and one not in taken
+                if one["parallel"].policy == policy
             ]
-            taken += found
             groups.append(
                 [
                     Point(

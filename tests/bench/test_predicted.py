@@ -99,6 +99,10 @@ def test_policy_auto_leaves_the_baseline_what_it_is(tmp_path, baseline) -> None:
         records.add(record)
     # What `auto` became is the same point.
     assert [(r.policy, r.is_baseline) for r in records.all()] == [("full", True)]
+    again = Records(tmp_path, PROVENANCE, resume=True)
+    asked = FakePool()
+    assert list(predicted(grid, asked, PROVENANCE, width=2, done=again.done, saved=again.saved)) == []
+    assert asked.calls == []
 
 
 def test_policy_auto_is_asked_beside_others_that_fit() -> None:
