@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from dataclasses import replace
 
@@ -15,6 +16,7 @@ from longreel.bench.predictor import HOST_BYTES, Answer, case_of, predict_share,
 from longreel.parallel.predict.hardware import get_profile
 from longreel.parallel.predict.predict import predict_step
 from longreel.parallel.workers import WorkerError, WorkerPool
+from longreel.reports.store import load
 
 PROVENANCE = {"commit": "c", "environment": {}}
 GRID = TargetGrid(
@@ -126,6 +128,27 @@ def test_searches_have_rows_of_their_own_and_are_not_asked_again(tmp_path) -> No
         asked = FakePool(longest=longest)
         assert list(predicted(grid, asked, PROVENANCE, width=2, done=again.done, saved=again.saved)) == []
         assert asked.calls == []
+
+
+def test_stopped_anywhere_and_resumed_it_has_the_rows_of_an_undisturbed_run(tmp_path) -> None:
+    # Lengths, `auto`, policies that say nothing new beside one that fits, and searches.
+    grid = replace(GRID, seq_lens=(8_192, 16_384), policies=("none", "full", "auto"), every_policy=False, search=True)
+    pool = FakePool(chosen="keep_attention", longest=16_384)
+
+    def run(folder, most: int | None) -> list[str]:
+        folder.mkdir(exist_ok=True)
+        records = Records(folder, PROVENANCE, resume=True)
+        made = predicted(grid, pool, PROVENANCE, width=2, done=records.done, saved=records.saved)
+        for record in itertools.islice(made, most):
+            records.add(record)
+        return [record.key for record in load(records.path)] if records.path.exists() else []
+
+    whole = run(tmp_path / "whole", None)
+    assert len(whole) == len(set(whole)) == 9
+    for place in range(len(whole)):
+        before = run(tmp_path / str(place), place)
+        after = run(tmp_path / str(place), None)
+        assert (before, sorted(after)) == (after[:place], sorted(whole))
 
 
 def test_search_that_fails_costs_no_other_and_no_point() -> None:
