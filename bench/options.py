@@ -45,7 +45,7 @@ class SweepConfig:
         minutes: time for what is emulated; the same command goes on with what it was too short for.
         out: folder of report.html, records.jsonl and records.csv; out/<preset> if not given.
         commit: the commit of this tree, for a copy that is no git checkout; of records made on a GPU.
-        resume: keep the points that are in the folder from this commit on this machine, run the others.
+        resume: keep the points that are in the folder from this code on this machine; run the others and failed ones.
         seq_lens: lengths in tokens, such as 1k,2k,8192 (k is 1,024), of all points.
         measured_lens: lengths of points measured on this machine's CPU only.
         predicted_lens: lengths of points of true size only.
