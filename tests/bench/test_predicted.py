@@ -194,7 +194,7 @@ def test_policy_auto_becomes_the_one_chosen_and_is_not_asked_again(pool) -> None
 
 
 def test_policy_auto_where_none_fits_is_out_of_memory(pool) -> None:
-    grid = replace(GRID, seq_lens=(2**26,), policies=("auto",), baseline=False)
+    grid = replace(GRID, seq_lens=(2**23,), policies=("auto",), baseline=False)
     (record,) = predicted(grid, pool, PROVENANCE, width=1)
     assert record.status == "oom"
     assert "none fits" in record.reason
