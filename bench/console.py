@@ -138,7 +138,8 @@ def _sweep(sweep: Sweep, machine: Machine, folder: Path, kept: Records, *, rehea
             progress.update(
                 task, completed=len(kept.of_sweep()), description=f"{record.kind} {formatting.length(record.seq_len)}"
             )
-        progress.update(task, description="done", total=progress.tasks[0].completed)
+        made = len(kept.of_sweep())
+        progress.update(task, description="done", completed=made, total=made)
     records = kept.all()
     page = write_report(folder, records, title=f"Longreel sweep: {sweep.name}", source_files=[RECORDS])
     console.print()
