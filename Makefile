@@ -15,7 +15,7 @@ help:
 	@echo "make test              lint, types, import layers, a smoke sweep, tests"
 	@echo "make slow              the tests that take minutes"
 	@echo "make slow-codegen      those of them that compile the kernels, with triton 3.6.0 too"
-	@echo "make slow-few          those of them that take minutes together: campaign, nodes, traces, tilings"
+	@echo "make slow-few          those of them that take minutes together: campaign, emulation, nodes, traces, tilings"
 	@echo "make setup             virtual environment in .venv (the others call it)"
 	@echo "make setup-browser     Debian's Chromium, for the tests of the report (needs root)"
 	@echo "make setup-colossalai  ColossalAI in that environment, for --engine colossalai and its tests"
@@ -91,8 +91,9 @@ slow-codegen: setup setup-triton36
 
 slow-few: setup
 	$(BIN)/pytest -m slow tests/bench/test_campaign.py tests/bench/test_campaign_validate.py tests/bench/test_micro_faults.py \
+		tests/bench/test_emulation.py tests/bench/test_emulation_check.py tests/bench/test_predicted.py \
 		tests/kernels/test_triton_rows_tuning.py \
-		tests/parallel/test_nodes.py tests/parallel/test_trace.py
+		tests/parallel/test_nodes.py tests/parallel/test_trace.py tests/parallel/test_train_command.py
 
 clean:
 	rm -rf .venv out

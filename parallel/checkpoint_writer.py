@@ -111,9 +111,8 @@ class CheckpointWriter:
         """In the thread; what goes wrong is kept for wait()."""
         final, partial = self._folder / f"step-{step:06d}", self._folder / f".step-{step:06d}.partial"
         try:
-            if self._first:
-                shutil.rmtree(partial, ignore_errors=True)
-            self._together(lambda: partial.mkdir(parents=True, exist_ok=True))
+            # The first rank's work: another's new folder would fall to the removal of an old one.
+            self._together(lambda: make_anew(partial) if self._first else None)
             with warnings.catch_warnings():
                 # PyTorch's own internals use names that it deprecates.
                 warnings.simplefilter("ignore", FutureWarning)
@@ -156,6 +155,12 @@ class CheckpointWriter:
         partial.rename(final)
         sync_folder(self._folder)
         prune_checkpoints(self._folder, self._keep, keep_best=self._keep_best)
+
+
+def make_anew(folder: Path) -> None:
+    """An empty folder, whatever was there before."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
 
 
 def prune_checkpoints(folder: Path, keep: int, *, keep_best: bool = False) -> None:

@@ -124,6 +124,7 @@ def test_many(i):
 """
 
 
+@pytest.mark.slow
 def test_processes_share_the_tests_and_every_one_runs_once(tmp_path):
     test = tmp_path / "test_many.py"
     test.write_text(MANY.format(bad="None"))

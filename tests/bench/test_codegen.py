@@ -341,6 +341,7 @@ def test_prose_of_the_page_repeats_no_figure_of_the_tables():
     assert not {figure for figure in figures if len(figure) > 1} - known
 
 
+@pytest.mark.slow
 def test_command_writes_both_files(tmp_path, capsys):
     assert main(["--head-dim", "72", "--arch", "80", "--out", str(tmp_path)]) == 0
     record = json.loads((tmp_path / "codegen.json").read_text())

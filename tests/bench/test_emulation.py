@@ -201,6 +201,7 @@ def test_done_points_are_not_run_again() -> None:
     assert records(Pool(), grid(), on, done=known.__contains__, saved=known.get) == []
 
 
+@pytest.mark.slow
 def test_a_rehearsed_sweep_goes_the_whole_way_and_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     command = ["--preset", "headline", "--rehearse", "--out", str(tmp_path)]
     command += ["--seq-lens", "65536", "--strategies", "ulysses", "--sp-degrees", "8", "--policies", "keep_attention"]

@@ -14,6 +14,7 @@ from longreel.bench.emulation_check import CheckConfig, World, check, difference
 SMALL = {"model": "dit-s-4", "depth": 1, "seq_len": 64, "precision": "fp32", "rounds": 2, "steps": 1}
 
 
+@pytest.mark.slow
 def test_worlds_of_one_are_equal_and_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
     order: list[str] = []
     one_rank = emulation_check._one_rank

@@ -182,6 +182,7 @@ def test_hopper_runs_after_the_others():
     assert {"forward", "dkdv", "dq", "fused", "adaln_fwd", "gelu_bwd", "merge_bwd"} <= set(kernels)
 
 
+@pytest.mark.slow
 def test_a_candidate_that_hangs_is_an_error_and_the_next_one_runs(tmp_path, pool, monkeypatch):
     monkeypatch.setattr(tune, "run_candidate", run_candidate_that_hangs)
     plan = TunePlan(

@@ -200,6 +200,7 @@ def test_policy_auto_where_none_fits_is_out_of_memory(pool) -> None:
     assert "none fits" in record.reason
 
 
+@pytest.mark.slow
 def test_search_finds_the_length_at_which_one_step_more_does_not_fit(pool) -> None:
     grid = replace(GRID, search=True, policies=("full", "offload"))
     found = list(predicted(grid, pool, PROVENANCE, width=2))

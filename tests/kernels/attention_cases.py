@@ -90,15 +90,26 @@ def distance(value: Tensor, exact: Tensor) -> float:
 
 
 def hold_to_the_bar(
-    got: list[Tensor], eager: list[Tensor], exact: list[Tensor], dtype: torch.dtype, names: tuple[str, ...] = NAMES
+    got: list[Tensor],
+    eager: list[Tensor],
+    exact: list[Tensor],
+    dtype: torch.dtype,
+    names: tuple[str, ...] = NAMES,
+    largest_score: float = 1.0,
 ) -> None:
+    """Every result within the bar.
+
+    Args:
+        largest_score: where scores are large, their size. Backward computes them again as transposed products, which a
+            BLAS may sum in another order: an ulp of a score is this many of P, and eager's sums need not have it.
+    """
     for name, a, e, b in zip(names, got, eager, exact, strict=True):
         if name == "lse":
             assert torch.equal(a == -math.inf, b == -math.inf)
             a, e, b = (t.masked_fill(t == -math.inf, 0.0) for t in (a, e, b))
         # dq and dk of a single key are zero but for rounding: measure them against the size of dv.
         floor = torch.linalg.vector_norm(exact[-1].double()).item() if name.startswith("d") else 0.0
-        allowed = KERNEL_ERROR_FACTOR * relative_error(e, b, floor) + 2 * torch.finfo(dtype).eps
+        allowed = KERNEL_ERROR_FACTOR * relative_error(e, b, floor) + (1 + largest_score) * torch.finfo(dtype).eps
         error = relative_error(a, b, floor)
         assert error <= allowed, f"{name}: error {error:.2e}, allowed {allowed:.2e}"
 
@@ -132,7 +143,9 @@ def check_dense(
         eager = [max(pair, key=lambda x: distance(x, b)) for *pair, b in zip(eager, again, exact, strict=True)]
     assert got[0].dtype == dtype
     assert got[1].dtype == torch.float32
-    hold_to_the_bar(got, eager, exact, dtype)
+    # Below 10 the bar stays as it is.
+    largest = exact[1][exact[1] > -math.inf].abs().max().item()
+    hold_to_the_bar(got, eager, exact, dtype, largest_score=largest if largest > 10 else 1.0)
 
 
 def check_packed_qkv(cu: list[int] | None, aligned: bool, provider: str = "triton") -> None:

@@ -72,6 +72,7 @@ def train_here(words: list[str]) -> None:
     Trainer(parse_arguments(TrainConfig, words), torch.device("cpu")).train()
 
 
+@pytest.mark.slow
 def test_two_nodes_train_as_one(run_distributed, tmp_path: Path, videos: Path) -> None:
     spread = ["--strategy", "usp", "--sp-degree", "4", "--ulysses-degree", "2", "--precision", "fp64", "--steps", "3"]
     words = ["--videos", str(videos), *spread, *TINY, "--out"]

@@ -217,6 +217,7 @@ def test_demo_to_mp4_by_the_scripts(tmp_path: Path) -> None:
     assert shapes == [(16, 16, 3)] * 4
 
 
+@pytest.mark.slow
 def test_torchrun_trains_and_an_error_is_said_once(tmp_path: Path, videos: Path) -> None:
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(SCRIPTS / "train.py")]
     command = [*torchrun, "--videos", str(videos), "--strategy", "fastseq", "--sp-degree", "2", "--steps", "2", *TINY]
