@@ -71,8 +71,9 @@ class ObjectiveConfig:
         of_flow = (self.prediction, self.timesteps, self.timestep_shift)
         if self.objective == "ddpm" and of_flow != ("velocity", "uniform", 1.0):
             raise ValueError(
-                "prediction, timesteps and timestep_shift are choices of objective flow; ddpm predicts epsilon at "
-                f"uniform timesteps, got {of_flow}"
+                "prediction, timesteps and timestep_shift are choices of objective flow, and --demo and presets set"
+                " some; ddpm predicts epsilon at uniform timesteps: give --prediction velocity --timesteps uniform "
+                f"--timestep-shift 1 with it, got {' '.join(map(str, of_flow))}"
             )
         self.build()
 

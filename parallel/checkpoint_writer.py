@@ -74,27 +74,36 @@ class CheckpointWriter:
             score: what the best checkpoint is lowest in.
 
         Raises:
-            OSError: this one (without `background`) or the one before could not be written; the others are intact.
+            OSError: this one (without `background`) could not be written, or the one before, which nobody had wait()ed
+                for: then this one is being written all the same. The others are intact.
         """
-        self.wait()
+        before = self._join()
         staged = self._stager.stage(state)
         assert isinstance(staged, dict)
         description = {"version": VERSION, "step": step, "score": score, "config": config}
         if not self._background:
             self._write(step, staged, description)
             self.wait()
-            return
-        self._thread = threading.Thread(
-            target=self._write, args=(step, staged, description), name="longreel-checkpoint", daemon=True
-        )
-        self._thread.start()
+        else:
+            self._thread = threading.Thread(
+                target=self._write, args=(step, staged, description), name="longreel-checkpoint", daemon=True
+            )
+            self._thread.start()
+        self._report(before)
 
     def wait(self) -> None:
         """Return once nothing is being written; OSError if that failed."""
+        self._report(self._join())
+
+    def _join(self) -> BaseException | None:
+        """What went wrong in the thread, once it is done."""
         if self._thread is not None:
             self._thread.join()
             self._thread = None
         failure, self._failure = self._failure, None
+        return failure
+
+    def _report(self, failure: BaseException | None) -> None:
         if isinstance(failure, OSError | dcp.api.CheckpointException):
             raise OSError(f"{self._folder}: cannot write the checkpoint: {one_line(failure)}") from failure
         if failure is not None:

@@ -64,10 +64,9 @@ def checkpoint_to_resume(config: TrainConfig, folder: Path, mesh: ParallelMesh) 
             return None, [f"{config.out}: no checkpoint yet; starting from the first step"]
         raise ValueError(f"{config.out}: no checkpoint to resume from")
     checkpoint, damages = newest_whole(found, mesh.flat)
-    step, before = read_run(checkpoint)
+    step, _ = read_run(checkpoint)
     if step > config.steps:
         raise ValueError(f"{checkpoint}: has {step} steps already, and steps is {config.steps}")
-    _check_same_run(config, before)
     return checkpoint, damages
 
 
@@ -91,14 +90,21 @@ def check_resumed_clips(checkpoint: Path, digest: str, number: int) -> None:
         )
 
 
-def _check_same_run(config: TrainConfig, before: dict[str, Any]) -> None:
-    were, now = (_compared(run) for run in (before, to_json(config)))
+def check_same_run(config: TrainConfig, checkpoint: Path) -> None:
+    """ValueError if a checkpoint is of another run than this one, which has what its shards say of their encoders."""
+    were, now = (_compared(run) for run in (read_run(checkpoint)[1], to_json(config)))
     for name in now:
-        if were.get(name) != now[name]:
+        if were.get(name) == now[name]:
+            continue
+        if name == "decay_steps" and name in were:
             raise ValueError(
-                f"cannot resume with another {name.rpartition('.')[2]}: the run in {config.out} has "
-                f"{were.get(name)}, the command line {now[name]}"
+                f"cannot resume with another end of the cosine: that of the run in {config.out} is step "
+                f"{were[name]}, the command line's {now[name]}; give --decay-steps {were[name]}"
             )
+        raise ValueError(
+            f"cannot resume with another {name.rpartition('.')[2]}: the run in {config.out} has "
+            f"{were.get(name)}, the command line {now[name]}"
+        )
 
 
 def _compared(run: dict[str, Any]) -> dict[str, Any]:
@@ -106,7 +112,9 @@ def _compared(run: dict[str, Any]) -> dict[str, Any]:
     flat: dict[str, Any] = {"precision": run.get("parallel", {}).get("precision")}
     optimizer = run.get("optimizer", {})
     if optimizer.get("schedule") == "cosine":
-        flat["decay_steps"] = optimizer.get("decay_steps") or run.get("steps")
+        # As learning_rate() has it: never before warm-up is over.
+        end = optimizer.get("decay_steps") or run.get("steps") or 0
+        flat["decay_steps"] = max(end, optimizer.get("warmup_steps", 0) + 1)
     for name, value in run.items():
         if name in ("parallel", "clips", "dit", "clip_size"):
             continue

@@ -24,7 +24,7 @@ from longreel.parallel.finite_watch import FiniteWatch, write_bad_batch
 from longreel.parallel.mesh import build_mesh, largest_of_node, nodes_of_ranks
 from longreel.parallel.metrics_log import MetricsLog, Utilisation, memory_bytes
 from longreel.parallel.parallelize import ParallelDiT
-from longreel.parallel.resume import check_resumed_clips, checkpoint_to_resume, set_aside
+from longreel.parallel.resume import check_resumed_clips, check_same_run, checkpoint_to_resume, set_aside
 from longreel.parallel.run_config import TrainConfig, to_json
 from longreel.parallel.shared_folder import check_shared, check_writable
 from longreel.parallel.step_trace import StepTrace
@@ -66,6 +66,9 @@ class Trainer:
         resolve_attention_provider(config.parallel.attention_provider, device)
         self.source: Source = open_source(config, device, self.mesh, self._say)
         self.config = config = self.source.config
+        if resumed is not None:
+            # Shards say how they were compressed and how captions are read, as the checkpoint does.
+            check_same_run(config, resumed)
         in_sequence = self.source.model.max_text_tokens if self.source.model.conditioning == "in_context" else 0
         check_ranks(self.source.fewest_tokens + in_sequence, config.parallel.sp_degree)
         if resumed is not None and self.source.clips is not None:
@@ -81,7 +84,10 @@ class Trainer:
         scaled = self.model.engine.loss_scale is not None
         self._watch = FiniteWatch(world(), device, scaled_loss=scaled)
         self._loss_since_save = torch.zeros((), dtype=torch.float64, device=device)
+        # Of the steps since the last whole checkpoint, up to the newest that was begun; and that one's step.
+        self._loss_unsaved = torch.zeros_like(self._loss_since_save)
         self._saved_at = self.step
+        self._being_saved: int | None = None
 
         check_writable(config.out)
         check_shared(config.out, self.mesh)
@@ -229,6 +235,7 @@ class Trainer:
         if found is None:
             return
         step, what, ranks = found
+        self._settle()
         if self._first:
             path = write_bad_batch(self.config.out, step, what, ranks, self.batches.describe)
             self._say(f"the samples of step {step} are in {path}")
@@ -239,9 +246,11 @@ class Trainer:
 
     def _save(self, *, last: bool) -> None:
         self._check_finite(parameters=True)
-        mean = self._loss_since_save / max(1, self.step - self._saved_at)
-        score = float(all_gather(mean.reshape(1), self.mesh.flat.get_group().group_name).mean())
+        self._settle()
+        self._loss_unsaved += self._loss_since_save
         self._loss_since_save.zero_()
+        mean = self._loss_unsaved / max(1, self.step - self._saved_at)
+        score = float(all_gather(mean.reshape(1), self.mesh.flat.get_group().group_name).mean())
         config = to_json(self.config) | {
             "clips": self.clips.digest,
             "dit": to_json(self.source.model),
@@ -249,14 +258,29 @@ class Trainer:
         }
         try:
             self._writer.save(self.step, self.state.state(), config, score=score)
+            self._being_saved = self.step
             if last:
                 self._writer.wait()
         except OSError as error:
             if last:
                 raise
-            # The next one may find room; what is there stays as it is.
-            self._say(f"warning: {error}; training goes on")
-        self._saved_at = self.step
+            self._warn_unsaved(error)
+
+    def _settle(self) -> None:
+        """Wait for the checkpoint that is being written, and count as saved only what is there."""
+        step, self._being_saved = self._being_saved, None
+        try:
+            self._writer.wait()
+        except OSError as error:
+            self._warn_unsaved(error)
+            return
+        if step is not None:
+            self._saved_at = step
+            self._loss_unsaved.zero_()
+
+    def _warn_unsaved(self, error: OSError) -> None:
+        """The next one may find room; what is there stays as it is."""
+        self._say(f"warning: {error}; training goes on")
 
     def _finish_saving(self) -> None:
         """However training ends, a checkpoint that is being written becomes whole if its ranks live."""

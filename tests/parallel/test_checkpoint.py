@@ -193,6 +193,26 @@ def test_full_disk_leaves_the_checkpoint_before(
     assert [p.name for p in checkpoints(tmp_path)] == ["step-000001", "step-000002"]
 
 
+def test_a_failed_save_in_the_background_does_not_cost_the_next(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full_disk(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    with process_group():
+        spread, _ = build(ParallelConfig(), seed=0)
+        writer = CheckpointWriter(tmp_path, spread.mesh.flat, keep=9)
+        with monkeypatch.context() as patched:
+            patched.setattr(torch, "save", full_disk)
+            writer.save(1, spread.engine.state(), {})
+            assert writer._thread is not None
+            writer._thread.join()
+        with pytest.raises(OSError, match="No space left"):
+            writer.save(2, spread.engine.state(), {})
+        writer.close()
+        check_whole(tmp_path / "step-000002", spread.mesh.flat)
+
+
 def test_the_newest_and_the_best_are_kept(tmp_path: Path) -> None:
     for number, score in ((1, 0.5), (2, 0.1), (3, None), (4, 0.3), (5, 0.4)):
         folder = tmp_path / f"step-{number:06d}"

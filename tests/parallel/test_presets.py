@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -47,3 +48,14 @@ def test_sequences_of_a_preset_fit_80_gb_by_prediction(name: str, tokens: int) -
     average = 4 * parameter_count(model) // 8
     print(f"{name}: {(found.memory_bytes + average) / 2**30:.1f} GiB of {found.usable_bytes / 2**30:.1f}")
     assert found.memory_bytes + average <= found.usable_bytes
+
+
+def test_a_demo_of_ddpm_is_told_what_of_its_preset_to_undo(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--demo", "--objective", "ddpm"]
+    with pytest.raises((ValueError, SystemExit)) as refused:
+        parsed(*words)
+    told = str(refused.value) + capsys.readouterr().err
+    assert "and --demo and presets set some" in told
+    advice = re.search(r"give (--prediction .*) with it", told)
+    assert advice is not None
+    assert parsed(*words, *advice[1].split()).objective.objective == "ddpm"

@@ -1,0 +1,123 @@
+"""longreel.parallel.resume and what the trainer counts as saved."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from longreel.data.cutting import CutConfig
+from longreel.data.demo import make_demo_folder
+from longreel.data.prepare_config import PrepareConfig
+from longreel.data.prepare_run import prepare
+from longreel.models.text import TextEncoderConfig
+from longreel.parallel import checkpoint_writer
+from longreel.parallel.checkpoint import checkpoints, read_description
+from longreel.parallel.checkpoint_files import write_description
+from longreel.parallel.launch import process_group
+from longreel.parallel.model_choice import ModelChoice
+from longreel.parallel.optimizer_config import OptimizerConfig
+from longreel.parallel.resume import check_same_run
+from longreel.parallel.run_config import TrainConfig, to_json
+from longreel.parallel.trainer import Trainer
+
+
+def demo(out: Path, *, optimizer: dict[str, Any] | None = None, **fields: Any) -> TrainConfig:
+    return TrainConfig(
+        demo=True,
+        out=out,
+        model=ModelChoice(depth=1, hidden_size=32, num_heads=4),
+        optimizer=OptimizerConfig(**(optimizer or {})),
+        **({"steps": 4, "checkpoint_every": 2, "num_frames": 2, "height": 16, "width": 16} | fields),
+    )
+
+
+@pytest.fixture
+def second_step_is_not_saved(monkeypatch: pytest.MonkeyPatch) -> None:
+    digests = checkpoint_writer.file_digests
+
+    def full_disk(folder: Path, names: list[str]) -> dict[str, str]:
+        if "000002" in folder.name:
+            raise OSError(28, "No space left on device")
+        return digests(folder, names)
+
+    monkeypatch.setattr(checkpoint_writer, "file_digests", full_disk)
+
+
+@pytest.mark.usefixtures("second_step_is_not_saved")
+@pytest.mark.parametrize("background", [False, True])
+def test_the_final_state_is_saved_after_a_save_that_failed(tmp_path: Path, background: bool) -> None:
+    with process_group() as device:
+        saved = Trainer(demo(tmp_path, background_save=background), device).train()
+    assert checkpoints(tmp_path / "checkpoints") == [saved]
+    assert saved.name == "step-000004"
+    losses = [json.loads(line)["loss"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert len(losses) == 4
+    # Since the checkpoint before, which is none.
+    assert read_description(saved)["score"] == pytest.approx(math.fsum(losses) / 4, rel=1e-6)
+
+
+@pytest.mark.usefixtures("second_step_is_not_saved")
+def test_what_failed_does_not_count_as_saved(tmp_path: Path) -> None:
+    with process_group() as device:
+        trainer = Trainer(demo(tmp_path, checkpoint_every=1), device)
+        loss_of = trainer.model.loss
+        trainer.model.loss = lambda batch: loss_of(batch) * (float("nan") if trainer.step == 2 else 1)  # type: ignore
+        with pytest.raises(ValueError, match="not finite at step 3; what was saved up to step 1 stays"):
+            trainer.train()
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-000001"]
+
+
+def resume(before: TrainConfig, now: TrainConfig) -> None:
+    before.out.mkdir(exist_ok=True)
+    write_description(before.out, {"version": 2, "step": 4, "score": None, "config": to_json(before), "files": {}})
+    check_same_run(now, before.out)
+
+
+def test_an_extended_cosine_names_the_option_that_keeps_it(tmp_path: Path) -> None:
+    before = demo(tmp_path, optimizer={"schedule": "cosine", "warmup_steps": 2})
+    longer = replace(before, steps=8)
+    with pytest.raises(ValueError, match=r"is step 4, the command line's 8; give --decay-steps 4$"):
+        resume(before, longer)
+    resume(before, replace(longer, optimizer=replace(longer.optimizer, decay_steps=4)))
+
+
+def test_a_cosine_that_ends_with_warm_up_has_one_end(tmp_path: Path) -> None:
+    """Whose steps no decay_steps can say, and need not."""
+    before = demo(tmp_path, optimizer={"schedule": "cosine", "warmup_steps": 20})
+    resume(before, replace(before, steps=8))
+    longer = replace(before, steps=30)
+    with pytest.raises(ValueError, match=r"give --decay-steps 21$"):
+        resume(before, longer)
+    resume(before, replace(longer, optimizer=replace(longer.optimizer, decay_steps=21)))
+
+
+def test_a_run_on_shards_of_another_text_encoder_goes_on(tmp_path: Path) -> None:
+    """Which the command line does not name: shards and checkpoint do."""
+    make_demo_folder(tmp_path / "videos", num_frames=4, size=16)
+    prepare(
+        PrepareConfig(
+            videos=tmp_path / "videos",
+            captions=tmp_path / "videos" / "captions.json",
+            out=tmp_path / "shards",
+            processes=1,
+            cut=CutConfig(clip_frames=2, min_frames=2),
+            text=TextEncoderConfig(text_dim=8, max_text_tokens=6),
+        )
+    )
+    config = TrainConfig(
+        shards=tmp_path / "shards",
+        out=tmp_path / "run",
+        steps=1,
+        batch_size=1,
+        token_budget=256,
+        model=ModelChoice(depth=1, hidden_size=32, num_heads=4),
+    )
+    with process_group() as device:
+        Trainer(config, device).train()
+        saved = Trainer(replace(config, steps=2, resume=True), device).train()
+    assert saved.name == "step-000002"
