@@ -1,18 +1,20 @@
 """From noise to data by a trained model: Euler for flows, DDIM, DPM-Solver++ and DDPM's own steps by diffusers.
 
 Every sampler asks for the model's output at (x, t) and guides it; t is in the objective's units.
-Sources: Song et al. 2020, DDIM (arXiv:2010.02502); Lu et al. 2022, DPM-Solver++ (arXiv:2211.01095); Ho et al. 2020.
+Sources: Song et al. 2020, DDIM (arXiv:2010.02502); Lu et al. 2022, DPM-Solver++ (arXiv:2211.01095); Ho et al. 2020
+(arXiv:2006.11239) with the variance and the spaced steps of Nichol and Dhariwal 2021 (arXiv:2102.09672).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import accumulate, repeat
 from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
-from longreel.models.diffusion import BETA_END, BETA_START, NUM_TIMESTEPS
+from longreel.models.diffusion import BETA_END, BETA_START, NUM_TIMESTEPS, alphas_cumprod
 from longreel.models.flow import RectifiedFlow, euler_sample
 from longreel.models.objective import Objective
 
@@ -69,7 +71,7 @@ def sample_latents(
         output: (x [B, ..., C], t) -> the model's guided output [B, ..., C_out].
         noise: [B, ..., C].
         objective: of the model. sampler: that choose_sampler gave for it.
-        num_steps: from 1; at most 1000 for samplers of diffusion.
+        num_steps: from 1, for `ddpm` from 2; at most 1000 for samplers of diffusion.
         generator: of the noise that `ddpm` adds in each step, on the noise's device or the CPU.
         on_step: called with the number of finished steps after each.
 
@@ -85,10 +87,11 @@ def sample_latents(
         return euler_sample(
             lambda x, t: flow.velocity(output(x, t), x, t), noise, num_steps, shift=flow.shift, on_step=on_step
         )
-    if not 1 <= num_steps <= NUM_TIMESTEPS:
-        raise ValueError(f"steps must be between 1 and {NUM_TIMESTEPS} for sampler {sampler!r}, got {num_steps}")
+    fewest = 2 if sampler == "ddpm" else 1
+    if not fewest <= num_steps <= NUM_TIMESTEPS:
+        raise ValueError(f"steps must be between {fewest} and {NUM_TIMESTEPS} for sampler {sampler!r}, got {num_steps}")
     scheduler = _scheduler(sampler)
-    scheduler.set_timesteps(num_steps)
+    scheduler.set_timesteps(timesteps=timesteps_of(sampler, num_steps))
     x, channels = noise, noise.shape[-1]
     for done, t in enumerate(scheduler.timesteps.tolist(), start=1):
         said = output(x, float(t)).to(x.dtype)
@@ -101,6 +104,20 @@ def sample_latents(
     return x
 
 
+def timesteps_of(sampler: SamplerName, num_steps: int) -> list[int]:
+    """The timesteps at which a sampler of diffusion asks the model, falling, num_steps different ones of 0 .. 999.
+
+    `ddpm` takes the original DiT's, evenly from 999 down to 0. The others end one stride above the data, which they
+    reach in the last step ("trailing", Lin et al. 2023, arXiv:2305.08891). num_steps as sample_latents takes it.
+    """
+    if sampler == "ddpm":
+        # The original adds strides up in floating point, which decides how halves round.
+        stride = (NUM_TIMESTEPS - 1) / (num_steps - 1)
+        return [round(t) for t in accumulate(repeat(stride, num_steps - 1), initial=0.0)][::-1]
+    # Not diffusers' own, whose floating-point range is one timestep too long for some numbers of steps, such as 61.
+    return [round(NUM_TIMESTEPS * left / num_steps) - 1 for left in range(num_steps, 0, -1)]
+
+
 def _drawn(sampler: SamplerName, generator: torch.Generator | None) -> dict[str, Any]:
     """How a scheduler that adds noise is told where it comes from."""
     return {"generator": generator} if sampler == "ddpm" else {}
@@ -108,7 +125,7 @@ def _drawn(sampler: SamplerName, generator: torch.Generator | None) -> dict[str,
 
 def _scheduler(sampler: SamplerName) -> Any:
     """diffusers' scheduler over the betas that the model was trained with."""
-    from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler
+    from diffusers import DDPMScheduler, DPMSolverMultistepScheduler
 
     betas = {
         "num_train_timesteps": NUM_TIMESTEPS,
@@ -116,8 +133,11 @@ def _scheduler(sampler: SamplerName) -> Any:
         "beta_end": BETA_END,
         "beta_schedule": "linear",
     }
-    if sampler == "ddim":
-        return DDIMScheduler(**betas, clip_sample=False, set_alpha_to_one=True, timestep_spacing="trailing")
-    if sampler == "dpm++":
-        return DPMSolverMultistepScheduler(**betas, algorithm_type="dpmsolver++", timestep_spacing="trailing")
-    return DDPMScheduler(**betas, variance_type="learned_range", clip_sample=False, timestep_spacing="trailing")
+    if sampler != "ddpm":
+        # DPM-Solver++ of order 1 is DDIM; diffusers' DDIM steps by 1000 // steps, past or short of the next timestep.
+        order = 1 if sampler == "ddim" else 2
+        return DPMSolverMultistepScheduler(**betas, algorithm_type="dpmsolver++", solver_order=order)
+    scheduler: Any = DDPMScheduler(**betas, variance_type="learned_range", clip_sample=False)
+    # In fp64, as the original's: betas of steps are differences of numbers close to 1.
+    scheduler.alphas_cumprod = alphas_cumprod()
+    return scheduler
