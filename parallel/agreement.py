@@ -27,15 +27,15 @@ def check_agreement(name: str, values: Sequence[int], group: str, device: torch.
         name: what the values are, for the error.
         values: integers of this rank; ranks may hold different numbers of them.
         group: name of the process group.
-        device: one that the group can communicate from. Numbers are gathered on the host where the group has gloo, as
-            the groups of longreel.parallel.launch have: nothing waits for the device then.
+        device: one that the group can communicate from. Numbers are gathered on the host where the group takes
+            tensors there, as by gloo in the groups of longreel.parallel.launch: nothing waits for the device then.
 
     Raises:
         ValueError: the values differ: on every rank of the group, with the ranks and their values.
     """
     if comm.group_size(group) == 1 or comm.is_fake(group):
         return
-    if "gloo" in comm.backend(group):
+    if comm.takes_host_tensors(group):
         device = "cpu"
     text = ",".join(str(operator.index(value)) for value in values).encode()
     digest = int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "big", signed=True)

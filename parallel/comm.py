@@ -62,6 +62,11 @@ def backend(group: str) -> str:
     return found
 
 
+def takes_host_tensors(group: str) -> bool:
+    """Whether the named group's collectives take tensors on the host, whatever runs them there."""
+    return "cpu:" in dist.get_backend_config(_named(group))
+
+
 def is_fake(group: str) -> bool:
     """Whether the named group is a fake one, whose collectives move nothing."""
     return backend(group) == "fake"

@@ -222,8 +222,6 @@ class ParallelDiT:
         the others waiting.
         """
         packed = isinstance(batch, PackedBatch)
-        if packed and self.model_config.cross_layout == "published":
-            raise ValueError("cross_layout 'published' takes no packed batch; use cross_layout 'replicated'")
         beside = [size for value in (batch.text, batch.labels) for size in ((-1,) if value is None else value.shape)]
         if isinstance(batch, PackedBatch):
             name = "cu_seqlens of the packed clips (their number, [T, H, W, C_in] of each"
@@ -231,8 +229,15 @@ class ParallelDiT:
         else:
             name = "sizes of the batch (latents and noise [B, T, H, W, C_in]"
             sizes = [*batch.latents.shape, *batch.noise.shape]
-        name += ", text [N, L, text_dim], labels [N], -1 for none, samples of the step)"
-        check_agreement(name, [*sizes, *beside, batch.global_samples], self.mesh.sp_group, batch.timestep.device)
+        name += ", text [N, L, text_dim], labels [N], -1 for none, samples of the step, 1 if packed, timestep [N])"
+        values = [*sizes, *beside, batch.global_samples, int(packed), *batch.timestep.shape]
+        check_agreement(name, values, self.mesh.sp_group, batch.timestep.device)
+        if packed and self.model_config.cross_layout == "published":
+            raise ValueError("cross_layout 'published' takes no packed batch; use cross_layout 'replicated'")
+        if batch.timestep.shape != (len(batch.latents),):
+            raise ValueError(
+                f"timestep must have one row for each of {len(batch.latents)} samples, got {list(batch.timestep.shape)}"
+            )
 
     def _forward(
         self, tokens: Tensor, rows: Rows, grids: list[tuple[int, int, int]], batch: Batch | PackedBatch

@@ -99,8 +99,8 @@ class _Merged:
         self._valid, self._scale, self._provider = valid, scale, provider
         self._dtype = compute_dtype(qkv.dtype)
         self._merge = resolve_pointwise_provider("auto", qkv)
-        # By first token: end, out and lse.
-        self._pieces: dict[int, tuple[int, Tensor, Tensor]] = {}
+        # By first token: out and lse.
+        self._pieces: dict[int, tuple[Tensor, Tensor]] = {}
 
     def attend(self, pair: Pair) -> None:
         """Add the pair's keys to what its queries have seen. Pieces that queries touch lie within them."""
@@ -114,33 +114,21 @@ class _Merged:
             out = out.to(self._dtype)
         if (before := self._take(start, stop)) is not None:
             out, lse = merge_attention_op(*before, out, lse, self._merge)
-        self._pieces[start] = stop, out, lse
+        self._pieces[start] = out, lse
 
     def result(self) -> tuple[Tensor, Tensor]:
         """out and lse of all tokens."""
-        return self._take(0, self._valid) or self._nothing(self._valid)
+        whole = self._take(0, self._valid)
+        assert whole is not None
+        return whole
 
     def _take(self, start: int, stop: int) -> tuple[Tensor, Tensor] | None:
-        """The pieces from start to stop as one, removed; None where there are none."""
-        outs, lses, at = [], [], start
+        """The pieces from start to stop as one, removed; None where there are none. They leave no gap between them."""
+        outs, lses = [], []
         for first in sorted(first for first in self._pieces if start <= first < stop):
-            end, out, lse = self._pieces.pop(first)
-            gap = (self._nothing(first - at),) if first > at else ()
-            for a, b in (*gap, (out, lse)):
-                outs.append(a)
-                lses.append(b)
-            at = end
+            out, lse = self._pieces.pop(first)
+            outs.append(out)
+            lses.append(lse)
         if not outs:
             return None
-        if at < stop:
-            a, b = self._nothing(stop - at)
-            outs.append(a)
-            lses.append(b)
         return (outs[0], lses[0]) if len(outs) == 1 else (torch.cat(outs, 1), torch.cat(lses, 2))
-
-    def _nothing(self, rows: int) -> tuple[Tensor, Tensor]:
-        """out and lse of queries that have seen no key."""
-        batch, _, heads, head_dim = self._q.shape
-        device = self._q.device
-        out = torch.zeros(batch, rows, heads, head_dim, dtype=self._dtype, device=device)
-        return out, torch.full((batch, heads, rows), float("-inf"), dtype=self._dtype, device=device)

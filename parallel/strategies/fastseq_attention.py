@@ -23,6 +23,8 @@ from longreel.parallel.strategies.layout import gather_heads, pad_tokens, scatte
 
 # Assumed: what the fp32 sums of a backward by chunks may take where memory is what the policy saves.
 LEAN_SUMS_BYTES = 1 << 30
+# From so many ranks on it is predicted to gain there: two hide too little behind its additional kernels.
+LEAN_MIN_RANKS = 3
 
 
 @torch.library.custom_op("longreel::fastseq_attention", mutates_args=())
@@ -228,7 +230,9 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
         keep_gathered,
     ) = inputs
     x, weight = tensors[:2]
-    ctx.chunked = chunked and (not lean or _sums_bytes(x, weight, comm.group_size(ctx.group)) <= LEAN_SUMS_BYTES)
+    size = comm.group_size(ctx.group)
+    sums_fit = size >= LEAN_MIN_RANKS and _sums_bytes(x, weight, size) <= LEAN_SUMS_BYTES
+    ctx.chunked = chunked and (not lean or sums_fit)
     ctx.given = [tensor is not None for tensor in tensors]
     out, lse, q_heads, kv_heads, out_heads, gathered = output
     saved = (out, lse, None, None) if lean else (out_heads, lse, q_heads, kv_heads)

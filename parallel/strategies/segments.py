@@ -14,7 +14,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-# Offset tensors of so many ranges are kept: P^2 pairs of ranges of one batch, and those of the batch before.
+# Offset tensors of so many ranges are kept: some 2 P sets of one batch, and those of the batches before.
 _KEPT = 256
 
 
@@ -32,7 +32,8 @@ def kernel_offsets(offsets: Sequence[int] | None, like: Tensor) -> Tensor | None
     """Offsets as attention takes them: int64 [N + 1] beside a tensor, or None for a single segment."""
     if offsets is None or len(offsets) == 2:
         return None
-    if type(like) is not Tensor or torch.compiler.is_compiling():
+    # A fake mode may take a real tensor beside it: what is new then is fake all the same.
+    if type(like) is not Tensor or torch.compiler.is_compiling() or type(like.new_empty(0)) is not Tensor:
         # Not kept: what is made while tensors are fake would be fake for ever.
         return torch.tensor(offsets, device=like.device)
     return _kept_offsets(tuple(offsets), like.device)

@@ -12,6 +12,7 @@ from longreel.bench import emulated_link
 from longreel.bench.emulated_group import emulated_world
 from longreel.bench.emulated_link import CallLog, Link
 from longreel.parallel import comm
+from longreel.parallel.agreement import check_agreement
 from longreel.parallel.mesh import build_mesh
 
 LINK = Link(latency_s=1.0, byte_s=16.0, source="of this test")
@@ -181,3 +182,9 @@ def test_a_world_is_refused_beside_another_and_for_a_rank_outside(world: CallLog
     with pytest.raises(ValueError, match="rank 4 is not one of a world of 4; use 0 to 3"), emulated_world(4, rank=4):
         pass
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+
+
+def test_what_ranks_agree_on_waits_for_no_device(world):
+    # Nothing on this device has values that could be read.
+    check_agreement("cu_seqlens", [0, 5], _group(), "meta")
+    assert world.calls

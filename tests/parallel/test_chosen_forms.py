@@ -19,8 +19,8 @@ from longreel.parallel.strategies.usp import CHUNKS_FROM
 
 HEADS, HEAD_DIM = 16, 1
 WIDTH = HEADS * HEAD_DIM
-# dQ, dK and dV in fp32: 2 samples of 8 tokens, half of the heads.
-SUMS_BYTES = 4 * 2 * 8 * 3 * WIDTH // 2
+# dQ, dK and dV in fp32: 2 samples of 16 tokens, a quarter of the heads.
+SUMS_BYTES = 4 * 2 * 16 * 3 * WIDTH // 4
 
 
 class Asked(Exception):
@@ -85,26 +85,28 @@ def test_attention_on_chunks_is_taken_from_long_ones(overlap, short, long):
 
 
 @pytest.mark.parametrize(
-    ("policy", "limit", "chunked"),
+    ("policy", "degree", "limit", "chunked"),
     [
-        pytest.param("none", 0, True, id="none"),
-        pytest.param("keep_attention", SUMS_BYTES, True, id="lean-small"),
-        pytest.param("keep_attention", SUMS_BYTES - 1, False, id="lean-large"),
+        pytest.param("none", 2, 0, True, id="none"),
+        pytest.param("keep_attention", 4, SUMS_BYTES, True, id="lean-small"),
+        pytest.param("keep_attention", 4, SUMS_BYTES - 1, False, id="lean-large"),
+        pytest.param("keep_attention", 2, 1 << 60, False, id="lean-two-ranks"),
     ],
 )
-def test_a_lean_backward_goes_by_chunks_while_its_sums_are_small(policy, limit, chunked):
+def test_a_lean_backward_goes_by_chunks_while_its_sums_are_small(policy, degree, limit, chunked):
     x, qkv = torch.zeros(2, 4, WIDTH, dtype=torch.bfloat16, requires_grad=True), nn.Linear(WIDTH, 3 * WIDTH).bfloat16()
     with (
-        fake_world(2),
+        fake_world(degree),
         mock.patch.object(fastseq_attention, "LEAN_SUMS_BYTES", limit),
         mock.patch.object(
             fastseq_attention, "attend_project_backward", wraps=fastseq_attention.attend_project_backward
         ) as by_chunks,
     ):
         config = ParallelConfig(
-            strategy="fastseq", sp_degree=2, attention_provider="torch", fastseq_overlap="attention", policy=policy
+            strategy="fastseq", sp_degree=degree, attention_provider="torch", fastseq_overlap="attention", policy=policy
         )
-        sp = build_strategy(config, build_mesh(sp_degree=2))
-        out = sp.self_attention(x, qkv, num_heads=HEADS, lengths=SequenceLengths(valid=7, padded=8))
+        sp = build_strategy(config, build_mesh(sp_degree=degree))
+        lengths = SequenceLengths(valid=4 * degree - 1, padded=4 * degree)
+        out = sp.self_attention(x, qkv, num_heads=HEADS, lengths=lengths)
         out.backward(torch.zeros_like(out))
     assert by_chunks.called is chunked

@@ -49,7 +49,7 @@ def errors(offsets: list[int], keep_qkv: bool) -> tuple[float, float, float]:
         pytest.param([0, 20], False, id="padded-lean"),
         pytest.param([0, 5], True, id="ranks-of-padding"),
         pytest.param([0, 12], True, id="half-of-padding"),
-        # Most pairs of ranges share no clip, and pieces have gaps between them.
+        # Most pairs of ranges share no clip.
         pytest.param([0, 5, 6, 13, 24], True, id="packed"),
         pytest.param([0, 6, 12, 18, 24], True, id="a-clip-a-rank"),
         pytest.param([0, 8, 8, 21], True, id="packed-padded"),
@@ -57,4 +57,5 @@ def errors(offsets: list[int], keep_qkv: bool) -> tuple[float, float, float]:
 )
 def test_it_is_the_attention_of_the_whole_sequence(run_distributed, offsets, keep_qkv):
     for found in run_distributed(errors, 4, offsets, keep_qkv):
-        assert max(found) < 1e-12
+        # Each for itself: the largest of a NaN and a number may be the number.
+        assert all(error < 1e-12 for error in found), found

@@ -126,9 +126,10 @@ def test_ranks_that_pack_other_clips_all_say_so(run_distributed):
     )
     assert said == {
         "cu_seqlens of the packed clips (their number, [T, H, W, C_in] of each, text [N, L, text_dim], labels [N], "
-        "-1 for none, samples of the step) differ between the 4 ranks of a group, which must hold the same: "
-        "ranks 0, 2, 3: [2, 2, 4, 4, 4, 2, 6, 4, 4, 2, 6, 16, ...] (14 values, from index 0); "
-        "rank 1: [2, 2, 4, 4, 4, 2, 8, 4, 4, 2, 6, 16, ...] (14 values, from index 0)"
+        "-1 for none, samples of the step, 1 if packed, timestep [N]) differ between the 4 ranks of a group, which "
+        "must hold the same: "
+        "ranks 0, 2, 3: [2, 2, 4, 4, 4, 2, 6, 4, 4, 2, 6, 16, ...] (16 values, from index 0); "
+        "rank 1: [2, 2, 4, 4, 4, 2, 8, 4, 4, 2, 6, 16, ...] (16 values, from index 0)"
     }
 
 
@@ -190,6 +191,33 @@ def test_a_dense_batch_that_differs_on_one_rank_is_an_error_of_all(run_distribut
     (message,) = set(run_distributed(differing_batch, 4, batches, sample, timeout=20.0))
     assert "differ between the 4 ranks of a group" in message
     assert "ranks 0, 1, 3: " in message and "; rank 2: " in message
+
+
+def differing_kind(packs: list[bool], steps: list[int]) -> str:
+    """What a rank says that packs its clips or not, with so many timesteps, under a layout that packs none."""
+    mesh = build_mesh(sp_degree=dist.get_world_size())
+    spread = ParallelDiT(
+        cases.randomised_dit(cases.tiny_config("published"), torch.float64), mesh, cases.fp64("ulysses", mesh.sp_degree)
+    )
+    latents, steps_of = torch.zeros(2, 4, 8, 4, 4), torch.zeros(steps[mesh.sp_rank])
+    kind = PackedBatch if packs[mesh.sp_rank] else Batch
+    clips = tuple(latents) if packs[mesh.sp_rank] else latents
+    with pytest.raises(ValueError, match="timestep") as caught:
+        spread.loss(kind(latents=clips, noise=clips, timestep=steps_of, text=torch.zeros(2, 6, 16), global_samples=2))
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("packs", "steps", "told"),
+    [
+        pytest.param([True, False], [2, 2], "differ between the 2 ranks of a group", id="one-packs"),
+        pytest.param([False, False], [2, 1], "differ between the 2 ranks of a group", id="one-has-fewer-timesteps"),
+        pytest.param([False, False], [1, 1], r"one row for each of 2 samples, got [1]", id="all-have-fewer-timesteps"),
+    ],
+)
+def test_another_kind_of_batch_leaves_none_waiting(run_distributed, packs, steps, told):
+    messages = run_distributed(differing_kind, 2, packs, steps, timeout=20.0)
+    assert all(told in message for message in messages), messages
 
 
 def more_ranks_than_tokens() -> None:
