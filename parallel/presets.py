@@ -57,7 +57,11 @@ def with_preset(words: Sequence[str]) -> list[str]:
         raise ValueError(f"unknown preset {name!r}; presets are {', '.join(PRESETS)}")
     # Other clips take the place of a preset's.
     own = any(word.partition("=")[0] in ("--videos", "--shards") for word in words)
-    return [word for word in PRESETS[name][1].split() if not (own and word == "--demo")] + list(words)
+    preset = [word for word in PRESETS[name][1].split() if not (own and word == "--demo")]
+    if any(word.partition("=")[0] == "--shards" for word in words):
+        # Whose frames were chosen when they were made.
+        preset += ["--frame-stride", "1"]
+    return preset + list(words)
 
 
 def _named(words: Sequence[str]) -> str | None:

@@ -153,6 +153,16 @@ class TrainConfig:
             raise ValueError(f"--{given[0]} has its own captions; give --captions only with --videos")
         if self.native_sizes and self.videos is None:
             raise ValueError(f"native_sizes goes with --videos; got it with --{given[0]}")
+        if self.many_sizes:
+            # Clips that come at their own sizes: what would be left unread is refused.
+            unread = ("height", "width") if self.native_sizes else ("num_frames", "height", "width", "frame_stride")
+            for name in unread:
+                default = type(self).__dataclass_fields__[name].default
+                if (value := getattr(self, name)) != default:
+                    source = "native_sizes" if self.native_sizes else "shards"
+                    raise ValueError(
+                        f"{name} {value} has no effect with {source}, whose clips have sizes; leave it out"
+                    )
         if self.grouping not in get_args(Grouping):
             raise ValueError(f"grouping must be one of {', '.join(get_args(Grouping))}; got {self.grouping!r}")
         if self.many_sizes and self.optimizer.accumulation != 1:

@@ -59,3 +59,23 @@ def test_a_demo_of_ddpm_is_told_what_of_its_preset_to_undo(capsys: pytest.Captur
     advice = re.search(r"give (--prediction .*) with it", told)
     assert advice is not None
     assert parsed(*words, *advice[1].split()).objective.objective == "ddpm"
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--shards", "x", "--height", "999"], "height 999 has no effect with shards"),
+        (["--shards", "x", "--num-frames", "9"], "num_frames 9 has no effect with shards"),
+        (["--shards", "x", "--frame-stride", "2"], "frame_stride 2 has no effect with shards"),
+        (["--videos", "x", "--native-sizes", "--width", "48"], "width 48 has no effect with native_sizes"),
+    ],
+)
+def test_sizes_that_clips_of_their_own_sizes_would_not_read_are_refused(words: list[str], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        parsed(*words, "--token-budget", "64")
+
+
+def test_clips_of_their_own_sizes_take_what_they_read() -> None:
+    assert parsed("--preset", "smoke", "--shards", "x", "--token-budget", "64").shards == Path("x")
+    native = ["--videos", "x", "--native-sizes", "--token-budget", "64"]
+    assert parsed(*native, "--num-frames", "4", "--frame-stride", "2").frame_stride == 2
