@@ -115,6 +115,8 @@ def test_figures_tell_their_values_to_pointer_and_keyboard(visit, address):
     visit.page.mouse.move(0, 0)
     assert tip.is_hidden()
     figure.locator("summary").click()
+    # The browser tells the page of an opened part after the click.
+    figure.locator("tbody tr").first.wait_for()
     assert figure.locator("tbody tr").count() == len(figure.get_attribute("data-marks").split())
     with visit.page.expect_download() as started:
         figure.get_by_role("button", name="PNG").click()
