@@ -32,11 +32,14 @@ def kernel_offsets(offsets: Sequence[int] | None, like: Tensor) -> Tensor | None
     """Offsets as attention takes them: int64 [N + 1] beside a tensor, or None for a single segment."""
     if offsets is None or len(offsets) == 2:
         return None
-    # A fake mode may take a real tensor beside it: what is new then is fake all the same.
-    if type(like) is not Tensor or torch.compiler.is_compiling() or type(like.new_empty(0)) is not Tensor:
-        # Not kept: what is made while tensors are fake would be fake for ever.
+    # Not kept: what is made while tensors are fake would be fake for ever.
+    if type(like) is not Tensor or torch.compiler.is_compiling():
         return torch.tensor(offsets, device=like.device)
-    return _kept_offsets(tuple(offsets), like.device)
+    made = _kept_offsets(tuple(offsets), like.device)
+    if type(made) is not Tensor:
+        # A fake mode may take a real tensor beside it: what is new then is fake all the same.
+        _kept_offsets.cache_clear()
+    return made
 
 
 @lru_cache(_KEPT)
