@@ -7,6 +7,7 @@ import json
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, dataclass, field, fields
+from functools import cached_property
 from typing import Any, Literal, get_args
 
 SCHEMA_VERSION = 3
@@ -32,7 +33,7 @@ _IDENTITY = (
 )
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True)
 class Record:
     """One point of a sweep, whatever became of it.
 
@@ -165,7 +166,7 @@ class Record:
         """The point and its configuration, whatever commit and environment the record is of."""
         return json.dumps([*self.identity, dict(self.config)], sort_keys=True, default=str)
 
-    @property
+    @cached_property
     def key(self) -> str:
         """Hash of configuration, commit and environment: two records with one key are the same point."""
         identity = {name: getattr(self, name) for name in _IDENTITY} | {
