@@ -47,8 +47,8 @@ class CrossoverConfig:
 
 
 def cells(config: CrossoverConfig) -> list[dict[str, Any]]:
-    """One dict per cell: regime, gpus, tokens, link; then strategy, name, policy and `ahead` (share by which the best
-    of another strategy is slower), or strategy None where nothing fits."""
+    """One dict per cell: regime, gpus, tokens, link; then strategy, name, policy and `ahead` (part by which it is
+    faster than the best of another strategy), or strategy None where nothing fits."""
     found = []
     host = 128 * 2**30
     for regime, gpus, tokens in itertools.product(config.regimes, config.gpus, config.tokens):
@@ -73,7 +73,7 @@ def cells(config: CrossoverConfig) -> list[dict[str, Any]]:
             best = answer.best
             others = [one for one in answer.runners_up if one.parallel.strategy != best.parallel.strategy]
             speed = [answer.tokens_per_s(one) for one in (best, *others[:1])]
-            ahead = 1 - speed[1][0] / speed[0][0] if len(speed) > 1 and speed[0] and speed[1] else None
+            ahead = speed[0][0] / speed[1][0] - 1 if len(speed) > 1 and speed[0] and speed[1] else None
             names = {"strategy": best.parallel.strategy, "name": spread_name(best.parallel), "policy": best.policy}
             found.append(cell | names | {"ahead": ahead})
     return found

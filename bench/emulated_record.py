@@ -12,7 +12,6 @@ from longreel.bench.provenance import stamped
 from longreel.parallel.predict.flops import useful_flops
 from longreel.parallel.predict.hardware import get_profile
 from longreel.reports.records import Record
-from longreel.reports.turns import quantile
 
 METHOD = (
     "one rank ran for real; collectives copied their bytes on the device, with its own data in place of its peers', "
@@ -85,10 +84,13 @@ def _at_depth(point: Point, runs: Sequence[DepthRun], values: Sequence[float]) -
 
 
 def _times(point: Point, runs: Sequence[DepthRun]) -> tuple[tuple[float, ...], tuple[float, float]]:
-    """Samples of the model's depth, and their interval: p20 and p80, or what the extremes of both depths allow."""
+    """Samples of the model's depth, and their interval: their extremes, or what those of both depths allow.
+
+    Not p20 and p80: of two or three samples these would leave out what was seen.
+    """
     if is_timed(point, runs):
         samples = runs[-1].samples_s
-        return tuple(samples), (quantile(samples, 0.2), quantile(samples, 0.8))
+        return tuple(samples), (min(samples), max(samples))
     one, two = runs[0].samples_s, runs[1].samples_s
     depth = point.model.depth
     low = continued(min(one), max(min(two) - max(one) + min(one), min(one)), depth)

@@ -54,7 +54,7 @@ class Emulator:
         """The point as it runs here: who stands in for the target, and which attention `auto` is."""
         device = torch.device(self.device)
         provider = resolve_attention_provider(point.parallel.attention_provider, device, torch.bfloat16)
-        where = f"{self.name} as one of {point.num_devices} {point.target}"
+        where = f"{point.target} (one rank on {self.name})"
         point = replace(point, parallel=replace(point.parallel, attention_provider=provider), device=where)
         if not self.rehearse:
             return point
@@ -143,7 +143,7 @@ def _run(
 ) -> Record | None:
     """The record of a point, None where time was too short."""
     again = reproduce(replace(asked, parallel=point.parallel)) + (" --rehearse" if emulator.rehearse else "")
-    provenance = provenance | {"reproduce": again}
+    provenance = provenance | {"reproduce": again, "ran_on": emulator.name}
     reason = point.impossible or cannot_emulate(point)
     if reason is not None:
         return point.record("skipped", reason=reason, provenance=stamped(provenance))

@@ -1,7 +1,8 @@
 """The headline table of a folder of records, in Markdown: `python -m longreel.bench.headline DIR`.
 
-Per length the baseline and the best configuration, how long both took and what memory they need; then how straight the
-line from depths 1 and 2 was where the model's depth ran too, and the longest sequence that fits.
+Per model, device and number of devices, and per length: the baseline and the best configuration, how fast both are
+and what memory they need; then how straight the line from depths 1 and 2 was where the model's depth ran too, and the
+longest sequence that fits. Of a point that ran more than once, on whatever commit, the last record counts.
 """
 
 from __future__ import annotations
@@ -12,8 +13,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from longreel.reports import store
+from longreel.reports import formatting
+from longreel.reports.compare import Baselines, Group, group_records
 from longreel.reports.records import Record
+from longreel.reports.sources import load_steps
 
 GiB = 2**30
 # What tells one configuration from another whatever its length, besides `config`.
@@ -29,23 +32,32 @@ def table(records: Sequence[Record]) -> list[str]:
     Raises:
         ValueError: there are none.
     """
-    rows = [r for r in records if r.kind == "emulated" and r.regime == "full"]
-    if not rows:
+    # Of records of two commits the faster one would stand for a configuration that the newer code no longer has.
+    points = {r.point: r for r in records if r.kind == "emulated" and r.regime == "full"}
+    if not points:
         raise ValueError("no emulated records of regime full; make them with: python bench/sweep.py --preset headline")
+    lines: list[str] = []
+    for group, rows in group_records(points.values()).items():
+        lines += [*([""] if lines else []), *_group(group, rows)]
+    return lines
+
+
+def _group(group: Group, rows: Sequence[Record]) -> list[str]:
     lines = [
+        f"Emulated: {group.title}.",
+        "",
         "| tokens | baseline, tokens/s | memory | best, tokens/s | memory | ratio | best configuration |",
         "| --- | --- | --- | --- | --- | --- | --- |",
     ]
+    baselines = Baselines(rows)
     for seq_len in sorted({r.seq_len for r in rows}):
         here = [r for r in rows if r.seq_len == seq_len]
-        baseline = next((r for r in here if r.is_baseline), None)
         timed = [r for r in here if r.tokens_per_s is not None]
         best = max(timed, key=lambda r: r.tokens_per_s or 0.0, default=None)
-        cells = [f"{seq_len:,}", *_figures(baseline), *_figures(best), _ratio(best, baseline), _words(best)]
+        sides = *_figures(baselines.of(here[0])), *_figures(best)
+        cells = [f"{seq_len:,}", *sides, _ratio(best, baselines), _words(best)]
         lines.append(f"| {' | '.join(cells)} |")
-    lines += ["", f"Emulated: {rows[0].device}; {rows[0].model}."]
-    lines += [*_linearity(rows), *_longest(rows)]
-    return lines
+    return [*lines, *_linearity(rows), *_longest(rows)]
 
 
 def _figures(record: Record | None) -> tuple[str, str]:
@@ -59,10 +71,13 @@ def _figures(record: Record | None) -> tuple[str, str]:
     return f"{record.tokens_per_s:,.0f}", size
 
 
-def _ratio(best: Record | None, baseline: Record | None) -> str:
-    if best is None or baseline is None or not best.tokens_per_s or not baseline.tokens_per_s:
+def _ratio(best: Record | None, baselines: Baselines) -> str:
+    """With its interval, where it is not of the baseline itself."""
+    ratio = None if best is None else baselines.ratio(best)
+    if best is None or ratio is None:
         return "-"
-    return f"{best.tokens_per_s / baseline.tokens_per_s:.2f}"
+    bounds = baselines.ratio_interval(best)
+    return f"{ratio:.2f}" + (f" ({formatting.interval(bounds)})" if bounds else "")
 
 
 def _words(record: Record | None) -> str:
@@ -124,8 +139,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if len(arguments) != 1:
             raise ValueError("give one folder of records, such as reports/measured/headline")
-        latest = {r.key: r for r in store.load(Path(arguments[0]) / "records.jsonl")}
-        print("\n".join(table(list(latest.values()))))
+        print("\n".join(table(load_steps(Path(arguments[0]))[0])))
     except (ValueError, OSError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2

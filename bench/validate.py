@@ -22,6 +22,7 @@ from longreel.parallel.predict.predict import PredictionCase, predict_step
 from longreel.reports.op_records import OpRecord
 from longreel.reports.records import Record
 from longreel.reports.sources import holds_ops, load_ops, load_steps
+from longreel.reports.store import latest
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -54,6 +55,8 @@ class Comparison:
 def read(source: Path) -> tuple[list[Record], list[OpRecord]]:
     """Measured and emulated steps that are right, and op records, of every record file under a folder.
 
+    Of records with one key the last counts.
+
     Raises:
         ValueError: a file is no record file. OSError: one cannot be read.
     """
@@ -64,14 +67,17 @@ def read(source: Path) -> tuple[list[Record], list[OpRecord]]:
             ops += load_ops(file)[0]
         else:
             steps += load_steps(file)[0]
-    return [s for s in steps if s.kind in ("measured", "emulated") and s.status == "ok"], ops
+    steps = latest(steps)
+    return [s for s in steps if s.kind in ("measured", "emulated") and s.status == "ok"], latest(ops)
 
 
 def compare(record: Record, rates: MeasuredRates | None) -> Comparison | str:
     """A step beside its prediction, or why it has none."""
-    profile = profile_of_device(record.device)
+    # An emulated rank computes on the GPU that stands in for its target.
+    ran_on = str(record.provenance.get("ran_on", record.device))
+    profile = profile_of_device(ran_on)
     if profile is None:
-        return f"no profile of {record.device}"
+        return f"no profile of {ran_on}"
     if rates is not None and profile_of_device(rates.device) is None:
         rates = None
     try:
@@ -87,6 +93,7 @@ def compare(record: Record, rates: MeasuredRates | None) -> Comparison | str:
             seq_len=record.seq_len,
             batch_per_group=record.batch_per_group,
             rates=rates,
+            computes_on=profile.name if record.kind == "emulated" else None,
         )
     except (KeyError, TypeError, ValueError) as error:
         return f"cannot be predicted: {error}"

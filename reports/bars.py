@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 from matplotlib.axes import Axes
 
-from longreel.reports.svg import INK, printable
+from longreel.reports import formatting
+from longreel.reports.svg import INK
 
 ROW = 19.0
 # Room for a character of a note, in points, whatever font the reader has.
@@ -70,9 +71,9 @@ def draw_bars(axes: Axes, bars: Sequence[Bar], *, width: float, limit: float | N
 
 
 def _words(axes: Axes, row: int, bar: Bar, width: float) -> None:
-    label = printable(bar.label)
+    label = formatting.printable(bar.label)
     label = label if len(label) <= _LABEL_CHARACTERS else f"{label[: _LABEL_CHARACTERS - 1]}…"
-    texts = ((label, -6.0, "normal" if bar.slug else "bold"), (printable(bar.note), width, "normal"))
+    texts = ((label, -6.0, "normal" if bar.slug else "bold"), (formatting.printable(bar.note), width, "normal"))
     for text, place, weight in texts:
         axes.annotate(
             text,

@@ -14,7 +14,7 @@ from longreel.reports.exposure import COMMUNICATION
 from longreel.reports.frame import LEGEND_LINE, WIDTH, Drawing, Mark, finish, frame, mark
 from longreel.reports.records import Record
 from longreel.reports.series import Series
-from longreel.reports.svg import INK, PALETTE, printable
+from longreel.reports.svg import INK, PALETTE
 
 LABELS = {
     "attention": "attention",
@@ -93,10 +93,8 @@ def _figure(title: str, group: Group, points: Sequence[Record]) -> tuple[Figure,
     axes.barh([row + 0.34 for row in rows], hidden, height=0.13, color=INK, alpha=0.45, linewidth=0)
     for row, point in enumerate(points):
         words = _label(point)
-        words = words if len(words) <= _MAX_LABEL else f"{words[: _MAX_LABEL - 1]}…"
-        axes.annotate(
-            printable(words), (0, row), xytext=(-6, 0), textcoords="offset points", ha="right", va="center", fontsize=12
-        )
+        words = formatting.printable(words if len(words) <= _MAX_LABEL else f"{words[: _MAX_LABEL - 1]}…")
+        axes.annotate(words, (0, row), xytext=(-6, 0), textcoords="offset points", ha="right", va="center", fontsize=12)
         note = f"{formatting.number(totals[row])} s"
         place = (WIDTH - _LEFT - _RIGHT + 6, 0)
         axes.annotate(note, (0, row), xytext=place, textcoords="offset points", ha="left", va="center", fontsize=12)
@@ -107,7 +105,7 @@ def _figure(title: str, group: Group, points: Sequence[Record]) -> tuple[Figure,
     handles = []
     for name in parts:
         colour, hatch = _look(name, parts)
-        label = printable(LABELS.get(name, name)) + (", exposed" if name in COMMUNICATION else "")
+        label = formatting.printable(LABELS.get(name, name)) + (", exposed" if name in COMMUNICATION else "")
         handles.append(Patch(facecolor=colour, hatch=hatch, edgecolor=_EDGE, linewidth=0, label=label))
     if any(hidden):
         handles.append(Patch(facecolor=INK, alpha=0.45, linewidth=0, label="thin: hidden comm."))

@@ -92,8 +92,30 @@ class Baselines:
         """The baseline at the record's group and length (which may have failed), None where none was run."""
         return self._of.get((Group.of(record), record.seq_len))
 
+    def in_turns(self, record: Record) -> tuple[float, float, float] | None:
+        """Ratio of tokens/s and its bounds, of samples that were taken in turns with those of this very baseline.
+
+        None where there are none, or where they are of the baseline of another commit or environment.
+        """
+        baseline = self.of(record)
+        if baseline is None or record is baseline or baseline.status != "ok" or record.status != "ok":
+            return None
+        if any(record.provenance.get(name) != baseline.provenance.get(name) for name in ("commit", "environment")):
+            return None
+        found = [record.comparison.get(name) for name in ("low", "ratio", "high")]
+        seconds = [value for value in found if isinstance(value, int | float) and 0 < value < math.inf]
+        if len(seconds) < 3 or sorted(seconds) != seconds:
+            return None
+        low, middle, high = seconds
+        return 1 / middle, 1 / high, 1 / low
+
     def ratio(self, record: Record) -> float | None:
-        """Tokens/s of the record over the baseline's; None unless both ended `ok`."""
+        """Tokens/s of the record over the baseline's, of samples taken in turns where there are such.
+
+        None unless both ended `ok`.
+        """
+        if turns := self.in_turns(record):
+            return turns[0]
         baseline = self.of(record)
         if baseline is None or baseline.status != "ok" or record.status != "ok":
             return None
@@ -106,12 +128,11 @@ class Baselines:
 
         Else both step times take the ends of their intervals that are furthest apart.
         """
+        if turns := self.in_turns(record):
+            return turns[1:]
         ratio, baseline = self.ratio(record), self.of(record)
         if ratio is None or baseline is None or record is baseline:
             return None
-        low, high = record.comparison.get("low"), record.comparison.get("high")
-        if isinstance(low, int | float) and isinstance(high, int | float) and 0 < low <= high < math.inf:
-            return 1 / high, 1 / low
         if record.interval_s is None or baseline.interval_s is None or not record.step_s or not baseline.step_s:
             return None
         slow = record.interval_s[1] / record.step_s
@@ -188,8 +209,10 @@ def headline(group: Group, records: Sequence[Record], baselines: Baselines) -> H
     elif bounds[0] > 1:
         verdict = "Faster than the baseline over the whole interval."
         if group.kind == "measured":
-            in_turns = "in turns" if best.comparison else "one after the other"
-            verdict += f" The two were timed {in_turns}."
+            order = "in turns" if baselines.in_turns(best) else "one after the other"
+            verdict += f" The two were timed {order}."
+        elif group.kind == "emulated" and (few := _fewest([best, baseline])) < MIN_SAMPLES:
+            verdict += f" It is what the extremes of {few} timed steps of each allow."
     else:
         verdict = "The interval includes 1: not distinguishable from the baseline."
     return Headline(
@@ -210,9 +233,15 @@ def _doubt(compared: Sequence[Record]) -> str | None:
         return None
     if shared := sharing(compared):
         return f"{shared}, so this checks correctness, not speed"
-    fewest = min((len(r.samples_s) for r in compared if r.kind != "predicted"), default=MIN_SAMPLES)
+    # Emulated steps may take minutes; two or three are timed, and the interval is that of their extremes.
+    fewest = _fewest(r for r in compared if r.kind == "measured")
     if fewest < MIN_SAMPLES:
         return (
             f"too few samples, {fewest} timed step{'s' if fewest > 1 else ''} where at least {MIN_SAMPLES} are needed"
         )
     return None
+
+
+def _fewest(records: Iterable[Record]) -> int:
+    """Timed steps of the record that has fewest of them."""
+    return min((len(r.samples_s) for r in records), default=MIN_SAMPLES)

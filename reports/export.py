@@ -53,13 +53,15 @@ CSV_FIELDS = {
     "commit": "provenance.commit",
 }
 # Columns that are computed: tokens and samples per second over all devices, tokens/s over the baseline's of the same
-# group and length, its verdict, bytes one rank sends in a step over all collectives, seconds of a step that wait for
-# communication, number of timed steps, the memory figure and the error that tables show, the command that makes the
-# record again.
+# group and length with its interval and verdict, bytes one rank sends in a step over all collectives, seconds of a step
+# that wait for communication, number of timed steps, the memory figure and the error that tables show, the command that
+# makes the record again.
 CSV_DERIVED = (
     "tokens_per_s",
     "samples_per_s",
     "ratio_to_baseline",
+    "ratio_low",
+    "ratio_high",
     "verdict",
     "bytes_sent",
     "exposed_s",
@@ -75,10 +77,13 @@ _FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n")
 def derived(record: Record, baselines: Baselines) -> dict[str, float | int | str | None]:
     """The values of CSV_DERIVED for one record; None (an empty cell) where there is no valid figure."""
     ok = record.status == "ok"
+    low, high = baselines.ratio_interval(record) or (None, None)
     return {
         "tokens_per_s": record.tokens_per_s if ok else None,
         "samples_per_s": record.samples_per_s if ok else None,
         "ratio_to_baseline": baselines.ratio(record),
+        "ratio_low": low,
+        "ratio_high": high,
         "verdict": verdict(record, baselines),
         "bytes_sent": sum(record.traffic.values()) if record.traffic else None,
         "exposed_s": exposed_seconds(record),

@@ -85,6 +85,16 @@ def engine(name: str) -> str:
     return ENGINE_LABELS.get(name, name)
 
 
+def printable(text: str) -> str:
+    """Text without control characters: XML cannot hold them, and on a terminal they would move the cursor."""
+    return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)
+
+
+def one_line(text: str) -> str:
+    """Text as one line of a terminal."""
+    return printable(" ".join(text.splitlines()))
+
+
 def slug(text: str) -> str:
     """Lower-case letters, digits and hyphens only: fit for file names and element ids."""
     return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")[:80] or "none"

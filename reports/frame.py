@@ -18,10 +18,11 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.markers import TICKDOWN, TICKLEFT
 
+from longreel.reports import formatting
 from longreel.reports.compare import Group
 from longreel.reports.records import Record
 from longreel.reports.series import Series
-from longreel.reports.svg import INK, PALETTE, inline, printable
+from longreel.reports.svg import INK, PALETTE, inline
 
 WIDTH = 440.0
 MARGIN_LEFT, MARGIN_RIGHT, MARGIN_X_AXIS = 68.0, 22.0, 44.0
@@ -109,7 +110,7 @@ def finish(
             data = io.BytesIO()
             FigureCanvasAgg(figure).print_png(data, metadata={"Software": None})
             picture = data.getvalue()
-    label = printable(f"{caption}. {more}")
+    label = formatting.printable(f"{caption}. {more}")
     svg = inline(text.getvalue(), prefix=prefix, label=label)
     return Drawing(name=name, caption=caption, axis=axis, svg=svg, marks=tuple(marks), png=picture)
 
@@ -118,7 +119,7 @@ def frame(
     title: str, axis: str, group: Group, *, height: float, below: float, left: float, right: float = MARGIN_RIGHT
 ) -> tuple[Figure, Axes]:
     """A figure with its heading, and axes of this height, with room `below` and to the `left` of them (points)."""
-    subtitle = textwrap.wrap(printable(group.title), 60)[:3]
+    subtitle = textwrap.wrap(formatting.printable(group.title), 60)[:3]
     total = TITLE_LINE * (2 + len(subtitle)) + 20.0 + height + below
     figure = Figure(figsize=(WIDTH / 72, total / 72), dpi=72)
     figure.patch.set_visible(False)

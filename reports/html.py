@@ -34,7 +34,7 @@ from longreel.reports.published import CAVEAT, PUBLISHED, SOURCE, columns, publi
 from longreel.reports.records import Kind, Record, Regime, Status
 from longreel.reports.scaling import draw_devices
 from longreel.reports.store import latest, write_files
-from longreel.reports.svg import FONT, PALETTE, printable, standalone
+from longreel.reports.svg import FONT, PALETTE, standalone
 from longreel.reports.tables import Table, build_table
 
 DEFAULT_TITLE = "Longreel sweep"
@@ -52,7 +52,9 @@ KIND_MEANINGS = {
     "Each rank had a device of its own, or on a CPU a core, unless the group says that ranks share them. "
     "The interval runs from the 20th to the 80th percentile of the step times.",
     "emulated": "One rank of P ran for real on one GPU with the true local shapes and memory; each collective was "
-    "replaced by a copy of the same bytes plus a modelled time for the target's links.",
+    "replaced by a copy of the same bytes plus a modelled time for the target's links. "
+    "Long steps are few: the interval is what the extremes of the timed ones allow, at the depth that was run or "
+    "continued from two depths; with fewer than five steps there is no verdict.",
     "predicted": "No rank ran. Memory, FLOPs and traffic come from fake tensors, time from a cost model; "
     "the interval gives the model's bounds.",
 }
@@ -162,7 +164,7 @@ def write_report(
 
 def heat_picture(group: Group, heat: HeatMap) -> str:
     """The heat map as an SVG file: in the page it is a table."""
-    filters: dict[str, Callable[..., object]] = {"tokens": formatting.length, "printable": printable}
+    filters: dict[str, Callable[..., object]] = {"tokens": formatting.length, "printable": formatting.printable}
     picture = page_environment(filters).get_template("heat.svg.j2")
     return picture.render(group=group, heat=heat, font=FONT, up=PALETTE[0], down=PALETTE[1])
 

@@ -30,7 +30,7 @@ from longreel.reports.frame import (
 )
 from longreel.reports.records import Record
 from longreel.reports.series import Series
-from longreel.reports.svg import INK, printable
+from longreel.reports.svg import INK
 from longreel.reports.ticks import linear_ticks, log_ticks, thin
 
 PLOT_HEIGHT = 270.0
@@ -153,7 +153,7 @@ def _line(
         x,
         y,
         color=colour,
-        label=printable(_legend_label(line, over)),
+        label=formatting.printable(_legend_label(line, over)),
         linewidth=2.6 if line.is_baseline else 1.5,
         linestyle=(0, (4, 1.6)) if line.is_baseline else OVER if over else DASHES[rank % len(DASHES)],
         marker="o" if line.is_baseline else MARKERS[rank % len(MARKERS)],

@@ -16,7 +16,7 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 from longreel.reports import formatting
 from longreel.reports.frame import SETTINGS, WIDTH
 from longreel.reports.op_records import OpRecord
-from longreel.reports.svg import INK, PALETTE, inline, printable
+from longreel.reports.svg import INK, PALETTE, inline
 from longreel.reports.ticks import thin
 
 _HEIGHT, _LEFT, _RIGHT, _BOTTOM, _TOP = 330.0, 58.0, 18.0, 82.0, 58.0
@@ -70,7 +70,7 @@ def _draw(title: str, subtitle: str, records: Sequence[OpRecord]) -> str:
                 [r.shape["seq_len"] for r in points],
                 [(r.rate or 0.0) / unit for r in points],
                 color=PALETTE[i % len(PALETTE)],
-                label=printable(name),
+                label=formatting.printable(name),
                 linewidth=2.4 if ours else 1.3,
                 linestyle="-" if ours else (0, (5, 1.5)),
                 marker=_MARKERS[i % len(_MARKERS)],
@@ -94,4 +94,6 @@ def _draw(title: str, subtitle: str, records: Sequence[OpRecord]) -> str:
         figure.legend(loc="lower left", ncols=4, frameon=False, fontsize=10.0, handlelength=2.2, columnspacing=1.1)
         text = io.StringIO()
         FigureCanvasSVG(figure).print_svg(text, metadata={"Date": None, "Creator": None})
-    return inline(text.getvalue(), prefix=prefix, label=printable(f"{title}, {subtitle}: {unit_name} against length"))
+    return inline(
+        text.getvalue(), prefix=prefix, label=formatting.printable(f"{title}, {subtitle}: {unit_name} against length")
+    )

@@ -43,7 +43,11 @@ class Thresholds:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Change:
-    """One quantity of one point. ratio: new over old, None for a status; interval: of the ratio, None where exact."""
+    """One quantity of one point.
+
+    Args:
+        ratio: new over old, None for a status and where one of them is zero. interval: of the ratio, None where exact.
+    """
 
     group: Group
     label: str
@@ -171,10 +175,12 @@ def _changes(a: Record, b: Record, label: str, thresholds: Thresholds) -> list[C
     if a.memory_meaning == b.memory_meaning == "allocated":
         counted.append(("memory", a.peak_memory or 0, b.peak_memory or 0))
     for quantity, before, after in counted:
-        if before and after and abs(after / before - 1) >= thresholds.size:
+        # One that only one run has a figure of was not counted in the other, but for exchanges that came or went.
+        appeared = quantity == "traffic" and a.status == "ok" and (before == 0) != (after == 0)
+        if appeared or (before and after and abs(after / before - 1) >= thresholds.size):
             sizes = formatting.in_bytes(before), formatting.in_bytes(after)
             outcome = "regression" if after > before else "improvement"
-            found.append(change(quantity, *sizes, outcome, ratio=after / before))
+            found.append(change(quantity, *sizes, outcome, ratio=None if appeared else after / before))
     return found
 
 

@@ -46,7 +46,7 @@ def lines(comparison: RunComparison, names: tuple[str, str]) -> list[str]:
             found += [f"  and {len(points) - _MAX_POINTS} more"] if len(points) > _MAX_POINTS else []
     if comparison.reconfigured:
         found += ["", f"Compared although details of their configuration differ: {len(comparison.reconfigured)}"]
-        found += [f"  {name}" for name in comparison.reconfigured[:_MAX_POINTS]]
+        found += [f"  {formatting.one_line(name)}" for name in comparison.reconfigured[:_MAX_POINTS]]
     return found
 
 
@@ -79,7 +79,7 @@ def _aligned(changes: Sequence[Change]) -> list[str]:
             f"{c.before} -> {c.after}",
             per_cent(c.ratio),
             f"({formatting.interval(c.interval)})" if c.interval else "",
-            c.why,
+            formatting.one_line(c.why),
         )
         for c in changes
     ]
@@ -88,4 +88,4 @@ def _aligned(changes: Sequence[Change]) -> list[str]:
 
 
 def _where(item: Change | Point) -> str:
-    return f"{item.group.label} {item.group.title}: {item.label}, {item.seq_len:,} tokens"
+    return formatting.one_line(f"{item.group.label} {item.group.title}: {item.label}, {item.seq_len:,} tokens")

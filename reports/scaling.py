@@ -27,7 +27,7 @@ from longreel.reports.frame import (
 )
 from longreel.reports.records import Record
 from longreel.reports.series import Series, build_series
-from longreel.reports.svg import INK, PALETTE, printable
+from longreel.reports.svg import INK, PALETTE
 from longreel.reports.ticks import linear_ticks
 
 _HEIGHT = 220.0
@@ -121,7 +121,7 @@ def _figure(
             x,
             y,
             color=colour,
-            label=printable(strategy),
+            label=formatting.printable(strategy),
             linewidth=2.4 if is_baseline else 1.5,
             linestyle=(0, (4, 1.6)) if is_baseline else "-",
             marker=MARKERS[i % len(MARKERS)],
@@ -132,7 +132,7 @@ def _figure(
     if baseline is not None and baseline.tokens_per_s:
         label = f"baseline: {formatting.engine(baseline.engine)}, SP 1"
         style: dict[str, Any] = {"color": INK, "linewidth": 2.0, "linestyle": (0, (4, 1.6)), "gid": "series-baseline"}
-        handles.append(axes.axhline(baseline.tokens_per_s, label=printable(label), **style))
+        handles.append(axes.axhline(baseline.tokens_per_s, label=formatting.printable(label), **style))
     axes.set_xscale("log", base=2)
     axes.set_ylim(bottom=0.0)
     axes.set_xlim(degrees[0] / 1.25, degrees[-1] * 1.25)

@@ -55,7 +55,7 @@ def _group_lines(group: Group, records: Sequence[Record], baselines: Baselines, 
             name = "the baseline" if best is baseline else configuration(best)
             row = f"  {seq_len:>9,}  {what:>11}  {figure:>11}  {ratio:>6}  {name}"
         lines.append(row if len(row) <= 110 else row[:109] + "…")
-    return [" ".join(line.splitlines()) if "\n" in line else line for line in lines]
+    return [formatting.one_line(line) for line in lines]
 
 
 def _spread(values: Sequence[int], most: int) -> list[int]:

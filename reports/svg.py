@@ -57,11 +57,6 @@ def standalone(element: str) -> str:
     return f'{opening} width="{width}" height="{height}" font-family="{escape(FONT)}">{_STANDALONE_STYLE}{rest}\n'
 
 
-def printable(text: str) -> str:
-    """Text without control characters, which XML cannot hold."""
-    return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)
-
-
 def _without_bare_groups(svg: str) -> str:
     """Without `<g>` elements that say nothing: matplotlib wraps every artist in several."""
     kept: list[bool] = []

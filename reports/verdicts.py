@@ -18,9 +18,10 @@ def verdict(record: Record, baselines: Baselines) -> Verdict | None:
     baseline = baselines.of(record)
     if baseline is None or record is baseline or baselines.ratio(record) is None:
         return None
-    for recorded in get_args(Verdict):
-        if record.comparison.get("verdict") == recorded:
-            return recorded
+    if baselines.in_turns(record):
+        for recorded in get_args(Verdict):
+            if record.comparison.get("verdict") == recorded:
+                return recorded
     if not all(may_be_judged(r) for r in (record, baseline)):
         return None
     bounds = baselines.ratio_interval(record)

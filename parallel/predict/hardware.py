@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 import re
 import tomllib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Literal, get_args
@@ -153,6 +153,16 @@ class GPUProfile:
         assert self.node_link_bytes_s is not None
         note = f"times {self.name}'s vendor network bandwidth per direction"
         return LINK_SHARE.scaled(self.node_link_bytes_s, note=note)
+
+    def standing_for(self, target: GPUProfile) -> GPUProfile:
+        """This GPU where a rank of another one is emulated on it: it computes, links and memory are the target's."""
+        return replace(
+            self,
+            memory_bytes=target.memory_bytes,
+            link_bytes_s=target.link_bytes_s,
+            gpus_per_node=target.gpus_per_node,
+            node_link_bytes_s=target.node_link_bytes_s,
+        )
 
     def check_gpus(self, num_gpus: int) -> None:
         """ValueError unless so many GPUs are part of a node, or whole nodes with a known network."""

@@ -46,6 +46,8 @@ class PredictionCase:
             False follows their eager specification, fp32 temporaries included.
         rates: measured on a GPU (longreel.parallel.predict.calibration), in place of those assumed; then
             attention_provider may be any that they are of. None: all rates are assumed.
+        computes_on: profile of the GPU that an emulated rank of the target runs on, whose compute and memory bandwidth
+            count then; None: the target's.
     """
 
     model: DiTConfig
@@ -57,6 +59,7 @@ class PredictionCase:
     batch_per_group: int = 1
     fused_pointwise: bool = True
     rates: MeasuredRates | None = None
+    computes_on: str | None = None
 
     def __post_init__(self) -> None:
         if (self.seq_len is None) == (self.latent_size is None):
@@ -153,6 +156,8 @@ def predict_step(case: PredictionCase) -> Prediction:
         ValueError: a process group is initialised in this process.
     """
     profile = get_profile(case.target)
+    if case.computes_on is not None:
+        profile = get_profile(case.computes_on).standing_for(profile)
     if case.rates is not None:
         profile = case.rates.on(profile, case.parallel.attention_provider)
     parallel = replace(case.parallel, attention_provider="sdpa-flash")

@@ -14,14 +14,17 @@ const ratiosOf = (data) => {
   let chosen = -1;
   const opponent = (i) => (chosen < 0 ? data.baseline[i] : (best.get(`${where(i)} ${chosen}`) ?? -1));
   const ratio = (i) => {
+    if (chosen < 0) return data.derived.ratio_to_baseline[i];
     const other = opponent(i);
     return other < 0 || speed[i] === null || speed[other] === null ? null : speed[i] / speed[other];
   };
   const interval = (i) => {
+    if (chosen < 0) {
+      const [low, high] = [data.derived.ratio_low[i], data.derived.ratio_high[i]];
+      return low === null || high === null ? null : [low, high];
+    }
     const other = opponent(i), r = ratio(i);
     if (r === null || other === i) return null;
-    const { low, high } = data.records[i].comparison;
-    if (chosen < 0 && low > 0 && low <= high) return [1 / high, 1 / low];
     const [mine, theirs] = [data.records[i], data.records[other]];
     if (!mine.interval_s || !theirs.interval_s || mine.interval_s[0] <= 0) return null;
     const scale = (r * mine.step_s) / theirs.step_s;

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
-from longreel.bench.crossover import draw, main
+from longreel.bench import crossover
+from longreel.bench.crossover import CrossoverConfig, draw, main
+from longreel.parallel.config import ParallelConfig
 
 
 def test_map(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -22,6 +26,21 @@ def test_map(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "<svg" in out.read_text()
     assert main([*size, "--out", str(tmp_path / "map.txt")]) == 2
     assert "out must be an .svg or .png file" in capsys.readouterr().err
+
+
+def test_ahead_is_how_much_faster_the_best_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Twice as fast as the best of another strategy is 100 % ahead, whatever its own other degrees do."""
+
+    def answered(setting: Any) -> Any:
+        needs = [
+            SimpleNamespace(parallel=ParallelConfig(strategy=name, sp_degree=2), policy="full", speed=speed)
+            for name, speed in (("ulysses", 30.0), ("ulysses", 29.0), ("ring", 15.0), ("fastseq", 10.0))
+        ]
+        return SimpleNamespace(best=needs[0], runners_up=needs[1:], tokens_per_s=lambda need: (need.speed, 0.0, 99.0))
+
+    monkeypatch.setattr(crossover, "plan", answered)
+    (cell,) = crossover.cells(CrossoverConfig(tokens=(8192,), links=(50,), gpus=(2,), regimes=("full",)))
+    assert (cell["strategy"], cell["ahead"]) == ("ulysses", 1.0)
 
 
 def test_picture_has_a_cell_for_what_does_not_fit(tmp_path: Path) -> None:

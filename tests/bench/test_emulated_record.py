@@ -12,6 +12,7 @@ from longreel.bench.emulated_record import block_s, emulated_record
 from longreel.bench.emulated_result import DepthRun, Emulated, Plan
 from longreel.models.config import dit_xl_2
 from longreel.parallel.config import ParallelConfig
+from longreel.parallel.predict.flops import useful_flops
 from longreel.reports.records import Record
 
 POINT = Point(
@@ -20,7 +21,7 @@ POINT = Point(
     model_name="DiT-XL/2",
     parallel=ParallelConfig(strategy="ulysses", sp_degree=8, policy="keep_attention", precision="bf16"),
     num_devices=8,
-    device="a GPU as one of 8 H800",
+    device="H800 (one rank on a GPU)",
     target="H800",
     seq_len=614_400,
 )
@@ -33,6 +34,8 @@ def run(depth: int, *samples: float, allocated: int = 0) -> DepthRun:
     link = 0.25 * (depth + 1)
     return DepthRun(
         depth=depth,
+        telemetry={"depth": depth},
+        energy_j=[100.0 * depth + 10.0],
         samples_s=list(samples),
         phases_s=[{"forward": 0.3 * s, "backward": 0.6 * s, "optimizer": 0.1 * s} for s in samples],
         waited_s=[{"sequence": 0.2 * depth} for _ in samples],
@@ -72,6 +75,8 @@ def test_depths_1_and_2_are_continued_to_the_models() -> None:
     assert r.breakdown["sharding"] == pytest.approx(0.25) and r.hidden["sharding"] == pytest.approx(28 * 0.25)
     assert sum(r.breakdown.values()) == pytest.approx(r.step_s)
     assert r.hw_flops == 8e15
+    assert r.flops == useful_flops(POINT.model, num_video=614_400)
+    assert r.telemetry == {"depth": 2}
     assert r.hfu == pytest.approx(8e15 / (8 * 989e12 * r.step_s))
     told = r.provenance["emulation"]
     assert told["step_s"] == "continued from depths 1 and 2 to 28" and "linearity" not in told
@@ -82,11 +87,38 @@ def test_the_whole_depth_counts_where_it_was_timed() -> None:
     r = record(run(1, 5.0, 5.0), run(2, 9.0, 9.0), run(28, 112.0, 114.0), plan=replace(PLAN, depths=(1, 2, 28)))
     assert r.samples_s == (112.0, 114.0) and r.step_s == 113.0
     assert r.memory["allocated"] == 285
+    assert r.interval_s == (112.0, 114.0)
+    # What the depth itself did, not what depths 1 and 2 would make of it.
+    assert r.traffic == {"sequence.all_to_all": 2800, "sharding.all_gather": 35}
+    assert r.energy_j == 8 * 2810.0
     told = r.provenance["emulation"]
     assert told["step_s"] == "timed at the model's depth"
     assert told["linearity"] == pytest.approx(
         {"depth": 28.0, "step_s": 1.0, "allocated": 1.0, "reserved": 1.0, "device": 1.0}
     )
+
+
+def test_energy_is_continued_to_the_models_depth_over_all_devices() -> None:
+    assert record(run(1, 5.0, 5.2), run(2, 9.0, 9.4)).energy_j == pytest.approx(8 * 2810.0)
+    bare = [replace(one, energy_j=[]) for one in (run(1, 5.0), run(2, 9.0))]
+    assert record(*bare).energy_j is None
+
+
+def test_flops_count_every_sample_of_the_step() -> None:
+    parallel = replace(POINT.parallel, sp_degree=2)
+    point = replace(POINT, parallel=parallel, batch_per_group=3)
+    made = emulated_record(point, PLAN, found(run(1, 5.0), run(2, 9.0)), PROVENANCE)
+    assert made is not None
+    assert made.flops == 4 * 3 * useful_flops(POINT.model, num_video=614_400)
+
+
+def test_sharding_that_outlasts_its_phase_is_exposed() -> None:
+    """Of 20 s of links in a forward of 3 s all but the longest, 2 s, hides behind it: 2 + 18 - 3 count."""
+    calls = {"sharding.all_gather": {"calls": 1, "bytes": 1, "link_s": 20.0}}
+    runs = [replace(run(depth, 10.0), forward_link_s=20.0, longest_link_s=2.0, calls=calls) for depth in (1, 2)]
+    r = record(*runs)
+    assert r.breakdown["sharding"] == pytest.approx(2.0 + 18.0 - 3.0)
+    assert r.hidden["sharding"] == pytest.approx(3.0)
 
 
 def test_one_whole_step_gives_memory_and_shows_the_line() -> None:

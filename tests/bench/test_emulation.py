@@ -34,7 +34,7 @@ POINT = Point(
     model_name="a small DiT",
     parallel=ParallelConfig(strategy="ulysses", sp_degree=4, policy="full", attention_provider="sdpa-flash"),
     num_devices=8,
-    device="this CPU as one of 8 H800",
+    device="H800 (one rank on this CPU)",
     target="H800",
     seq_len=64,
 )

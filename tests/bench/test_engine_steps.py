@@ -20,7 +20,7 @@ installed = pytest.mark.skipif(
 TINY = DiTConfig(depth=2, hidden_size=32, num_heads=4, conditioning="cross", text_dim=16, max_text_tokens=8)
 FOUND = {
     "fsdp2-zero2": Trained(losses=[2.0, 1.0], memory={"allocated": 2**30}, samples_s=[1.0] * 6),
-    "colossalai": Trained(losses=[2.0, 1.1], memory={"allocated": 2**31}, samples_s=[1.5] * 6),
+    "colossalai": Trained(losses=[2.0, 1.00001], memory={"allocated": 2**31}, samples_s=[1.5] * 6),
 }
 
 
@@ -61,12 +61,25 @@ def test_records_say_loss_speed_and_memory() -> None:
     finally:
         torch.distributed.destroy_process_group()
     assert (ours.step_s, theirs.step_s, theirs.memory) == (1.0, 1.5, {"allocated": 2**31})
-    assert theirs.error["loss"] == pytest.approx(0.1) and theirs.provenance["losses"] == [2.0, 1.1]
-    assert theirs.comparison["verdict"] == "SLOW" and theirs.comparison["ratio"] == 1.5
+    assert theirs.error["loss"] == pytest.approx(1e-5) and theirs.provenance["losses"] == [2.0, 1.00001]
+    assert (theirs.status, theirs.comparison["verdict"], theirs.comparison["ratio"]) == ("ok", "SLOW", 1.5)
     assert not ours.comparison
-    told = lines(FOUND)  # type: ignore[arg-type]
-    assert told[1] == "colossalai   loss 2.00000 to 1.10000, 1500.0 ms a step, peak 2.00 GiB"
-    assert "time 1.500" in told[2] and "1.0e-01" in told[2]
+    told = lines(FOUND, 1e-4)  # type: ignore[arg-type]
+    assert told[1] == "colossalai   loss 2.00000 to 1.00001, 1500.0 ms a step, peak 2.00 GiB"
+    assert "time 1.500" in told[2] and told[2].endswith("loss differs by 1.0e-05 at most")
+
+
+def test_losses_that_differ_by_more_than_rounding_are_wrong() -> None:
+    off = FOUND | {"colossalai": Trained(losses=[2.0, 1.02], samples_s=[0.5] * 6)}
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        for precision, status in (("fp32", "wrong"), ("bf16", "wrong")):
+            ours, theirs = records(config(precision=precision), TINY, off, torch.device("cpu"), {})  # type: ignore[arg-type]
+            assert (ours.status, theirs.status, theirs.comparison) == ("ok", status, {})
+            assert theirs.reason is not None and "loss differs by 2.0e-02" in theirs.reason
+    finally:
+        torch.distributed.destroy_process_group()
+    assert lines(off, 1e-2)[2].endswith(": WRONG, more than 1e-02")  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(("field", "value"), [("seq_len", 0), ("steps", 0), ("rounds", 0), ("depth", 0)])

@@ -21,7 +21,7 @@ def record(seq_len: int, gib: float, step_s: float | None = 1.0, **fields: Any) 
         "status": "oom" if step_s is None else "ok",
         "reason": "needs more" if step_s is None else None,
         "model": "DiT-XL/2",
-        "device": "a GPU as one of 8 H800",
+        "device": "H800 (one rank on a GPU)",
         "strategy": "ulysses",
         "sp_degree": 8,
         "dp_degree": 1,
@@ -32,15 +32,16 @@ def record(seq_len: int, gib: float, step_s: float | None = 1.0, **fields: Any) 
         "seq_len": seq_len,
         "batch_per_group": 1,
         "step_s": step_s,
+        "interval_s": None if step_s is None else (0.9 * step_s, 1.2 * step_s),
         "memory": {"allocated": int(gib * GiB)},
         "memory_usable": 77 * GiB,
     }
     return Record(**(given | fields))
 
 
-def baseline(seq_len: int, gib: float, step_s: float | None) -> Record:
+def baseline(seq_len: int, gib: float, step_s: float | None, **fields: Any) -> Record:
     spread = {"strategy": "local", "sp_degree": 1, "dp_degree": 8, "policy": "full", "attention": "sdpa-flash"}
-    return record(seq_len, gib, step_s, is_baseline=True, **spread)
+    return record(seq_len, gib, step_s, is_baseline=True, **spread, **fields)
 
 
 def test_rows_hold_the_baseline_and_the_best() -> None:
@@ -54,11 +55,53 @@ def test_rows_hold_the_baseline_and_the_best() -> None:
             record(2000, 1, 0.1, kind="predicted"),
         ]
     )
-    assert lines[2] == "| 1,000 | 800 | 40.0 GiB | 1,000 | 10.0 GiB | 1.25 | ulysses, SP 8, keep_attention, triton |"
-    assert (
-        lines[3] == "| 2,000 | out of memory | 90.0 GiB | 500 | 20.0 GiB | - | ulysses, SP 8, keep_attention, triton |"
+    assert lines[0] == "Emulated: 8 × H800 (one rank on a GPU), DiT-XL/2, full self-attention."
+    # 9 to 12 s against 0.9 to 1.2 s.
+    ulysses = "ulysses, SP 8, keep_attention, triton |"
+    assert lines[4] == f"| 1,000 | 800 | 40.0 GiB | 1,000 | 10.0 GiB | 1.25 (0.938–1.67) | {ulysses}"
+    assert lines[5] == f"| 2,000 | out of memory | 90.0 GiB | 500 | 20.0 GiB | - | {ulysses}"
+
+
+def test_the_baseline_alone_has_no_interval() -> None:
+    lines = headline.table([baseline(1000, 40, 10.0)])
+    assert lines[4] == "| 1,000 | 800 | 40.0 GiB | 800 | 40.0 GiB | 1.00 | local, SP 1, full, sdpa-flash |"
+
+
+def test_numbers_of_gpus_and_models_have_tables_of_their_own() -> None:
+    four = {"num_devices": 4, "sp_degree": 4}
+    lines = headline.table(
+        [
+            baseline(1000, 40, 10.0),
+            record(1000, 10, 1.0),
+            record(2000, 20, 1.0),
+            record(1000, 10, 0.1, **four),
+            record(2000, 30, 0.1, **four),
+            record(1000, 5, 0.5, model="DiT-S/2"),
+        ]
     )
-    assert "Emulated: a GPU as one of 8 H800; DiT-XL/2." in lines
+    titles = [line for line in lines if line.startswith("Emulated: ")]
+    assert len(titles) == 3
+    at = lines.index("Emulated: 8 × H800 (one rank on a GPU), DiT-XL/2, full self-attention.")
+    assert lines[at + 4].startswith("| 1,000 | 800 | 40.0 GiB | 1,000 | 10.0 GiB | 1.25 ")
+    assert any(line.startswith("| 1,000 | not run |  | 10,000 |") for line in lines)
+    # 10 GiB a thousand tokens on eight, 20 on four.
+    assert [line.rsplit(": ", 1)[1] for line in lines if "extrapolated" in line] == [
+        "4,350 tokens, extrapolated from 2,000",
+        "7,700 tokens, extrapolated from 2,000",
+    ]
+
+
+def test_the_newest_commit_counts_not_the_fastest() -> None:
+    old, new = ({"provenance": {"commit": commit}} for commit in "ab")
+    lines = headline.table(
+        [
+            baseline(1000, 40, 8.0, **old),
+            record(1000, 10, 0.5, **old),
+            record(1000, 10, 1.0, **new),
+            baseline(1000, 40, 10.0, **new),
+        ]
+    )
+    assert lines[4].startswith("| 1,000 | 800 | 40.0 GiB | 1,000 | 10.0 GiB | 1.25 ")
 
 
 def test_the_longest_length_is_on_the_line_of_the_two_longest() -> None:

@@ -68,6 +68,33 @@ def test_errors_are_those_put_in(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert "No op record to calibrate on" in out
 
 
+def test_an_emulated_rank_computes_as_the_gpu_that_it_ran_on(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """An H200 in place of an H800 moves memory 1.4 times as fast, and its exchanges take the H800's time."""
+    case = PredictionCase(model=MODEL, parallel=PARALLEL, num_gpus=2, target="H800", seq_len=8192, computes_on="H200")
+    found, as_target, on_device = (
+        predict_step(one) for one in (case, replace(case, computes_on=None), replace(case, target="H200"))
+    )
+    assert on_device.step_s < found.step_s < as_target.step_s
+    assert found.memory_limit == 80 * 2**30
+    assert found.breakdown["memory"] == on_device.breakdown["memory"] < as_target.breakdown["memory"]
+    config = {"model": asdict(MODEL), "parallel": asdict(PARALLEL), "seed": 0, "target": "H800"}
+    device, ran_on = "H800 (one rank on NVIDIA H200)", {"ran_on": "NVIDIA H200"}
+    record = step(kind="emulated", device=device, config=config, provenance=ran_on, step_s=found.step_s)
+    out = printed(tmp_path, capsys, record)
+    (row,) = (line for line in out.splitlines() if line.startswith("emulated, all"))
+    assert row[32:].split()[7:13] == ["0.0", "%,", "0.0", "%,", "0.0", "%"]
+
+
+def test_of_a_point_that_was_run_again_the_last_record_counts(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = printed(tmp_path, capsys, step(time=9.0), step(time=9.0), step())
+    (row,) = (line for line in out.splitlines() if line.startswith("measured, all"))
+    assert row[32:].split()[0] == "1" and row[32:].split()[7:9] == ["0.0", "%,"]
+
+
 def test_calibrates_on_ops_and_leaves_out_what_it_cannot_predict(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -126,6 +126,24 @@ def test_predictions_need_no_samples(make_record):
     assert line.is_conclusive
 
 
+def test_long_emulated_steps_have_a_ratio_and_say_how_few_they_are(make_record):
+    def pair(kind):
+        timed = {"kind": kind, "num_devices": 1, "samples_s": (2.0, 2.1), "step_s": 2.0, "interval_s": (2.0, 2.1)}
+        faster = timed | {"samples_s": (1.0, 1.1), "step_s": 1.0, "interval_s": (1.0, 1.1)}
+        return [make_record(is_baseline=True, **timed), make_record(policy="none", **faster)]
+
+    records = pair("emulated")
+    line = headline(Group.of(records[0]), records, Baselines(records))
+    assert line.is_conclusive
+    assert line.ratio == pytest.approx(2.0)
+    assert line.ratio_interval == (pytest.approx(2.0 / 1.1), pytest.approx(2.1))
+    assert line.verdict == (
+        "Faster than the baseline over the whole interval. It is what the extremes of 2 timed steps of each allow."
+    )
+    measured = pair("measured")
+    assert not headline(Group.of(measured[0]), measured, Baselines(measured)).is_conclusive
+
+
 def test_headline_of_a_group_without_any_figure(make_record):
     records = [make_record(status="oom", is_baseline=True)]
     line = headline(Group.of(records[0]), records, Baselines(records))

@@ -7,6 +7,7 @@ import pytest
 
 from longreel.reports.runs import Thresholds, compare_runs
 from longreel.reports.runs_report import lines, page
+from longreel.reports.summary import summary_lines
 
 LIMITS = Thresholds()
 SAMPLES = tuple(2.0 + 0.01 * i for i in range(8))
@@ -96,6 +97,23 @@ def test_what_broke_comes_first_and_memory_and_traffic_count(make_record):
     ]
     assert [c.quantity for c in found.of("improvement")] == ["status", "traffic"]
     assert [(c.before, c.after) for c in found.of("other")] == [("oom", "error")]
+
+
+@pytest.mark.parametrize(("before", "after", "outcome"), [({}, 100, "regression"), (100, {}, "improvement")])
+def test_exchanges_that_came_or_went_are_changes(make_record, before, after, outcome):
+    old, new = (make_record(traffic={"all_to_all": sent} if sent else {}) for sent in (before, after))
+    (change,) = compare_runs([old], [new], LIMITS).changes
+    assert (change.quantity, change.outcome, change.ratio) == ("traffic", outcome, None)
+    assert "100 B" in "\n".join(lines(compare_runs([old], [new], LIMITS), ("old", "new")))
+
+
+def test_records_do_not_move_the_cursor_of_a_terminal(make_record):
+    hostile = {"device": "a\x1b[2Jdevice\nof", "strategy": "s\x9b31m", "samples_s": SAMPLES}
+    old = [make_record(**hostile), make_record(**hostile, seq_len=2048)]
+    new = [make_record(**hostile, status="error", reason="died\x1b]0;title\x07\nhere")]
+    text = lines(compare_runs(old, new, LIMITS), ("old", "new"))
+    assert any("died" in line for line in text) and any("2,048" in line for line in text)
+    assert all(line.isprintable() for line in [*text, *summary_lines([*old, *new])])
 
 
 def test_memory_of_a_process_is_noise(make_record):
