@@ -10,6 +10,7 @@ from typing import Any, Literal
 from longreel.bench.peers import PEERS
 from longreel.models.config import DiTConfig
 from longreel.parallel.config import ParallelConfig
+from longreel.parallel.predict.hardware import get_profile
 from longreel.reports.records import Kind, Record, Regime, Status
 from longreel.reports.turns import MIN_DECISIVE
 
@@ -131,7 +132,7 @@ class Point:
         """
         resolved: dict[str, Any] = {"model": asdict(self.model), "parallel": asdict(self.parallel), "seed": self.seed}
         if self.kind != "measured":
-            resolved["target"] = self.target
+            resolved["target"] = None if self.target is None else _target(self.target)
         if self.peer is not None:
             resolved["peer"] = self.peer
         # As JSON gives it back: lists instead of tuples.
@@ -166,3 +167,11 @@ class Point:
             provenance=provenance,
             **outcome,
         )
+
+
+def _target(target: str) -> Any:
+    """A profile by its name; of a user's file its figures, as another file of that name is another GPU."""
+    profile = get_profile(target)
+    if profile.file is None:
+        return profile.name
+    return {name: value for name, value in asdict(profile).items() if value and name != "file"}

@@ -146,7 +146,7 @@ def _details(point: Point, plan: Plan, found: Emulated) -> dict[str, Any]:
         "method": METHOD,
         "rank": plan.rank,
         "ranks": point.num_devices,
-        "target": point.target,
+        "target": get_profile(point.target or "").label,
         "link": found.link,
         "step_s": "timed at the model's depth" if timed else f"continued from depths 1 and 2 to {point.model.depth}",
         "exposed": f"{_MEASURED_WAITS}; {_SHARDING}",

@@ -22,6 +22,7 @@ from longreel.bench.provenance import num_cores, stamped
 from longreel.bench.reproduce import reproduce
 from longreel.bench.settled import settled
 from longreel.kernels import resolve_attention_provider
+from longreel.parallel.predict.hardware import get_profile
 from longreel.parallel.workers import WorkerError, WorkerPool, WorkerTimeout
 from longreel.reports import formatting
 from longreel.reports.records import Record
@@ -54,7 +55,8 @@ class Emulator:
         """The point as it runs here: who stands in for the target, and which attention `auto` is."""
         device = torch.device(self.device)
         provider = resolve_attention_provider(point.parallel.attention_provider, device, torch.bfloat16)
-        where = f"{point.target} (one rank on {self.name})"
+        assert point.target is not None
+        where = f"{get_profile(point.target).label} (one rank on {self.name})"
         point = replace(point, parallel=replace(point.parallel, attention_provider=provider), device=where)
         if not self.rehearse:
             return point

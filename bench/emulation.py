@@ -252,7 +252,7 @@ class _Rank:
             raise _Stop(
                 "oom",
                 f"needs {needed / 2**30:.1f} GiB at depth {depth} (continued from depths 1 and 2), more than the "
-                f"{self.cap / 2**30:.1f} GiB that {self.point.target} leaves the allocator",
+                f"{self.cap / 2**30:.1f} GiB that {get_profile(self.point.target or '').label} leaves the allocator",
             )
 
     def _in_time(self, run: DepthRun) -> None:

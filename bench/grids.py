@@ -10,6 +10,7 @@ from longreel.bench.cases import DeviceType, Point, Timing
 from longreel.bench.peers import PEERS
 from longreel.models.config import PRESETS, Conditioning, CrossLayout, DiTConfig, preset
 from longreel.parallel.config import Engine, ParallelConfig, Policy, Precision, Strategy
+from longreel.parallel.predict.hardware import get_profile
 from longreel.reports.records import Kind, Regime
 
 # Text tokens of one sample, and the width of T5's features, in models of true size.
@@ -98,7 +99,7 @@ class TargetGrid(Axes):
         regime: `full` or `text_only`.
         conditioning: how text conditions the model. layout: of the cross attention; None: `published` under `text_only`
             (the layout of the code behind the published table), else `replicated`.
-        model_preset: name of a DiT preset. target: GPU profile. num_gpus: GPUs of one node.
+        model_preset: name of a DiT preset. target: GPU profile, as get_profile takes it. num_gpus: GPUs of one node.
         every_policy: run each policy everywhere; otherwise, of a strategy and degree, the first one that fits into
             memory, and each no further than the first length at which it does not. The baseline is everywhere.
         search: for every configuration also the longest length that fits.
@@ -261,6 +262,7 @@ def measured_points(grid: MeasuredGrid, *, device: str) -> list[Point]:
 def target_points(grid: TargetGrid) -> list[list[Point]]:
     """The grid's points in groups of one length and one policy; a group's points do not depend on each other."""
     groups: list[list[Point]] = []
+    device = get_profile(grid.target).label
     order = dict.fromkeys((*grid.policies, BASELINE["policy"]) if grid.baseline else grid.policies)
     for seq_len in grid.seq_lens:
         for policy in order:
@@ -278,7 +280,7 @@ def target_points(grid: TargetGrid) -> list[list[Point]]:
                         model=grid.dit,
                         model_name=grid.model_name,
                         num_devices=grid.num_gpus,
-                        device=grid.target,
+                        device=device,
                         seq_len=seq_len,
                         is_baseline=is_baseline(one) and one["batch_per_group"] == grid.batches[0],
                         target=grid.target,

@@ -59,7 +59,7 @@ class SweepConfig:
         hidden_size: width of the DiT measured on the CPU.
         num_heads: attention heads of the DiT measured on the CPU.
         model: preset of the DiT of true size, such as dit-xl-2.
-        target: GPU that is predicted or emulated, such as h800.
+        target: GPU that is predicted or emulated, such as h800; or a TOML file with a profile, or file.toml:NAME.
         gpus: GPUs of the node; leaves out what is measured on the CPU, unless `ranks` asks for it.
         policies: activation policies, such as none,full; auto: the fastest that fits by prediction. Where other points
             of true size than the preset's are asked for, none,keep_attention,full if not given.
@@ -293,14 +293,12 @@ class SweepConfig:
         profile = get_profile(self.target or grid.target)
         gpus = grid.num_gpus if self.gpus is None else self.gpus
         if not on_gpus and not 1 <= gpus <= profile.gpus_per_node:
-            raise ValueError(
-                f"gpus must be 1 to {profile.gpus_per_node}, one node of {self.target or grid.target}, got {gpus}"
-            )
+            raise ValueError(f"gpus must be 1 to {profile.gpus_per_node}, one node of {profile.label}, got {gpus}")
         given = self._axes(grid) | {
             "seq_lens": parse_lengths("predicted_lens", self.predicted_lens)
             or parse_lengths("seq_lens", self.seq_lens),
             "model_preset": self.model,
-            "target": None if self.target is None else profile.name,
+            "target": None if self.target is None else profile.target,
             "num_gpus": self.gpus,
             "conditioning": self._conditioning(),
             "every_policy": self.every_policy or None,

@@ -125,7 +125,7 @@ def predicted_record(point: Point, prediction: Prediction, provenance: dict[str,
     if not prediction.fits:
         reason = (
             f"needs {prediction.memory_bytes / GiB:.1f} GiB of {prediction.usable_bytes / GiB:.1f} GiB usable "
-            f"({prediction.memory_limit / GiB:.0f} GiB {point.target} less the reserve)"
+            f"({prediction.memory_limit / GiB:.0f} GiB {point.device} less the reserve)"
         )
         return point.record("oom", reason=reason, **outcome)
     return point.record(

@@ -82,7 +82,7 @@ def _settle(point: Point) -> Answer:
     if profile is None:
         reason = f"policy auto goes by a GPU's profile, and there is none of {point.device}; name the policies"
         return Answer(point=point, status="skipped", reason=reason)
-    full = replace(point, parallel=under_policy(point.parallel, "full"), target=profile.name)
+    full = replace(point, parallel=under_policy(point.parallel, "full"), target=profile.target)
     try:
         choice = choose_policy(
             point.model,

@@ -28,7 +28,7 @@ def gather(command: Sequence[str]) -> dict[str, Any]:
     commit = _git("rev-parse", "HEAD")
     status = _git("status", "--porcelain")
     return {
-        "command": " ".join(_without_machine(word) for word in ["python", *command]),
+        "command": " ".join(without_machine(word) for word in ["python", *command]),
         "commit": commit or "unknown: not a git checkout",
         "dirty": None if status is None else bool(status),
         "versions": {"python": platform.python_version()} | {name: _version(name) for name in _PACKAGES},
@@ -77,7 +77,7 @@ def cpu_model() -> str:
     return platform.processor() or platform.machine()
 
 
-def _without_machine(word: str) -> str:
+def without_machine(word: str) -> str:
     """An argument whose path is relative to where the command ran, or only its name."""
     option, equals, value = word.rpartition("=")
     path = PurePath(value)

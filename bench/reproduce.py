@@ -6,6 +6,7 @@ import shlex
 
 from longreel.bench.cases import Point
 from longreel.bench.grids import preset_of
+from longreel.bench.provenance import without_machine
 
 
 def reproduce(point: Point) -> str:
@@ -40,7 +41,7 @@ def arguments(point: Point) -> list[str]:
     if p.mlp_tile is not None:
         options["mlp-tiles"] = p.mlp_tile
     if point.target is not None:
-        options["target"] = point.target
+        options["target"] = without_machine(point.target)
     name = preset_of(point.model)
     if name is not None:
         options["model"] = name

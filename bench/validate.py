@@ -80,6 +80,9 @@ def compare(record: Record, rates: MeasuredRates | None) -> Comparison | str:
         return f"no profile of {ran_on}"
     if rates is not None and profile_of_device(rates.device) is None:
         rates = None
+    target = record.config.get("target")
+    if isinstance(target, dict):
+        return f"{record.device} is of a file that is not here"
     try:
         model = dict(record.config["model"])
         parallel = ParallelConfig(**record.config["parallel"])
@@ -89,7 +92,7 @@ def compare(record: Record, rates: MeasuredRates | None) -> Comparison | str:
             model=DiTConfig(**_tuples(model)),
             parallel=replace(parallel, attention_provider=provider),
             num_gpus=record.num_devices,
-            target=str(record.config.get("target") or profile.name),
+            target=target or profile.name,
             seq_len=record.seq_len,
             batch_per_group=record.batch_per_group,
             rates=rates,

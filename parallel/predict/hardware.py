@@ -109,6 +109,7 @@ class GPUProfile:
         flash_scale: FlashAttention-2 rates relative to H100's, assumed.
         measured_matmul, measured_memory: rates in place of the shares of vendor figures, None if nothing was measured.
         measured_attention: (head_dim, backward, ((seq_len, rate), ...)) in place of FlashAttention-2's as published.
+        file: TOML file that it is of, None for one of PROFILES.
     """
 
     name: str
@@ -122,6 +123,17 @@ class GPUProfile:
     measured_matmul: Rate | None = None
     measured_memory: Rate | None = None
     measured_attention: tuple[tuple[int, bool, tuple[tuple[int, Rate], ...]], ...] = ()
+    file: str | None = None
+
+    @property
+    def target(self) -> str:
+        """What get_profile finds it by, from the same folder."""
+        return self.name if self.file is None else f"{self.file}:{self.name}"
+
+    @property
+    def label(self) -> str:
+        """Its name in words, which no other profile has."""
+        return self.name if self.file is None else f"{self.name} ({Path(self.file).name})"
 
     @property
     def usable_bytes(self) -> int:
@@ -359,4 +371,4 @@ def load_profile(path: str, name: str = "") -> GPUProfile:
     figures.setdefault("link_bytes_s", figures.get("node_link_bytes_s", GIGA))
     figures["memory_bytes"] = int(figures["memory_bytes"])
     scale = _assumed(flash[0], flash[1], flash[2], f"as {Path(path).name} says")
-    return GPUProfile(name=key.upper(), flash_scale=scale, **figures)
+    return GPUProfile(name=key.upper(), flash_scale=scale, file=path, **figures)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 from longreel.models.config import DiTConfig
@@ -232,14 +233,15 @@ def _shallow_optimizers(
 
 def _inputs(case: PredictionCase, profile: GPUProfile) -> dict[str, Any]:
     def vendor(value: float) -> dict[str, Any]:
-        return {"value": value, "provenance": "vendor", "source": f"{profile.name} data sheet"}
+        source = f"{profile.name} data sheet" if profile.file is None else f"as {Path(profile.file).name} says"
+        return {"value": value, "provenance": "vendor", "source": source}
 
     def assumed(value: Any, source: str) -> dict[str, Any]:
         return {"value": value, "provenance": "assumed", "source": source}
 
     pointwise = "one fused kernel each, no temporaries" if case.fused_pointwise else "their eager specification"
     return {
-        "target": profile.name,
+        "target": profile.label,
         "peak_flop_s": vendor(profile.matmul_flops),
         "memory_bytes": assumed(
             profile.memory_bytes, f"GB of {profile.name}'s data sheet taken as GiB, which the driver shows within 1 %"
