@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -54,10 +55,19 @@ def _group(group: Group, rows: Sequence[Record]) -> list[str]:
         here = [r for r in rows if r.seq_len == seq_len]
         timed = [r for r in here if r.tokens_per_s is not None]
         best = max(timed, key=lambda r: r.tokens_per_s or 0.0, default=None)
-        sides = *_figures(baselines.of(here[0])), *_figures(best)
+        sides = *_baseline_figures(baselines.of(here[0]), rows, seq_len), *_figures(best)
         cells = [f"{seq_len:,}", *sides, _ratio(best, baselines), _words(best)]
         lines.append(f"| {' | '.join(cells)} |")
     return [*lines, *_linearity(rows), *_longest(rows)]
+
+
+def _baseline_figures(baseline: Record | None, rows: Sequence[Record], seq_len: int) -> tuple[str, str]:
+    """As _figures; where it was not run, what the line through its two longest lengths says of its memory."""
+    if baseline is None:
+        for line in lines_of_memory([r for r in rows if r.is_baseline]):
+            if seq_len > line.longest.seq_len and line.at(seq_len) > line.usable:
+                return "out of memory, by the line", f"{line.at(seq_len) / GiB:.1f} GiB"
+    return _figures(baseline)
 
 
 def _figures(record: Record | None) -> tuple[str, str]:
@@ -97,32 +107,53 @@ def _linearity(rows: Sequence[Record]) -> list[str]:
     return ["", "Continued from depths 1 and 2, against the model's depth as it ran:", *found] if found else []
 
 
-def longest_that_fits(rows: Sequence[Record]) -> list[tuple[Record, int]]:
-    """Of every configuration emulated at two lengths the longest of them, and the longest length whose memory fits.
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MemoryLine:
+    """Allocated bytes of one configuration over length, through the two longest lengths at which they are known.
 
-    By the line through the two: memory is linear in length, as activations and buffers are and the rest is constant.
+    Memory is linear in length, as activations and buffers are and the rest is constant.
+
+    Args:
+        longest: the record at the longer one. slope: bytes a token. usable: bytes that there are.
     """
-    found = []
+
+    longest: Record
+    slope: float
+    usable: int
+
+    def at(self, seq_len: int) -> float:
+        """Bytes at a length."""
+        return self.longest.memory["allocated"] + self.slope * (seq_len - self.longest.seq_len)
+
+    @property
+    def fits(self) -> int:
+        """The longest sequence that fits, tokens."""
+        return int(self.longest.seq_len + (self.usable - self.longest.memory["allocated"]) / self.slope)
+
+
+def lines_of_memory(rows: Sequence[Record]) -> list[MemoryLine]:
+    """The line of every configuration that was emulated at two lengths and needs more at the longer one."""
     by_place: dict[tuple[Any, ...], dict[int, Record]] = {}
     for r in rows:
         if "allocated" in r.memory and r.memory_usable:
             place = [getattr(r, name) for name in _CONFIGURATION] + [json.dumps(dict(r.config), sort_keys=True)]
             by_place.setdefault(tuple(place), {})[r.seq_len] = r
+    found = []
     for at in by_place.values():
         if len(at) < 2:
             continue
         low, high = (at[n] for n in sorted(at)[-2:])
         slope = (high.memory["allocated"] - low.memory["allocated"]) / (high.seq_len - low.seq_len)
-        usable = high.memory_usable or 0
         if slope > 0:
-            found.append((high, int(high.seq_len + (usable - high.memory["allocated"]) / slope)))
+            found.append(MemoryLine(longest=high, slope=slope, usable=high.memory_usable or 0))
     return found
 
 
 def _longest(rows: Sequence[Record]) -> list[str]:
     lines = [
-        f"- {_words(record)}{_batch(record)}: {length:,} tokens, extrapolated from {record.seq_len:,}"
-        for record, length in longest_that_fits(rows)
+        f"- {_words(line.longest)}{_batch(line.longest)}: {line.fits:,} tokens, extrapolated from "
+        f"{line.longest.seq_len:,}"
+        for line in lines_of_memory(rows)
     ]
     if not lines:
         return []

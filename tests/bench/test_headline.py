@@ -107,9 +107,26 @@ def test_the_newest_commit_counts_not_the_fastest() -> None:
 def test_the_longest_length_is_on_the_line_of_the_two_longest() -> None:
     rows = [record(1000, 50), record(2000, 20), record(3000, 25), baseline(3000, 60, 1.0)]
     # 5 GiB a thousand tokens from 25 GiB at 3,000 on; the third and shortest length does not count.
-    assert headline.longest_that_fits(rows) == [(rows[2], 3000 + 52_000 // 5)]
+    (found,) = headline.lines_of_memory(rows)
+    assert (found.longest, found.fits, found.at(4000)) == (rows[2], 3000 + 52_000 // 5, 30 * GiB)
     line = "- ulysses, SP 8, keep_attention, triton: 13,400 tokens, extrapolated from 3,000"
     assert line in headline.table(rows)
+
+
+def test_a_baseline_that_was_not_run_is_out_of_memory_where_its_line_says_so() -> None:
+    known = [baseline(1000, 20, 1.0), baseline(2000, 40, 2.0)]
+    cells = [line.split(" | ")[1:3] for line in headline.table([*known, record(3000, 10), record(4000, 10)])[4:8]]
+    # 20 GiB a thousand tokens, 77 to use.
+    assert cells == [
+        ["8,000", "20.0 GiB"],
+        ["8,000", "40.0 GiB"],
+        ["not run", ""],
+        ["out of memory, by the line", "80.0 GiB"],
+    ]
+    # One length has no line, and what was run is told as it was.
+    assert headline.table([known[0], record(4000, 10)])[5].startswith("| 4,000 | not run |")
+    ran = headline.table([*known, baseline(4000, 70, 9.0), record(4000, 10)])
+    assert ran[6].startswith("| 4,000 | 3,556 | 70.0 GiB |")
 
 
 def test_configurations_that_differ_in_attention_or_batch_have_lines_of_their_own() -> None:
@@ -118,7 +135,7 @@ def test_configurations_that_differ_in_attention_or_batch_have_lines_of_their_ow
         for attention, batch, gib in (("triton", 1, 10), ("sdpa-flash", 1, 20), ("triton", 2, 30))
         for seq_len in (1000, 2000)
     ]
-    assert [length for _, length in headline.longest_that_fits(rows)] == [7700, 3850, 2566]
+    assert [line.fits for line in headline.lines_of_memory(rows)] == [7700, 3850, 2566]
     lines = headline.table(rows)
     assert "- ulysses, SP 8, keep_attention, triton, batch 2: 2,566 tokens, extrapolated from 2,000" in lines
 
