@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from bisect import bisect_right
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import accumulate
 from pathlib import Path
 
@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from longreel.data.captions import CaptionedFile
+from longreel.data.pictures import decode_clip, to_float
 from longreel.data.sources import inside
-from longreel.data.video import VideoError, VideoInfo, decode_clip, probe, to_float
+from longreel.data.video import VideoError, VideoInfo, probe
 
 
 class ClipDataset:
@@ -27,6 +28,7 @@ class ClipDataset:
         num_frames, height, width: size of every clip.
         stride: distance between two frames of a clip, in frames of the video.
         cache_bytes: memory for decoded clips, kept as bytes; the least recently used ones go first.
+        known: files that are not looked at again, and what they held.
 
     Raises:
         ValueError: no video can be used; says how many were left out and why the first one was.
@@ -42,6 +44,7 @@ class ClipDataset:
         width: int,
         stride: int = 1,
         cache_bytes: int = 256 << 20,
+        known: Mapping[str, VideoInfo] | None = None,
     ) -> None:
         self.size = (num_frames, height, width)
         self.stride = stride
@@ -54,7 +57,8 @@ class ClipDataset:
         self._span = (num_frames - 1) * stride + 1
         for file in files:
             try:
-                info = probe(inside(folder, file.file))
+                path = inside(folder, file.file)
+                info = (known or {}).get(file.file) or probe(path)
             except VideoError as error:
                 self.skipped.append((file.file, str(error).removeprefix(f"{folder / file.file}: ")))
                 continue
@@ -78,6 +82,15 @@ class ClipDataset:
         """(file, first frame) of a clip."""
         file, _, start = self._find(index)
         return file.file, start
+
+    def video(self, index: int) -> tuple[str, VideoInfo]:
+        """(file, what it holds) of the video that a clip is cut from."""
+        file, info, _ = self._find(index)
+        return file.file, info
+
+    def captions(self, index: int) -> tuple[str, ...]:
+        """Captions of a clip, without decoding it."""
+        return self._find(index)[0].captions
 
     @property
     def digest(self) -> str:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-import os
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
+from longreel.data.publish import published
 from longreel.data.shards import ShardDataset
 from longreel.models.autoencoders import Autoencoder
 
@@ -50,9 +50,5 @@ def write_contact_sheet(path: Path, clips: ShardDataset, autoencoder: Autoencode
             while words and draw.textlength(words, font=font) > _WIDTH:
                 words = words[:-1]
             draw.text((left, top + _HEIGHT + 2 + 13 * line), words, fill="black", font=font)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
+    with published(path) as partial:
         sheet.save(partial, format="PNG")
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)

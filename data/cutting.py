@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
-from longreel.data.video import MAX_FPS, MIN_FPS, VideoInfo
+from longreel.data.mp4 import MAX_FPS, MIN_FPS
+from longreel.data.video import VideoInfo
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from longreel.data.video import write_mp4
+from longreel.data.mp4 import write_mp4
+from longreel.data.publish import published
 
 _SCENES = (
     ("red_square_right.mp4", "square", (0.9, -0.7, -0.7), (-0.5, 0.0), (0.5, 0.0), "a red square moves to the right"),
@@ -41,9 +41,9 @@ def make_demo_folder(folder: Path, *, num_frames: int = DEMO_FRAMES, size: int =
     for name, shape, color, begin, end, caption in _SCENES:
         write_mp4(folder / name, _moving_shape(shape, color, begin, end, num_frames, size), fps)
         entries.append({"file": name, "captions": [caption]})
-    captions, partial = folder / "captions.json", folder / f".captions.json.{os.getpid()}.partial"
-    partial.write_text(json.dumps(entries, indent=1) + "\n", encoding="utf-8")
-    os.replace(partial, captions)
+    captions = folder / "captions.json"
+    with published(captions) as partial:
+        partial.write_text(json.dumps(entries, indent=1) + "\n", encoding="utf-8")
     return captions
 
 

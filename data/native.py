@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,9 +15,10 @@ from torch import Tensor
 
 from longreel.data.captions import CaptionedFile
 from longreel.data.cutting import CropConfig, CutConfig, chosen_frames, clip_fps, cut_by_length, usable_length
+from longreel.data.pictures import to_float, upright_picture
 from longreel.data.samples import Clip
 from longreel.data.sources import inside
-from longreel.data.video import VideoError, VideoInfo, frames_from, open_video, probe, to_float, upright_picture
+from longreel.data.video import VideoError, VideoInfo, frames_from, open_video, probe
 from longreel.models.autoencoders import Autoencoder, RawPixels
 
 # Frames are compared for scene cuts at this size.
@@ -61,7 +62,7 @@ class FrameReader:
                 f"{crop.height}, the least that autoencoder and patches need"
             )
         self._open = ExitStack()
-        self._frames: Iterator[tuple[int, av.VideoFrame]] | None = None
+        self._frames: Iterator[tuple[int, av.VideoFrame, bool]] | None = None
         self._next = 0
         self._last: tuple[int, np.ndarray] | None = None
 
@@ -89,11 +90,11 @@ class FrameReader:
                 self.close()
                 container, stream = self._open.enter_context(open_video(self.path))
                 self._frames = frames_from(container, stream, self.info, index)
-            found, frame = next((pair for pair in self._frames if pair[0] >= index), (None, None))
+            found, frame, whole = next((triple for triple in self._frames if triple[0] >= index), (None, None, False))
             if found != index or frame is None:
                 raise VideoError(f"{self.path}: frame {index} cannot be decoded")
             self._next = index + 1
-            if frame.is_corrupt:
+            if not whole:
                 raise VideoError(f"{self.path}: frame {index} is damaged")
             picture = self._crop(frame, index)
         except (av.FFmpegError, OSError) as error:
@@ -183,6 +184,7 @@ class NativeClips:
         folder: folder of the videos. files: entries of the captions file.
         cut: how clips are cut; scenes need a pass over every video first, so prepare.py cuts those.
         crop: multiples of sizes. autoencoder: what clips pass through.
+        known: files that are not looked at again, and what they held.
 
     Raises:
         ValueError: no video can be used, or cut asks for scenes.
@@ -196,6 +198,7 @@ class NativeClips:
         cut: CutConfig,
         crop: CropConfig,
         autoencoder: Autoencoder | None = None,
+        known: Mapping[str, VideoInfo] | None = None,
     ) -> None:
         if cut.scene_threshold is not None:
             raise ValueError("scene_threshold is for data/prepare.py; clips decoded on the fly are cut by length")
@@ -208,7 +211,8 @@ class NativeClips:
         time, space = self.autoencoder.time_factor, self.autoencoder.space_factor
         for file in files:
             try:
-                info = probe(inside(folder, file.file))
+                path = inside(folder, file.file)
+                info = (known or {}).get(file.file) or probe(path)
                 height, width = FrameReader(folder / file.file, info, crop).size
                 clips = cut_by_length(chosen_frames(info, cut), cut, crop)
                 if not clips:
@@ -230,6 +234,15 @@ class NativeClips:
         """See ClipSource."""
         listing = [(file.file, frames, file.captions) for file, _, frames in self._clips]
         return hashlib.blake2b(repr((listing, self.sizes)).encode(errors="surrogatepass"), digest_size=7).hexdigest()
+
+    def video(self, index: int) -> tuple[str, VideoInfo]:
+        """See ClipSource."""
+        file, info, _ = self._clips[index]
+        return file.file, info
+
+    def captions(self, index: int) -> tuple[str, ...]:
+        """See ClipSource."""
+        return self._clips[index][0].captions
 
     def __getitem__(self, index: int) -> Clip:
         """See ClipSource; VideoError if its frames cannot be decoded."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -69,6 +69,12 @@ class PrepareConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
+        stores_floats = (self.compression.autoencoder, self.text.text_encoder) != ("raw", "bytes")
+        if self.latent_dtype != "fp16" and not stores_floats:
+            raise ValueError(
+                f"latent_dtype {self.latent_dtype} has no effect with autoencoder 'raw', whose pixels are stored as "
+                "bytes, and text_encoder 'bytes', which stores nothing; leave it out"
+            )
         if min(self.patch_size) < 1:
             raise ValueError(f"patch_size must be three positive sizes (frames, height, width), got {self.patch_size}")
         if (self.rank is None) != (self.world is None):
@@ -157,9 +163,11 @@ def describe(
         "shard_mib": config.shard_mib,
         "cut": asdict(config.cut),
         "compression": asdict(config.compression),
+        "autoencoder_weights": autoencoder.digest,
         "text": asdict(config.text),
+        "text_weights": encoder.digest,
     }
-    listing = json.dumps([made, [asdict(video) for video in videos]], sort_keys=True)
+    listing = json.dumps([made_by(made), [asdict(video) for video in videos]], sort_keys=True)
     return made | {
         "format": FORMAT,
         "fingerprint": hashlib.blake2b(listing.encode(), digest_size=16).hexdigest(),
@@ -169,4 +177,19 @@ def describe(
         "text_stored": config.text.text_encoder != "bytes",
         "text_dim": encoder.text_dim,
         "max_text_tokens": encoder.max_tokens,
+    }
+
+
+def made_by(info: Mapping[str, Any]) -> dict[str, Any]:
+    """What of dataset.json decides the bytes of shards.
+
+    How many frames or captions go through a network at a time does not, nor where its weights lie: their digests say
+    which they are.
+    """
+    names = ("patch_size", "latent_dtype", "shard_mib", "cut", "autoencoder_weights", "text_weights")
+    free = {"autoencoder_path", "frame_batch", "text_path", "text_batch"}
+    nested = {name: info.get(name) for name in ("compression", "text")}
+    return {name: info.get(name) for name in names} | {
+        name: {key: value for key, value in fields.items() if key not in free} if isinstance(fields, dict) else fields
+        for name, fields in nested.items()
     }

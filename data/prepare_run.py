@@ -19,8 +19,9 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 
 from longreel.data.captions import CaptionProblem, read_captions
 from longreel.data.contact_sheet import write_contact_sheet
-from longreel.data.prepare_config import PrepareConfig, describe, plan_groups
+from longreel.data.prepare_config import PrepareConfig, describe, made_by, plan_groups
 from longreel.data.prepare_group import Done, GroupWorker, Job, part_path
+from longreel.data.publish import published
 from longreel.data.shard_files import (
     DATASET,
     INDEX,
@@ -29,7 +30,9 @@ from longreel.data.shard_files import (
     SHARDS,
     SHEET,
     SUMMARY,
+    ShardError,
     read_rows,
+    shard_is_whole,
     write_json,
     write_rows,
 )
@@ -72,7 +75,7 @@ def prepare(config: PrepareConfig) -> None:
         console.print(f"{done_before} groups were done before")
     _remove_partial_files(config.out, left)
     _work_off(job, worker, left, console)
-    missing = [group for group in range(len(job.groups)) if not part_path(config.out, group).is_file()]
+    missing = [group for group in range(len(job.groups)) if not _is_done(job, group)]
     if missing:
         console.print(f"{len(missing)} groups are left to other ranks; the last rank to finish writes {INDEX}")
         return
@@ -99,7 +102,8 @@ def _begin(config: PrepareConfig, sources: Sources) -> tuple[Job, GroupWorker]:
         except ValueError as error:
             raise ValueError(f"{present}: not JSON: {error}") from error
         if before.get("fingerprint") != job.fingerprint:
-            differing = [name for name in info if name != "fingerprint" and before.get(name) != info[name]]
+            were, now = made_by(before), made_by(info)
+            differing = [name for name in now if were.get(name) != now[name]]
             raise ValueError(
                 f"out: {config.out} holds another preparation, with other "
                 f"{', '.join(differing) or 'videos or captions'}; give another folder, or remove that one"
@@ -111,19 +115,22 @@ def _begin(config: PrepareConfig, sources: Sources) -> tuple[Job, GroupWorker]:
 
         from longreel.models.autoencoders import DTYPES
 
-        partial = config.out / f".{NULL_TEXT}.{os.getpid()}.partial"
-        save_file({"text": worker.encoder.encode([""])[0].to(DTYPES[config.latent_dtype])}, partial)
-        os.replace(partial, config.out / NULL_TEXT)
+        with published(config.out / NULL_TEXT) as partial:
+            save_file({"text": worker.encoder.encode([""])[0].to(DTYPES[config.latent_dtype])}, partial)
     return job, worker
 
 
 def _is_done(job: Job, group: int) -> bool:
-    """Whether a group's rows and all the shards they name are there."""
-    path = part_path(job.config.out, group)
-    if not path.is_file():
+    """Whether a group's rows and all the shards they name are there, whole and of this preparation."""
+    try:
+        rows, notes = read_rows(part_path(job.config.out, group))
+    except ShardError:
+        # Not there, or cut off where the machine went down: it is made again.
         return False
-    shards = {row["shard"] for row in read_rows(path)[0]}
-    return all((job.config.out / SHARDS / shard).is_file() for shard in shards)
+    shards = {row["shard"] for row in rows}
+    return notes.get("fingerprint") == job.fingerprint and all(
+        shard_is_whole(job.config.out / SHARDS / shard) for shard in shards
+    )
 
 
 def _remove_partial_files(out: Path, groups: list[int]) -> None:

@@ -8,6 +8,8 @@ from typing import Protocol
 
 from torch import Tensor
 
+from longreel.data.video import VideoInfo
+
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Clip:
@@ -37,6 +39,14 @@ class ClipSource(Protocol):
 
     def __getitem__(self, index: int) -> Clip:
         """Read one clip; ValueError names the file that cannot be read."""
+        ...
+
+    def video(self, index: int) -> tuple[str, VideoInfo] | None:
+        """(file, what it holds) of the video that a clip is decoded from; None where clips are stored."""
+        ...
+
+    def captions(self, index: int) -> tuple[str, ...]:
+        """Captions of one clip, without reading it."""
         ...
 
     @property

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +19,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from longreel.data.publish import published
 
 DATASET, INDEX, NULL_TEXT, SUMMARY, SHEET = (
     "dataset.json",
@@ -118,16 +119,22 @@ def write_shard(folder: Path, name: str, clips: Sequence[StoredClip]) -> list[di
         rows.append(
             clip.row | {"shard": name, "key": key, "text_key": text_key, "checksum": checksum(clip.latents, clip.text)}
         )
-    target = folder / SHARDS / name
-    partial = target.with_name(f".{name}.{os.getpid()}.partial")
-    try:
+    with published(folder / SHARDS / name) as partial:
         save_file(tensors, partial)
         # safetensors lets nobody else read; the users of a shared folder must.
         partial.chmod(0o644)
-        os.replace(partial, target)
-    finally:
-        partial.unlink(missing_ok=True)
     return rows
+
+
+def shard_is_whole(path: Path) -> bool:
+    """Whether a shard is there and as long as its header says; its bytes are compared when clips are read."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt"):
+            return True
+    except (OSError, SafetensorError):
+        return False
 
 
 def write_rows(path: Path, rows: Sequence[dict[str, Any]], notes: dict[str, Any] | None = None) -> None:
@@ -139,12 +146,8 @@ def write_rows(path: Path, rows: Sequence[dict[str, Any]], notes: dict[str, Any]
     fields = [pyarrow.field(name, kinds.get(kind) or pyarrow.type_for_alias(kind)) for name, kind, _ in COLUMNS]
     metadata = {"longreel": json.dumps(notes or {}, sort_keys=True)}
     table = pyarrow.Table.from_pylist(list(rows), schema=pyarrow.schema(fields, metadata=metadata))
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
+    with published(path) as partial:
         pyarrow.parquet.write_table(table, partial, compression="zstd", write_page_checksum=True)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def read_rows(path: Path) -> tuple[list[dict[str, Any]], dict[str, Any]]:
@@ -167,9 +170,5 @@ def read_rows(path: Path) -> tuple[list[dict[str, Any]], dict[str, Any]]:
 
 def write_json(path: Path, value: Any) -> None:
     """Write JSON, whole or not at all."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
+    with published(path) as partial:
         partial.write_text(json.dumps(value, indent=1, sort_keys=True) + "\n", encoding="utf-8")
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)

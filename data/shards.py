@@ -110,6 +110,14 @@ class ShardDataset:
             start=row["start"],
         )
 
+    def video(self, index: int) -> None:
+        """See ClipSource: clips are stored."""
+        return
+
+    def captions(self, index: int) -> tuple[str, ...]:
+        """See ClipSource."""
+        return tuple(self.rows[index]["captions"])
+
     def check(self) -> None:
         """Read every clip against its checksum; ShardError names the first shard that is missing or damaged."""
         verify, self.verify = self.verify, True

@@ -1,24 +1,16 @@
-"""Video files to tensors and back, by PyAV: frame-exact clips of a fixed size, and mp4 files."""
+"""Video files by PyAV: what they hold, and their frames in order, each known to be whole or damaged."""
 
 from __future__ import annotations
 
-import os
 from bisect import bisect_right
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
 
 import av
-import numpy as np
-import torch
 from av.stream import Disposition
-from av.video.reformatter import ColorRange, Colorspace
-from torch import Tensor
-
-# What players and the mp4 time base can hold.
-MIN_FPS, MAX_FPS = 0.1, 1000.0
 
 # Containers of videos. Others that FFmpeg reads are not: playlists and concatenations name other files and addresses,
 # pictures and text have a "video" of their own.
@@ -96,151 +88,34 @@ def probe(path: Path) -> VideoInfo:
     return _describe(path, every_frame=True)
 
 
-def read_clip(
-    path: Path,
-    num_frames: int,
-    height: int,
-    width: int,
-    *,
-    start: int = 0,
-    stride: int = 1,
-    info: VideoInfo | None = None,
-) -> Tensor:
-    """Frames start, start + stride, ... of a video, scaled and centre-cropped to a fixed size.
-
-    Args:
-        path: video file.
-        num_frames: T, frames to read.
-        height, width: H and W of the result in pixels; the picture is scaled until it covers them, keeping its aspect
-            ratio (that of the pixels and the rotation stored in the file included), and its centre is kept.
-        start: index of the first frame.
-        stride: distance between two frames.
-        info: what probe(path) returned, to spare a scan of the file.
-
-    Returns:
-        [T, H, W, 3] float32 RGB in [-1, 1].
-
-    Raises:
-        VideoError: the file cannot be read or holds too few frames.
-        ValueError: an argument is out of range.
-    """
-    return to_float(decode_clip(path, num_frames, height, width, start=start, stride=stride, info=info))
-
-
-def decode_clip(
-    path: Path,
-    num_frames: int,
-    height: int,
-    width: int,
-    *,
-    start: int = 0,
-    stride: int = 1,
-    info: VideoInfo | None = None,
-) -> Tensor:
-    """As read_clip, but [T, H, W, 3] uint8 RGB: a quarter of the memory."""
-    for name, value, least in (
-        ("num_frames", num_frames, 1),
-        ("height", height, 1),
-        ("width", width, 1),
-        ("stride", stride, 1),
-        ("start", start, 0),
-    ):
-        if value < least:
-            raise ValueError(f"{name} must be at least {least}, got {value}")
-    info = info or probe(path)
-    needed = start + (num_frames - 1) * stride + 1
-    if needed > info.num_frames:
-        raise VideoError(
-            f"{path}: has {info.num_frames} frames; {num_frames} at stride {stride} from frame {start} need {needed}"
-        )
-    clip = np.empty((num_frames, height, width, 3), np.uint8)
-    filled = 0
-    with open_video(path) as (container, stream):
-        aspect = stream.codec_context.sample_aspect_ratio or Fraction(1)
-        for index, frame in frames_from(container, stream, info, start):
-            if index == start + filled * stride:
-                clip[filled] = upright_picture(frame, height, width, aspect)
-                filled += 1
-                if filled == num_frames:
-                    break
-    if filled < num_frames:
-        raise VideoError(f"{path}: frame {start + filled * stride} cannot be decoded")
-    return torch.from_numpy(clip)
-
-
-def to_float(clip: Tensor) -> Tensor:
-    """uint8 colours to float32 in [-1, 1]."""
-    return clip.to(torch.float32) / 127.5 - 1.0
-
-
-def write_mp4(path: Path, frames: Tensor, fps: float, *, metadata: Mapping[str, str] | None = None) -> str:
-    """Encode frames as an mp4 that any player opens; the file appears complete or not at all.
-
-    Args:
-        path: file to write; its folder must exist.
-        frames: [T, H, W, 3] RGB in [-1, 1], values outside are clipped. Odd sizes lose nothing: the last row or column
-            is repeated, since 4:2:0 video needs even sizes.
-        fps: frames per second, MIN_FPS to MAX_FPS.
-        metadata: of the container, by the keys that mp4 has: `title`, `comment`, `artist`, ...
-
-    Returns:
-        Name of the encoder that wrote it: `libx264`, or `mpeg4` where this build of FFmpeg has no H.264.
-
-    Raises:
-        ValueError: frames or fps are not as described.
-        OSError: the file cannot be written.
-    """
-    if frames.dim() != 4 or frames.shape[-1] != 3 or 0 in frames.shape:
-        raise ValueError(f"frames must be [T, H, W, 3] and not empty, got {list(frames.shape)}")
-    if not MIN_FPS <= fps <= MAX_FPS:
-        raise ValueError(f"fps must be between {MIN_FPS} and {MAX_FPS:.0f}, got {fps}")
-    if not torch.isfinite(frames).all():
-        raise ValueError("frames hold values that are not finite, so there is no picture to write")
-    levels = ((frames.detach().to("cpu", torch.float32).clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).numpy()
-    levels = np.pad(levels, ((0, 0), (0, levels.shape[1] % 2), (0, levels.shape[2] % 2), (0, 0)), mode="edge")
-    encoder = "libx264" if "libx264" in av.codecs_available else "mpeg4"
-    options = {"crf": "16", "preset": "medium"} if encoder == "libx264" else {"qscale": "2"}
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        with av.open(str(partial), "w", format="mp4") as container:
-            container.metadata.update(metadata or {})
-            stream = container.add_stream(encoder, rate=Fraction(fps).limit_denominator(30000), options=options)
-            assert isinstance(stream, av.VideoStream)
-            stream.height, stream.width = levels.shape[1:3]
-            stream.pix_fmt = "yuv420p"
-            # Said in the file, so that every reader turns the colours back with the matrix used here.
-            stream.codec_context.colorspace = Colorspace.ITU709
-            stream.codec_context.color_range = ColorRange.MPEG
-            for picture in levels:
-                frame = av.VideoFrame.from_ndarray(picture, format="rgb24").reformat(
-                    format="yuv420p", dst_colorspace=Colorspace.ITU709, dst_color_range=ColorRange.MPEG
-                )
-                container.mux(stream.encode(frame))
-            container.mux(stream.encode(None))
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
-    return encoder
-
-
 def _describe(path: Path, *, every_frame: bool) -> VideoInfo:
-    shown: list[int | None] = []
     first: av.VideoFrame | None = None
-    with open_video(path) as (container, stream):
-        # Only counted, so several frames may be decoded at a time.
-        stream.thread_type = "AUTO"
-        num_frames = 0
-        times: list[tuple[int, int, bool]] = []
-        for packet in container.demux(stream):
+    whole: list[int | None] = []
+    num_frames, times = 0, list[tuple[int, int, bool]]()
+
+    def counted(packets: Iterator[av.Packet]) -> Iterator[av.Packet]:
+        nonlocal num_frames
+        for packet in packets:
             if packet.size and not packet.is_discard:
                 num_frames += 1
                 if packet.pts is not None:
                     # (presentation, decoding, is a keyframe); containers without decoding times seek by the others.
                     times.append((packet.pts, packet.pts if packet.dts is None else packet.dts, packet.is_keyframe))
-            if every_frame or first is None:
-                frames = packet.decode()
-                shown += [frame.pts for frame in frames]
-                first = first or next(iter(frames), None)
+            yield packet
+
+    with open_video(path) as (container, stream):
+        # Only counted, so several frames may be decoded at a time.
+        stream.thread_type = "AUTO"
+        packets = counted(container.demux(stream))
+        for frame, is_whole in decoded(packets):
+            first = first or frame
+            if is_whole:
+                whole.append(frame.pts)
+            if not every_frame:
+                break
+        # What is not decoded is counted all the same.
+        for _ in packets:
+            pass
         timed = len({pts for pts, _, _ in times}) == num_frames
         info = VideoInfo(
             codec=stream.codec_context.name,
@@ -258,9 +133,9 @@ def _describe(path: Path, *, every_frame: bool) -> VideoInfo:
         raise VideoError(f"{path}: its video stream holds no frames")
     if first is None:
         raise VideoError(f"{path}: none of its {info.num_frames} frames can be decoded")
-    decoded = len(set(shown) & set(info.timestamps)) if info.timestamps else len(shown)
-    if every_frame and decoded < info.num_frames:
-        raise VideoError(f"{path}: only {decoded} of its {info.num_frames} frames can be decoded")
+    good = len(set(whole) & set(info.timestamps)) if info.timestamps else len(whole)
+    if every_frame and good < info.num_frames:
+        raise VideoError(f"{path}: damaged: only {good} of its {info.num_frames} frames can be decoded whole")
     return info
 
 
@@ -280,6 +155,8 @@ def open_video(path: Path) -> Iterator[tuple[av.container.InputContainer, av.Vid
             # Sound files may hold their cover as a video stream.
             if not isinstance(stream, av.VideoStream) or stream.disposition & Disposition.attached_pic:
                 raise VideoError(f"{path}: holds no video stream that can be decoded")
+            # FFmpeg would paint over what is damaged: grey, or what was there before.
+            stream.codec_context.options = {"err_detect": "crccheck+explode"}
             yield container, stream
     except (av.FFmpegError, OSError) as error:
         raise VideoError(f"{path}: {getattr(error, 'strerror', None) or error}") from error
@@ -287,39 +164,65 @@ def open_video(path: Path) -> Iterator[tuple[av.container.InputContainer, av.Vid
 
 def frames_from(
     container: av.container.InputContainer, stream: av.VideoStream, info: VideoInfo, start: int
-) -> Iterator[tuple[int, av.VideoFrame]]:
-    """(index, frame) in display order, from a keyframe at or before frame `start` on."""
+) -> Iterator[tuple[int, av.VideoFrame, bool]]:
+    """(index, frame, whether it is whole) in display order, from a keyframe at or before frame `start` on."""
     if not info.timestamps:
-        yield from enumerate(container.decode(stream))
+        for index, (frame, whole) in enumerate(decoded(container.demux(stream))):
+            yield index, frame, whole
         return
+    if "av1" in info.codec:
+        # dav1d's threads answer some frames late: an error would be laid to the wrong ones.
+        stream.codec_context.thread_count = 1
     # Containers look for decoding times: asking for the frame's own time could land behind the frames it depends on.
     first = bisect_right(info.keyframes, info.timestamps[start], key=lambda times: times[0]) - 1
     if start > 0 and first > 0:
         container.seek(info.keyframes[first][1], stream=stream, backward=True)
     index_of = {time: index for index, time in enumerate(info.timestamps)}
-    for frame in container.decode(stream):
-        if frame.pts in index_of:
-            yield index_of[frame.pts], frame
+    expected, broken_until = start, start
+    for frame, whole in decoded(container.demux(stream)):
+        index = index_of.get(frame.pts, -1) if frame.pts is not None else -1
+        if index > expected:
+            # One is missing, and others up to the next keyframe may be predicted from it.
+            behind = bisect_right(info.keyframes, info.timestamps[expected], key=lambda times: times[0])
+            broken_until = index_of[info.keyframes[behind][0]] if behind < len(info.keyframes) else info.num_frames
+        expected = max(expected, index + 1)
+        if index >= 0:
+            yield index, frame, whole and index >= broken_until
 
 
-def upright_picture(frame: av.VideoFrame, height: int, width: int, pixel_aspect: Fraction) -> np.ndarray:
-    """One frame as [H, W, 3] uint8: upright, scaled to cover (height, width), centre kept.
+def decoded(packets: Iterator[av.Packet]) -> Iterator[tuple[av.VideoFrame, bool]]:
+    """Frames in display order, each with whether it is whole; those that give no picture at all are left out.
 
-    Matrix and range of the colours are those the frame is tagged with; one thread, so that no machine differs.
+    A damaged frame takes along what is predicted from it: all frames decoded after it up to the next keyframe, and, in
+    open groups, those decoded behind that keyframe but shown before it. They decode without an error, and are wrong.
+
+    Args:
+        packets: of one video stream, in decoding order, the empty one at the end included. Without time stamps nothing
+            after a damaged frame counts as whole, since a frame that is missing moves the others.
     """
-    quarter_turns = round(frame.rotation / 90) % 4
-    if quarter_turns % 2:
-        height, width = width, height
-    shown_width = frame.width * pixel_aspect
-    scale = max(Fraction(height, frame.height), width / shown_width)
-    cover_height = max(height, round(frame.height * scale))
-    cover_width = max(width, round(shown_width * scale))
-    scaled = frame.reformat(
-        width=cover_width,
-        height=cover_height,
-        format="rgb24",
-        interpolation="BICUBIC",
-        threads=1,
-    ).to_ndarray()
-    top, left = (cover_height - height) // 2, (cover_width - width) // 2
-    return np.rot90(scaled[top : top + height, left : left + width], quarter_turns)
+    damaged: set[int | None] = set()
+    leading: set[int | None] = set()
+    key: int | None = None
+    broken = broken_before = False
+    for packet in packets:
+        if packet.is_keyframe and packet.pts is not None:
+            key, broken_before, broken = packet.pts, broken, False
+        leads = key is not None and packet.pts is not None and packet.pts < key
+        try:
+            frames = packet.decode()
+            bad = packet.is_corrupt
+        except av.FFmpegError:
+            frames, bad = [], True
+        if leads:
+            leading.add(packet.pts)
+            broken_before |= bad
+        else:
+            broken |= bad
+        if broken or (leads and broken_before):
+            damaged.add(packet.pts)
+        for frame in frames:
+            assert isinstance(frame, av.VideoFrame)
+            if frame.is_corrupt:
+                damaged.add(frame.pts)
+                broken |= frame.pts not in leading
+            yield frame, frame.pts not in damaged

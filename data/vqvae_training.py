@@ -22,8 +22,9 @@ from torch import Tensor
 from longreel.data.clips import seeded_generator
 from longreel.data.cutting import CropConfig
 from longreel.data.native import FrameReader
+from longreel.data.pictures import to_float
 from longreel.data.sources import VIDEO_SUFFIXES
-from longreel.data.video import VideoError, VideoInfo, scan, to_float
+from longreel.data.video import VideoError, VideoInfo, scan
 from longreel.models.autoencoders import psnr
 from longreel.models.vqvae import VQVAE, VQVAEConfig, save_vqvae
 
@@ -31,6 +32,8 @@ from longreel.models.vqvae import VQVAE, VQVAEConfig, save_vqvae
 _POOL = 32
 # Vectors of the latest batches that give the latents' mean and deviation.
 _LATEST = 20
+# What is compressed and brought back at the end, to say how well: videos, frames of each, pixels along a side.
+_CHECKED_VIDEOS, _CHECKED_FRAMES, _CHECKED_SIDE = 3, 16, 256
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -142,9 +145,9 @@ class RandomCrops:
         return int(torch.randint(below, (), generator=generator))
 
 
-def read_stretch(path: Path, info: VideoInfo, start: int, frames: int, crop: CropConfig | None = None) -> Tensor:
+def read_stretch(path: Path, info: VideoInfo, start: int, frames: int) -> Tensor:
     """Frames start .. start + frames - 1 of a video in its own size: [T, H, W, 3] uint8."""
-    with FrameReader(path, info, crop or CropConfig()) as reader:
+    with FrameReader(path, info, CropConfig()) as reader:
         return torch.from_numpy(np.stack([reader.read(index) for index in range(start, start + frames)]))
 
 
@@ -172,12 +175,29 @@ def train_vqvae(config: VQVAETrainConfig) -> VQVAE:
         _train(model, config, crops, console)
     model.eval().requires_grad_(False)
     save_vqvae(model, config.out)
-    for path, info in crops.videos[:3]:
-        length = min(info.num_frames, 4 * frames) // config.model.time_factor * config.model.time_factor
-        space = config.model.space_factor
-        video = to_float(read_stretch(path, info, 0, length, CropConfig(height=space, width=space)))[None]
-        console.print(f"{path.name}: {psnr(model.decode(model.encode(video)).cpu(), video):.1f} dB, {length} frames")
+    _say_quality(model, crops.videos, console)
     return model
+
+
+def _say_quality(model: VQVAE, videos: list[tuple[Path, VideoInfo]], console: Console) -> None:
+    """How well the first stretch of some videos comes back, and over how much that is: seconds on any machine."""
+    time, space = model.time_factor, model.space_factor
+    for path, info in videos[:_CHECKED_VIDEOS]:
+        frames = min(info.num_frames, _CHECKED_FRAMES) // time * time
+        try:
+            pixels = read_stretch(path, info, 0, frames)
+        except VideoError as error:
+            console.print(f"not measured: {error}")
+            continue
+        height, width = (min(size, _CHECKED_SIDE) // space * space for size in pixels.shape[1:3])
+        top, left = (pixels.shape[1] - height) // 2, (pixels.shape[2] - width) // 2
+        video = to_float(pixels[:, top : top + height, left : left + width])[None].to(model.latent_mean.device)
+        console.print(
+            f"{path.name}: {psnr(model.decode(model.encode(video)), video):.1f} dB over the middle {width}x{height} "
+            f"pixels of its first {frames} of {info.num_frames} frames"
+        )
+    if len(videos) > _CHECKED_VIDEOS:
+        console.print(f"{len(videos) - _CHECKED_VIDEOS} more videos were not measured")
 
 
 def _train(model: VQVAE, config: VQVAETrainConfig, crops: RandomCrops, console: Console) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from longreel.models.autoencoders import check_latents, check_video
 from longreel.models.pretrained import find_pretrained, load_pretrained
+from longreel.models.weights_digest import weights_digest
 
 
 class StableDiffusionVAE:
@@ -57,6 +58,11 @@ class StableDiffusionVAE:
         self.space_factor: int = 2 ** (len(config.block_out_channels) - 1)
         self._scale: float = config.scaling_factor
         self._shift: float = config.shift_factor or 0.0
+
+    @property
+    def digest(self) -> str:
+        """See Autoencoder."""
+        return weights_digest(self._vae, self._scale, self._shift)
 
     @torch.no_grad()
     def encode(self, video: Tensor) -> Tensor:

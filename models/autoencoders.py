@@ -46,6 +46,11 @@ class Autoencoder(Protocol):
         """C of the latents."""
         ...
 
+    @property
+    def digest(self) -> str:
+        """Names the weights: two autoencoders of one digest give the same latents, up to rounding."""
+        ...
+
     def encode(self, video: Tensor) -> Tensor:
         """Latents of a video, the same every time.
 
@@ -107,6 +112,10 @@ class AutoencoderConfig:
             raise ValueError(f"frame_batch must be at least 1, got {self.frame_batch}")
         if self.autoencoder_dtype not in DTYPES:
             raise ValueError(f"autoencoder_dtype must be one of {', '.join(DTYPES)}; got {self.autoencoder_dtype!r}")
+        if self.autoencoder == "raw":
+            for name in ("frame_batch", "autoencoder_dtype"):
+                if (value := getattr(self, name)) != type(self).__dataclass_fields__[name].default:
+                    raise ValueError(f"{name} {value} has no effect with autoencoder 'raw', which is no network")
 
 
 class RawPixels:
@@ -116,6 +125,7 @@ class RawPixels:
     time_factor = 1
     space_factor = 1
     channels = 3
+    digest = ""
 
     def encode(self, video: Tensor) -> Tensor:
         """The video, [B, T, H, W, 3] fp32."""

@@ -73,7 +73,12 @@ class ObjectiveConfig:
             raise ValueError(
                 "prediction, timesteps and timestep_shift are choices of objective flow, and --demo and presets set"
                 " some; ddpm predicts epsilon at uniform timesteps: give --prediction velocity --timesteps uniform "
-                f"--timestep-shift 1 with it, got {' '.join(map(str, of_flow))}"
+                f"--timestep-shift 1 --min-weighed-t {MIN_WEIGHED_T} with it, got {' '.join(map(str, of_flow))}"
+            )
+        if self.prediction != "x0" and self.min_weighed_t != MIN_WEIGHED_T:
+            raise ValueError(
+                f"min_weighed_t {self.min_weighed_t} weighs the error of prediction 'x0' and has no effect on "
+                f"prediction {self.prediction!r}; use prediction x0, or leave it at {MIN_WEIGHED_T}"
             )
         self.build()
 

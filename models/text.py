@@ -40,6 +40,11 @@ class TextEncoder(Protocol):
         """L, tokens per caption."""
         ...
 
+    @property
+    def digest(self) -> str:
+        """Names weights and tokenizer: two encoders of one digest and one configuration give the same features."""
+        ...
+
     def encode(self, captions: Sequence[str]) -> Tensor:
         """Features [B, L, text_dim] of B captions, fp32, on the CPU; ValueError for one string instead of several."""
         ...
@@ -80,6 +85,10 @@ class TextEncoderConfig:
             raise ValueError(f"text_batch must be at least 1, got {self.text_batch}")
         if self.text_dtype not in DTYPES:
             raise ValueError(f"text_dtype must be one of {', '.join(DTYPES)}; got {self.text_dtype!r}")
+        unread = ("text_batch", "text_dtype") if self.text_encoder == "bytes" else ("text_dim",)
+        for name in unread:
+            if (value := getattr(self, name)) != type(self).__dataclass_fields__[name].default:
+                raise ValueError(f"{name} {value} has no effect with text_encoder {self.text_encoder!r}; leave it out")
 
 
 def build_text_encoder(config: TextEncoderConfig, *, device: torch.device | str = "cpu") -> TextEncoder:
@@ -120,6 +129,8 @@ class ByteTextEncoder:
 
     Source: the binding of symbols to positions by signs follows Gayler 1998, multiplicative binding.
     """
+
+    digest = ""
 
     def __init__(self, text_dim: int, max_tokens: int) -> None:
         if text_dim < 2 or text_dim % 2:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from longreel.models.pretrained import find_pretrained, load_pretrained
+from longreel.models.weights_digest import weights_digest
 
 # Characters of a caption that the tokenizer sees, per token of room: words are far shorter, and a caption of a megabyte
 # would be tokenized whole to keep a few dozen tokens.
@@ -80,6 +81,11 @@ class PretrainedTextEncoder:
         self.batch_size = batch_size
         self.cache_bytes = cache_bytes
         self._cache: OrderedDict[str, Tensor] = OrderedDict()
+
+    @property
+    def digest(self) -> str:
+        """See TextEncoder."""
+        return weights_digest(self._model, sorted(self._tokenizer.get_vocab().items()))
 
     def encode(self, captions: Sequence[str]) -> Tensor:
         """See TextEncoder.encode. Captions seen before are not computed again."""

@@ -24,6 +24,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from longreel.models.autoencoders import check_latents, check_video
+from longreel.models.weights_digest import weights_digest
 
 WEIGHTS, CONFIG = "vqvae.safetensors", "vqvae.json"
 
@@ -162,6 +163,11 @@ class VQVAE(nn.Module):
         quantised = quantised.reshape(shape)
         decoded = self._decoded(quantised.permute(0, 4, 1, 2, 3), None)
         return decoded.permute(0, 2, 3, 4, 1), commitment.sum(), quantised
+
+    @property
+    def digest(self) -> str:
+        """See Autoencoder."""
+        return weights_digest(self, self.config)
 
     @torch.no_grad()
     def encode(self, video: Tensor) -> Tensor:

@@ -117,15 +117,6 @@ def description_digest(description: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
-def sync_folder(folder: Path) -> None:
-    """Make sure that what was created and renamed in a folder is on the disk."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def one_line(error: BaseException) -> str:
     """The reason of the first rank that failed, in one line."""
     if isinstance(error, dcp.api.CheckpointException) and error.failures:

@@ -19,12 +19,12 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.device_mesh import DeviceMesh
 
+from longreel.data.publish import sync_folder
 from longreel.parallel.checkpoint import VERSION, checkpoints, read_description
 from longreel.parallel.checkpoint_files import (
     INDEX,
     file_digests,
     one_line,
-    sync_folder,
     write_description,
 )
 from longreel.parallel.comm import all_gather_objects
@@ -64,6 +64,7 @@ class CheckpointWriter:
         self._thread: threading.Thread | None = None
         self._failure: BaseException | None = None
         self.saved: Path | None = None
+        self._remarks: list[str] = []
 
     def save(self, step: int, state: dict[str, Any], config: dict[str, Any], *, score: float | None = None) -> None:
         """Copy a state and have it written; waits for the checkpoint before, if that is still being written.
@@ -94,6 +95,11 @@ class CheckpointWriter:
     def wait(self) -> None:
         """Return once nothing is being written; OSError if that failed."""
         self._report(self._join())
+
+    def remarks(self) -> list[str]:
+        """What went wrong beside the writing since the last call, on the first rank; after wait()."""
+        said, self._remarks = self._remarks, []
+        return said
 
     def _join(self) -> BaseException | None:
         """What went wrong in the thread, once it is done."""
@@ -163,7 +169,11 @@ class CheckpointWriter:
             shutil.rmtree(aside, ignore_errors=True)
         partial.rename(final)
         sync_folder(self._folder)
-        prune_checkpoints(self._folder, self._keep, keep_best=self._keep_best)
+        try:
+            prune_checkpoints(self._folder, self._keep, keep_best=self._keep_best)
+        except OSError as error:
+            # This checkpoint is there all the same; the next save tries again.
+            self._remarks.append(f"{self._folder}: old checkpoints cannot be removed: {error}")
 
 
 def make_anew(folder: Path) -> None:
@@ -175,6 +185,8 @@ def make_anew(folder: Path) -> None:
 def prune_checkpoints(folder: Path, keep: int, *, keep_best: bool = False) -> None:
     """Delete all but the newest `keep` checkpoints and, with keep_best, the one of the lowest score."""
     found = checkpoints(folder)
+    for aside in folder.glob(".step-*.pruned"):
+        shutil.rmtree(aside)
     scores = [(score, path) for path in found if keep_best and (score := _score(path)) is not None]
     best = {min(scores)[1]} if scores else set()
     for path in found[:-keep]:

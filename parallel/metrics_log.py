@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import resource
 from collections.abc import Mapping
 from contextlib import ExitStack
@@ -15,6 +14,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from longreel.data.publish import published
 from longreel.models.config import DiTConfig
 from longreel.parallel.predict.flops import useful_flops
 from longreel.parallel.predict.policy import known_gpu
@@ -110,9 +110,8 @@ def keep_lines_up_to(path: Path, step: int) -> None:
         # The last line may have been cut off by a crash.
         if line.endswith("}") and json.loads(line)["step"] <= step:
             kept.append(line + "\n")
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    partial.write_text("".join(kept), encoding="utf-8")
-    os.replace(partial, path)
+    with published(path) as partial:
+        partial.write_text("".join(kept), encoding="utf-8")
 
 
 class Utilisation:

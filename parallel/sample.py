@@ -12,17 +12,17 @@ from rich.progress import Progress
 from torch import Tensor
 
 from longreel.data.clips import per_sample_generator
-from longreel.data.video import write_mp4
+from longreel.data.mp4 import write_mp4
 from longreel.kernels import resolve_attention_provider
 from longreel.models.autoencoders import build_autoencoder
 from longreel.models.dit import DiT, takes_text
 from longreel.models.samplers import choose_sampler, guided, sample_latents
 from longreel.models.text import build_text_encoder
-from longreel.parallel.batches import NULL_CAPTION
 from longreel.parallel.comm import all_gather
 from longreel.parallel.launch import run_script
 from longreel.parallel.mesh import build_mesh, nodes_of_ranks
 from longreel.parallel.parallelize import ParallelDiT
+from longreel.parallel.sample_batches import NULL_CAPTION
 from longreel.parallel.sample_config import SampleConfig
 from longreel.parallel.shared_folder import check_writable
 from longreel.parallel.trained_model import open_trained
@@ -70,7 +70,13 @@ class Sampler:
         config.parallel.check_heads(trained.dit.num_heads)
         self._check_conditions()
         self.encoder = build_text_encoder(trained.text, device=device) if takes_text(trained.dit) else None
-        self.guided_channels = config.guided_channels or trained.guided_channels or trained.dit.in_channels
+        channels = trained.dit.in_channels
+        if config.guided_channels is not None and config.guided_channels > channels:
+            raise ValueError(
+                f"guided_channels {config.guided_channels} is more than the {channels} channels of this model; use "
+                f"1 to {channels}"
+            )
+        self.guided_channels = config.guided_channels or trained.guided_channels or channels
         self.model = trained.build(self._spread, config.weights)
 
     def videos(self, *, progress: Progress | None = None) -> Tensor:

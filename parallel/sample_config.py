@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from longreel.data.video import MAX_FPS, MIN_FPS
+from longreel.data.mp4 import MAX_FPS, MIN_FPS
 from longreel.models.samplers import SamplerName
 from longreel.parallel.config import ParallelConfig
 from longreel.parallel.launch import TIMEOUT_SECONDS
@@ -77,6 +77,8 @@ class SampleConfig:
                 check_at_least(self, name, 1)
         if not 0 < self.guidance < math.inf:
             raise ValueError(f"guidance must be positive and finite, got {self.guidance}")
+        if self.guided_channels is not None and self.guidance == 1:
+            raise ValueError(f"guided_channels {self.guided_channels} has no effect at guidance 1, which is none")
         if not MIN_FPS <= self.fps <= MAX_FPS:
             raise ValueError(f"fps must be between {MIN_FPS} and {MAX_FPS:.0f}, got {self.fps}")
         check_seed(self.seed)

@@ -15,9 +15,17 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from longreel.data.publish import published
 from longreel.models.dit import DiT
 
 _METADATA = "longreel"
+# What decides what a model's input and output mean, by where it stands in a run's configuration.
+_MEANING = (
+    ("objective", "objective"),
+    ("objective", "prediction"),
+    ("compression", "autoencoder"),
+    ("text", "text_encoder"),
+)
 
 
 def write_weights(path: Path, weights: dict[str, Tensor], config: dict[str, Any]) -> None:
@@ -29,16 +37,13 @@ def write_weights(path: Path, weights: dict[str, Tensor], config: dict[str, Any]
     Raises:
         OSError: it cannot be written.
     """
-    partial = path.with_name(f".{path.name}.partial")
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
-        save_file(tensors, partial, metadata={_METADATA: json.dumps(config)})
-        partial.replace(path)
+        with published(path) as partial:
+            save_file(tensors, partial, metadata={_METADATA: json.dumps(config)})
     except SafetensorError as error:
         raise OSError(f"{path}: cannot be written: {error}") from error
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def read_weights_file(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -92,9 +97,24 @@ def read_pickled_weights(path: Path) -> dict[str, Tensor]:
     return loaded
 
 
-def load_initial_weights(path: Path, model: DiT) -> None:
-    """Start a model from the weights of a file; ValueError if they are of another model."""
-    weights, _ = read_weights_file(path)
+def load_initial_weights(path: Path, model: DiT, config: dict[str, Any]) -> None:
+    """Start a model from the weights of a file.
+
+    Args:
+        path: of the file. model: to fill. config: of the run, as checkpoints hold it.
+
+    Raises:
+        ValueError: they are of another model, or what they say means something else: another objective or prediction,
+            latents of another autoencoder, features of another text encoder.
+    """
+    weights, trained = read_weights_file(path)
+    for part, name in _MEANING:
+        there, now = (run.get(part, {}).get(name) for run in (trained, config))
+        if there != now:
+            raise ValueError(
+                f"init: {path} was trained with {name} {there}, this run has {now}; give --{name.replace('_', '-')} "
+                f"{there}, or start without --init"
+            )
     check_fits(path, weights, model)
     model.load_state_dict(weights)
 

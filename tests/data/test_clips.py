@@ -13,7 +13,9 @@ import torch
 from longreel.data.captions import CaptionedFile, load_captions
 from longreel.data.clips import ClipDataset, per_sample_generator, sample_ids
 from longreel.data.demo import make_demo_folder
-from longreel.data.video import VideoError, probe, read_clip, write_mp4
+from longreel.data.mp4 import write_mp4
+from longreel.data.pictures import read_clip
+from longreel.data.video import VideoError, probe
 
 
 def captioned(*names: str) -> list[CaptionedFile]:

@@ -13,11 +13,12 @@ import torch
 
 from longreel.data.cutting import CropConfig, CutConfig
 from longreel.data.native import FrameReader
+from longreel.data.pictures import to_float
 from longreel.data.prepare_config import PrepareConfig
 from longreel.data.prepare_run import prepare
 from longreel.data.shard_files import COLUMNS, ShardError, checksum, from_stored, read_rows, to_stored
 from longreel.data.shards import ShardDataset
-from longreel.data.video import scan, to_float
+from longreel.data.video import scan
 from longreel.models.autoencoders import AutoencoderConfig, build_autoencoder, psnr
 from longreel.models.text import TextEncoderConfig, build_text_encoder
 

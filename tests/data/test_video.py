@@ -13,7 +13,9 @@ import torch
 from av.stream import Disposition
 from PIL import Image
 
-from longreel.data.video import VideoError, probe, read_clip, scan, write_mp4
+from longreel.data.mp4 import write_mp4
+from longreel.data.pictures import read_clip
+from longreel.data.video import VideoError, probe, scan
 from longreel.models.autoencoders import psnr
 
 

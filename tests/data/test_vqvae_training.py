@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 import torch
 
-from longreel.data.video import scan, to_float
+from longreel.data.pictures import to_float
+from longreel.data.video import scan
 from longreel.data.vqvae_training import RandomCrops, VQVAETrainConfig, read_stretch, train_vqvae
 from longreel.models.autoencoders import AutoencoderConfig, build_autoencoder, psnr
-from longreel.models.vqvae import VQVAEConfig
+from longreel.models.vqvae import VQVAE, VQVAEConfig
 
 TINY = VQVAEConfig(hidden=8, channels=4, codebooks=2, codebook_size=32, res_blocks=0)
 
@@ -44,7 +45,7 @@ def test_training_learns_and_is_the_same_every_time(videos: Path, capsys: pytest
     told = capsys.readouterr().err
     assert "broken.mp4: " in told
     assert "tiny.mp4: 8 frames of 16x16 are less than a crop" in told
-    assert "dB, 8 frames" in told
+    assert "dB over the middle 64x48 pixels of its first 8 of 8 frames" in told
     losses = [json.loads(line)["loss"] for line in (videos / "one" / "metrics.jsonl").read_text().splitlines()]
     assert len(losses) == 24
     assert np.mean(losses[-6:]) < 0.9 * np.mean(losses[:6])
@@ -57,6 +58,23 @@ def test_training_learns_and_is_the_same_every_time(videos: Path, capsys: pytest
     latents = loaded.encode(clip).flatten(0, -2)
     assert latents.mean(0).abs().max() < 1
     assert 0.3 < latents.std() < 3
+
+
+def test_what_is_measured_at_the_end_is_bounded_and_said(
+    videos: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, value in (("_CHECKED_VIDEOS", 1), ("_CHECKED_FRAMES", 5), ("_CHECKED_SIDE", 30)):
+        monkeypatch.setattr(f"longreel.data.vqvae_training.{name}", value)
+    seen = []
+    encode = VQVAE.encode
+    monkeypatch.setattr(VQVAE, "encode", lambda model, video: seen.append(list(video.shape)) or encode(model, video))
+    train_vqvae(config(videos, "out", steps=1))
+    told = capsys.readouterr().err
+    # Multiples of the model's factors, 2 and 4.
+    assert seen == [[1, 4, 28, 28, 3]]
+    assert "a.mp4: " in told
+    assert "over the middle 28x28 pixels of its first 4 of 8 frames" in told
+    assert "1 more videos were not measured" in told
 
 
 def test_crops_come_from_every_video_and_place(videos: Path) -> None:

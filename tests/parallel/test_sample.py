@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from longreel.data.demo import make_demo_folder
-from longreel.data.video import read_clip
+from longreel.data.pictures import read_clip
 from longreel.models.text import TextEncoderConfig
 from longreel.parallel.checkpoint import read_run
 from longreel.parallel.config import ParallelConfig
@@ -114,6 +114,14 @@ def test_damaged_configuration_names_file_and_field(
     with process_group() as device, pytest.raises(ValueError, match=rf"weights\.safetensors: {message}"):
         sample(configured(path, out=out), device)
     assert not out.parent.exists()
+
+
+def test_more_guided_channels_than_there_are_is_refused(trained: Path) -> None:
+    with (
+        process_group() as device,
+        pytest.raises(ValueError, match="guided_channels 4 is more than the 3 channels of this model; use 1 to 3"),
+    ):
+        sample_video(configured(trained, guided_channels=4), device)
 
 
 def test_guidance_of_one_leaves_the_empty_caption_out(trained: Path) -> None:
