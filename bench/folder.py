@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
-import json
-import os
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from longreel.data.folder_lock import only_writer
 from longreel.reports import store
 from longreel.reports.records import Record
 
@@ -107,30 +105,6 @@ def prepare_folder(folder: Path) -> None:
         raise OSError(f"out: cannot write to {folder}: {error.strerror}; give another folder with --out") from None
 
 
-@contextlib.contextmanager
-def only_sweep(folder: Path, command: str) -> Iterator[None]:
-    """Hold the folder; ValueError at once, naming process and command, where another sweep holds it.
-
-    The lock is the kernel's: it goes with the process, however that ends. The file beside it only says whose it is.
-    """
-    path = folder / LOCK
-    with open(path, "a+", encoding="utf-8") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.seek(0)
-            raise ValueError(f"out: {folder} is being written by {_holder(file.read())}; give another --out") from None
-        file.truncate(0)
-        file.write(json.dumps({"pid": os.getpid(), "command": command}))
-        file.flush()
-        yield
-        # The file stays: one that another process has just opened must not be another file than the one locked.
-        file.truncate(0)
-
-
-def _holder(text: str) -> str:
-    try:
-        told = json.loads(text)
-        return f"process {told['pid']} ({told['command']})"
-    except (ValueError, KeyError, TypeError):
-        return "another sweep"
+def only_sweep(folder: Path, command: str) -> contextlib.AbstractContextManager[None]:
+    """Hold the folder; ValueError at once, naming process and command, where another sweep holds it."""
+    return only_writer(folder, LOCK, command)

@@ -14,6 +14,7 @@ import tempfile
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -30,12 +31,13 @@ from longreel.data.samples import ClipSource
 from longreel.data.shards import ShardDataset
 from longreel.models.autoencoders import RawPixels
 from longreel.models.text import build_text_encoder
-from longreel.parallel.batches import Batches, DenseBatches, GroupedBatches, Samples
-from longreel.parallel.clip_sources import FixedSizeClips
+from longreel.parallel.batches import Batches, DenseBatches, GroupedBatches
+from longreel.parallel.fixed_size_source import FixedSizeClips
 from longreel.parallel.launch import run_script
 from longreel.parallel.mesh import build_mesh
 from longreel.parallel.presets import with_preset
 from longreel.parallel.run_config import TrainConfig
+from longreel.parallel.sample_batches import Samples
 from longreel.parallel.trainer import Trainer
 
 # Steps of training before the clock counts.
@@ -118,7 +120,7 @@ def loaders(smoke: TrainConfig, folder: Path, device: torch.device) -> dict[str,
         schedule = PackedSchedule(tokens, budget=smoke.batch_size * max(tokens))
         return GroupedBatches(samples(clips), schedule, packed=True, tokens=tokens)
 
-    size = {"num_frames": smoke.num_frames, "height": smoke.height, "width": smoke.width}
+    size: dict[str, Any] = {"num_frames": smoke.num_frames, "height": smoke.height, "width": smoke.width}
     fixed = FixedSizeClips(
         ClipDataset(videos, files, **size, stride=smoke.frame_stride, cache_bytes=0), RawPixels(), cache_bytes=0
     )

@@ -114,6 +114,11 @@ class ParallelConfig:
                 "fastseq_keep_gathered goes with strategy 'fastseq' and policy 'none' or 'full', got strategy "
                 f"{self.strategy!r}, policy {self.policy!r}"
             )
+        if self.fastseq_overlap != "auto" and self.strategy != "fastseq":
+            raise ValueError(
+                f"fastseq_overlap {self.fastseq_overlap!r} goes with strategy 'fastseq', got strategy "
+                f"{self.strategy!r}; leave it out"
+            )
         if self.mlp_tile is not None and self.mlp_tile < 1:
             raise ValueError(f"mlp_tile must be at least 1 token, got {self.mlp_tile}")
         if self.strategy == "local" and self.sp_degree > 1:

@@ -56,6 +56,11 @@ class ExportConfig:
             raise ValueError("give --checkpoint, or --original: one of them")
         if (self.original is None) != (self.autoencoder_path is None):
             raise ValueError("--original needs --autoencoder-path, the SD-VAE of its latents; nothing else takes it")
+        if self.original is not None and self.weights != "auto":
+            raise ValueError(
+                f"weights {self.weights!r} is a choice of --checkpoint; of an original .pt its average is taken where "
+                "it has one"
+            )
         if self.out.suffix != ".safetensors":
             raise ValueError(f"out must be a .safetensors file, got {self.out}")
 

@@ -48,6 +48,12 @@ class ModelChoice:
     def __post_init__(self) -> None:
         for name in ("depth", "hidden_size", "num_heads"):
             check_at_least(self, name, 1)
+        if self.dit is not None:
+            for name in ("depth", "hidden_size", "num_heads"):
+                if (value := getattr(self, name)) != type(self).__dataclass_fields__[name].default:
+                    raise ValueError(
+                        f"{name} {value} has no effect with dit {self.dit!r}, whose own counts; leave one of them out"
+                    )
         if not 0 < self.patch_gain < math.inf:
             raise ValueError(f"patch_gain must be positive and finite, got {self.patch_gain}")
         self.build()

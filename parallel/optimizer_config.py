@@ -57,6 +57,11 @@ class OptimizerConfig:
                 f"decay_steps goes with schedule 'cosine' and must be above warmup_steps {self.warmup_steps}, "
                 f"got {self.decay_steps} with schedule {self.schedule!r}"
             )
+        if self.schedule == "constant" and self.min_learning_rate:
+            raise ValueError(
+                f"min_learning_rate {self.min_learning_rate} goes with schedule 'cosine', which falls to it, got "
+                "schedule 'constant'"
+            )
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"betas must be in [0, 1), got {self.betas}")
         if self.clip_norm is not None and not 0 < self.clip_norm < math.inf:

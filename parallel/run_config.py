@@ -33,7 +33,8 @@ class TrainConfig:
         demo: draw and encode four small clips and train on those instead.
         preset: name of a set of choices that stands in front of the command line's; see longreel.parallel.presets.
         out: folder of everything the run writes: metrics.jsonl, checkpoints/, demo/.
-        init: weights to start from: a safetensors file of parallel/export.py.
+        init: weights to start from: a safetensors file of parallel/export.py, of a model that learned the same thing
+            in the same latents; not read when a run is resumed.
         resume: go on from the newest whole checkpoint in `out`.
         steps: optimizer steps, counted from the start of the run, resumed or not.
         batch_size: samples of one step over all ranks; ranks need not get the same number. Of --shards and
@@ -129,6 +130,8 @@ class TrainConfig:
         check_seed(self.seed)
         check_timeout(self.timeout_s)
         first, last = self.profile_steps
+        if self.profile is None and self.profile_steps != (3, 4):
+            raise ValueError(f"profile_steps {first} {last} goes with --profile, the folder of the traces")
         if self.profile is not None and not 1 <= first <= last <= self.steps:
             raise ValueError(
                 f"profile_steps must be a first and a last step within 1 to {self.steps} (steps), got {first} {last}"
@@ -165,6 +168,10 @@ class TrainConfig:
                     )
         if self.grouping not in get_args(Grouping):
             raise ValueError(f"grouping must be one of {', '.join(get_args(Grouping))}; got {self.grouping!r}")
+        if self.grouping != "packed" and not self.many_sizes:
+            raise ValueError(
+                f"grouping {self.grouping!r} goes with --shards or --native-sizes: other clips have one size"
+            )
         if self.many_sizes and self.optimizer.accumulation != 1:
             raise ValueError(
                 f"accumulation {self.optimizer.accumulation}: groups of --shards and --native-sizes are micro-batches "

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
+import shlex
 import time
-from collections import Counter
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -14,19 +14,22 @@ from rich.console import Console
 
 from longreel.kernels import resolve_attention_provider
 from longreel.parallel.agreement import check_agreement
-from longreel.parallel.batches import Prefetched, check_same_clips
+from longreel.parallel.batches import check_same_clips
+from longreel.parallel.broken_clips import BROKEN_CLIPS, BrokenClips, LostClips
 from longreel.parallel.checkpoint import checkpoints
-from longreel.parallel.checkpoint_writer import CheckpointWriter, remove_unfinished
 from longreel.parallel.clip_sources import Source, open_source
 from longreel.parallel.comm import all_gather, world
 from longreel.parallel.config import HALF_PRECISIONS, POLICIES, check_ranks
 from longreel.parallel.finite_watch import FiniteWatch, write_bad_batch
 from longreel.parallel.mesh import build_mesh, largest_of_node, nodes_of_ranks
 from longreel.parallel.metrics_log import MetricsLog, Utilisation, memory_bytes
+from longreel.parallel.pace import Pace, process_age
 from longreel.parallel.parallelize import ParallelDiT
-from longreel.parallel.resume import check_resumed_clips, check_same_run, checkpoint_to_resume, set_aside
+from longreel.parallel.prefetch import AgreedBatches, Prefetched
+from longreel.parallel.resume import check_resumed_clips, check_same_run, checkpoint_to_resume
 from longreel.parallel.run_config import TrainConfig, to_json
-from longreel.parallel.shared_folder import check_shared, check_writable
+from longreel.parallel.run_folder import enter_run_folder
+from longreel.parallel.saving import Saving
 from longreel.parallel.step_trace import StepTrace
 from longreel.parallel.stopping import Termination
 from longreel.parallel.train_state import TrainState
@@ -76,41 +79,28 @@ class Trainer:
         torch.manual_seed(config.seed)
         model = config.model.draw(self.source.model)
         if config.init is not None and resumed is None:
-            load_initial_weights(config.init, model)
+            load_initial_weights(config.init, model, to_json(config))
         self.model = ParallelDiT(model.to(device), self.mesh, config.parallel, objective=config.objective.build())
         self.state = TrainState(self.model, config.optimizer, config.steps)
         if resumed is not None:
             self.state.load(resumed)
         scaled = self.model.engine.loss_scale is not None
         self._watch = FiniteWatch(world(), device, scaled_loss=scaled)
-        self._loss_since_save = torch.zeros((), dtype=torch.float64, device=device)
-        # Of the steps since the last whole checkpoint, up to the newest that was begun; and that one's step.
-        self._loss_unsaved = torch.zeros_like(self._loss_since_save)
-        self._saved_at = self.step
-        self._being_saved: int | None = None
 
-        check_writable(config.out)
-        check_shared(config.out, self.mesh)
-        if self.checkpoint_folder.exists():
-            check_writable(self.checkpoint_folder)
-            if self._first:
-                remove_unfinished(self.checkpoint_folder)
-                if resumed is not None:
-                    set_aside(resumed, self.checkpoint_folder)
-        for remark in remarks:
-            self._say(remark if resumed is None else f"{remark}; going back to {resumed.name}")
-        self.clips = self.source.ready()
-        check_same_clips(self.clips, self.mesh)
-        self.batches = Prefetched(self.source.batches(self.model.objective, device))
-        half = config.parallel.precision in HALF_PRECISIONS
-        self._utilisation = Utilisation(self.source.model, device, self.mesh.flat.size(), half=half)
-        self._writer = CheckpointWriter(
-            self.checkpoint_folder,
-            self.mesh.flat,
-            keep=config.keep,
-            keep_best=config.keep_best,
-            background=config.background_save,
-        )
+        self._lock = enter_run_folder(config.out, self.checkpoint_folder, self.mesh, resumed, config.resume, self._say)
+        with ExitStack() as undo:
+            undo.push(self._lock)
+            for remark in remarks:
+                self._say(remark if resumed is None else f"{remark}; going back to {resumed.name}")
+            self.clips = self.source.ready()
+            check_same_clips(self.clips, self.mesh)
+            self.batches = self._open_batches()
+            half = config.parallel.precision in HALF_PRECISIONS
+            self._utilisation = Utilisation(self.source.model, device, self.mesh.flat.size(), half=half)
+            self._saving = Saving(
+                self.checkpoint_folder, self.mesh.flat, config, step=self.step, device=device, say=self._say
+            )
+            undo.pop_all()
 
     @property
     def step(self) -> int:
@@ -131,11 +121,13 @@ class Trainer:
         Raises:
             ValueError: the loss, the gradients or a parameter are not finite any more; checkpoints are left as they
                 are, and the batch is described in `out`.
-            VideoError: a clip cannot be decoded.
+            LostClips: clips cannot be read any more that no others take the place of; what was trained is saved.
             OSError: metrics, or the last checkpoint, cannot be written.
         """
         config = self.config
         with ExitStack() as stack:
+            # Given up last, when nothing writes any more.
+            stack.push(self._lock)
             log = stack.enter_context(
                 MetricsLog(
                     config.out,
@@ -147,29 +139,33 @@ class Trainer:
                 )
             )
             stack.callback(self.batches.close)
-            stack.callback(self._finish_saving)
+            stack.callback(self._saving.close)
             termination = stack.enter_context(Termination(world()))
             trace = StepTrace(config.profile, config.profile_steps, rank=self.mesh.flat.get_rank(), device=self.device)
             self._introduce()
-            started_at, pace = self.step, _Pace()
+            started_at, pace, began = self.step, Pace(), dict[str, float]()
             while self.step < config.steps:
                 with trace.step(self.step + 1):
-                    loss, norm = self.train_step()
+                    loss, norm = self._step_or_save()
                 pace.add(self.batches.clips_by_tokens(self.step - 1))
-                if self.step == started_at + 1 and started_at:
+                if self.step == started_at + 1:
                     loss.item()
-                    self._say(f"first step after {time.perf_counter() - self._began:.1f} s")
+                    began = {"first_step_after": process_age()}
+                    self._say(
+                        f"first step {began['first_step_after']:.1f} s after the process began, "
+                        f"{time.perf_counter() - self._began:.1f} s after the run was opened"
+                    )
                 stop = termination.agreed()
                 last = stop or self.step == config.steps
                 if self.step % config.log_every == 0 or last:
-                    log.write(self._figures(loss, norm) | pace.figures(self._utilisation))
+                    log.write(self._figures(loss, norm) | pace.figures(self._utilisation) | began)
                     self._check_finite()
-                    pace = _Pace()
+                    pace, began = Pace(), {}
                 log.moved(self.step)
                 if self.step % config.checkpoint_every == 0 or last:
                     self._save(last=last)
                     # What saving took is not training's time.
-                    pace = _Pace()
+                    pace = Pace()
                 if stop:
                     if self.step < config.steps:
                         self._say(f"stopped by SIGTERM after step {self.step}; --resume goes on from there")
@@ -186,8 +182,17 @@ class Trainer:
         """
         loss, norm = self.state.advance(self.batches.micro_batches(self.step))
         self._watch.note(self.step, loss, norm)
-        self._loss_since_save += loss.double()
+        self._saving.note(loss)
         return loss, norm
+
+    def _step_or_save(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """train_step(), or a checkpoint where clips are lost that it needs: on every rank, before it has begun."""
+        try:
+            return self.train_step()
+        except LostClips as error:
+            if self.step > self._saving.saved_at:
+                self._save(last=True)
+            raise LostClips(f"{error} (saved after step {self._saving.saved_at})") from error
 
     def _introduce(self) -> None:
         self._say(
@@ -235,59 +240,36 @@ class Trainer:
         if found is None:
             return
         step, what, ranks = found
-        self._settle()
+        self._saving.settle()
         if self._first:
             path = write_bad_batch(self.config.out, step, what, ranks, self.batches.describe)
             self._say(f"the samples of step {step} are in {path}")
         raise ValueError(
-            f"{what}; what was saved up to step {self._saved_at} stays; use a learning_rate below "
+            f"{what}; what was saved up to step {self._saving.saved_at} stays; use a learning_rate below "
             f"{self.config.optimizer.learning_rate}, or clip_norm"
         )
 
     def _save(self, *, last: bool) -> None:
         self._check_finite(parameters=True)
-        self._settle()
-        self._loss_unsaved += self._loss_since_save
-        self._loss_since_save.zero_()
-        mean = self._loss_unsaved / max(1, self.step - self._saved_at)
-        score = float(all_gather(mean.reshape(1), self.mesh.flat.get_group().group_name).mean())
         config = to_json(self.config) | {
             "clips": self.clips.digest,
             "dit": to_json(self.source.model),
             "clip_size": self.source.clip_size,
         }
-        try:
-            self._writer.save(self.step, self.state.state(), config, score=score)
-            self._being_saved = self.step
-            if last:
-                self._writer.wait()
-        except OSError as error:
-            if last:
-                raise
-            self._warn_unsaved(error)
+        self._saving.save(self.step, self.state.state, config, last=last)
 
-    def _settle(self) -> None:
-        """Wait for the checkpoint that is being written, and count as saved only what is there."""
-        step, self._being_saved = self._being_saved, None
-        try:
-            self._writer.wait()
-        except OSError as error:
-            self._warn_unsaved(error)
-            return
-        if step is not None:
-            self._saved_at = step
-            self._loss_unsaved.zero_()
-
-    def _warn_unsaved(self, error: OSError) -> None:
-        """The next one may find room; what is there stays as it is."""
-        self._say(f"warning: {error}; training goes on")
-
-    def _finish_saving(self) -> None:
-        """However training ends, a checkpoint that is being written becomes whole if its ranks live."""
-        try:
-            self._writer.close()
-        except OSError as error:
-            self._say(f"warning: {error}")
+    def _open_batches(self) -> AgreedBatches:
+        kept, resume = self.config.out / BROKEN_CLIPS, self.config.resume
+        broken = BrokenClips(self.clips, kept, resume=resume, same_size=self.source.same_size)
+        built = self.source.batches(self.model.objective, self.device, broken)
+        return AgreedBatches(
+            Prefetched(built, self.config.steps),
+            broken,
+            clips=self.clips,
+            group=world(),
+            first=self._first,
+            say=self._say,
+        )
 
     def _check_same_policy(self) -> None:
         """ValueError if ranks with different devices or memory chose different policies."""
@@ -305,30 +287,9 @@ class Trainer:
             self._console.print(line)
 
 
-class _Pace:
-    """Time and tokens since the figures before."""
-
-    def __init__(self) -> None:
-        self._began, self._steps = time.perf_counter(), 0
-        self._trained: Counter[int] = Counter()
-
-    def add(self, clips_by_tokens: dict[int, int]) -> None:
-        """Count a step of the clips {video tokens: number}."""
-        self._steps += 1
-        self._trained.update(clips_by_tokens)
-
-    def figures(self, utilisation: Utilisation) -> dict[str, float]:
-        """Seconds of a step, tokens a second over all ranks, and MFU where the devices' peak is known."""
-        seconds = time.perf_counter() - self._began
-        tokens = sum(tokens * number for tokens, number in self._trained.items())
-        mfu = utilisation.mfu(self._trained, seconds)
-        figures = {"seconds": seconds / self._steps, "tokens_per_s": tokens / seconds}
-        return figures if mfu is None else figures | {"mfu": mfu}
-
-
 def train(config: TrainConfig, device: torch.device) -> None:
     """Train as configured and say how to sample from the result."""
     trainer = Trainer(config, device)
     trainer.train()
-    caption = trainer.clips[0].captions[0]
-    trainer._say(f'sample it: python parallel/sample.py --checkpoint {config.out} --prompt "{caption}"')
+    words = ["python", "parallel/sample.py", "--checkpoint", str(config.out), "--prompt", trainer.clips.captions(0)[0]]
+    trainer._say(f"sample it: {shlex.join(words)}")

@@ -17,9 +17,10 @@ from longreel.data.samples import Clip
 from longreel.kernels.numerics import PARALLEL_TOLERANCE, gradient_errors
 from longreel.models.flow import RectifiedFlow
 from longreel.models.text import ByteTextEncoder
-from longreel.parallel.batches import GroupedBatches, Samples
+from longreel.parallel.batches import GroupedBatches
 from longreel.parallel.mesh import build_mesh
 from longreel.parallel.parallelize import PackedBatch, ParallelDiT
+from longreel.parallel.sample_batches import Samples
 
 # (T, H, W) of latents; patches are (1, 2, 2). Tokens: 6, 12, 4, 24, 10, 8, 6, 20, 4.
 SIZES = [(1, 4, 6), (2, 4, 6), (1, 4, 4), (2, 6, 8), (1, 4, 10), (2, 4, 4), (1, 4, 6), (5, 4, 4), (1, 4, 4)]

@@ -18,6 +18,7 @@ from longreel.data.cutting import CutConfig
 from longreel.data.demo import make_demo_folder
 from longreel.data.prepare_config import PrepareConfig
 from longreel.data.prepare_run import prepare
+from longreel.data.shards import ShardDataset
 from longreel.models.autoencoders import AutoencoderConfig
 from longreel.models.text import TextEncoderConfig
 from longreel.parallel.config import ParallelConfig
@@ -56,47 +57,67 @@ def train_and_sample(config: TrainConfig, asked: SampleConfig) -> list[float]:
     return [json.loads(line)["loss"] for line in (config.out / "metrics.jsonl").read_text().splitlines()]
 
 
+def prepared(
+    videos: Path, out: Path, compression: AutoencoderConfig, patch: tuple[int, int, int], *, stride: int = 1
+) -> Path:
+    """Shards of a folder of videos, made once for all conditionings and strategies that train on them."""
+    if not (out / "index.parquet").is_file():
+        prepare(
+            PrepareConfig(
+                videos=videos,
+                captions=videos / "captions.json",
+                out=out,
+                processes=1,
+                patch_size=patch,
+                cut=CutConfig(clip_frames=4, min_frames=2, frame_stride=stride),
+                compression=compression,
+                text=TEXT,
+            )
+        )
+    return out
+
+
 def check_pipeline(
     run_distributed: Any,
-    videos: Path,
+    shards: Path,
     folder: Path,
-    compression: AutoencoderConfig,
     conditioning: Any,
     strategy: Any,
     *,
-    patch: tuple[int, int, int],
-    clip_frames: int,
-    budget: int,
+    size: dict[str, int] | None = None,
 ) -> None:
-    prepare(
-        PrepareConfig(
-            videos=videos,
-            captions=videos / "captions.json",
-            out=folder / "shards",
-            processes=1,
-            patch_size=patch,
-            cut=CutConfig(clip_frames=clip_frames, min_frames=2),
-            compression=compression,
-            text=TEXT,
-        )
-    )
+    """Train on shards, sample from the checkpoint (clips of a size, or that of training), read the mp4 back."""
     parallel = ParallelConfig(strategy=strategy, sp_degree=2)
+    clips = ShardDataset(shards)
     config = TrainConfig(
-        shards=folder / "shards",
+        shards=shards,
         out=folder / "run",
         steps=2,
         batch_size=2,
-        token_budget=budget,
-        model=ModelChoice(depth=1, hidden_size=32, num_heads=4, conditioning=conditioning, patch_size=patch),
+        # So that some groups are one clip and some are several of different sizes.
+        token_budget=max(clips.tokens) * 5 // 4,
+        model=ModelChoice(
+            depth=1,
+            hidden_size=32,
+            num_heads=4,
+            conditioning=conditioning,
+            patch_size=tuple(clips.info["patch_size"]),
+        ),
         parallel=parallel,
     )
     asked = SampleConfig(
-        checkpoint=folder / "run", prompt=("a red square",), steps=2, out=folder / "clip.mp4", parallel=parallel
+        checkpoint=folder / "run",
+        prompt=("a red square",),
+        steps=2,
+        out=folder / "clip.mp4",
+        parallel=parallel,
+        **(size or {}),
     )
     losses = run_distributed(train_and_sample, 2, config, asked)[0]
     assert len(losses) == 2
     assert all(loss > 0 for loss in losses)
-    size = json.loads((folder / "run" / "checkpoints" / "step-000002" / "run.json").read_text())["config"]["clip_size"]
+    run = json.loads((folder / "run" / "checkpoints" / "step-000002" / "run.json").read_text())
+    size = run["config"]["clip_size"] | (size or {})
     with av.open(str(folder / "clip.mp4")) as container:
         stream = container.streams.video[0]
         assert (stream.width, stream.height) == (size["width"], size["height"])
@@ -112,9 +133,14 @@ def compression_of(name: Any, tiny_model: Callable[[str], Path]) -> AutoencoderC
 def test_drawn_clips_of_three_sizes(
     drawn: Path, tmp_path: Path, run_distributed: Any, tiny_model: Callable[[str], Path]
 ) -> None:
-    compression = compression_of("vqvae", tiny_model)
-    sizes = {"patch": (1, 2, 2), "clip_frames": 4, "budget": 200}
-    check_pipeline(run_distributed, drawn, tmp_path, compression, "in_context", "fastseq", **sizes)  # type: ignore
+    shards = prepared(drawn, tmp_path / "shards", compression_of("vqvae", tiny_model), (1, 2, 2))
+    check_pipeline(run_distributed, shards, tmp_path, "in_context", "fastseq")
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the shards of the grid lie, by source and compression."""
+    return tmp_path_factory.mktemp("shards")
 
 
 @pytest.mark.slow
@@ -124,6 +150,7 @@ def test_drawn_clips_of_three_sizes(
 @pytest.mark.parametrize("source", ["drawn", "videos"])
 def test_every_compression_conditioning_and_strategy(
     drawn: Path,
+    shards: Path,
     tmp_path: Path,
     run_distributed: Any,
     tiny_model: Callable[[str], Path],
@@ -134,17 +161,12 @@ def test_every_compression_conditioning_and_strategy(
 ) -> None:
     if source == "videos" and not (SAMPLE_VIDEOS / "captions.json").is_file():
         pytest.skip(f"the sample videos are not at {SAMPLE_VIDEOS}")
-    videos = drawn if source == "drawn" else SAMPLE_VIDEOS
-    # The sample videos are large: patches are, too, so that a step stays one of seconds.
-    large = (2, 16, 16) if name == "raw" else (1, 8, 8)
-    check_pipeline(
-        run_distributed,
-        videos,
-        tmp_path,
-        compression_of(name, tiny_model),
-        conditioning,
-        strategy,
-        patch=(1, 2, 2) if source == "drawn" else large,
-        clip_frames=4,
-        budget=800 if source == "drawn" else 8000,
-    )
+    if source == "drawn":
+        made = prepared(drawn, shards / f"drawn-{name}", compression_of(name, tiny_model), (1, 2, 2))
+        check_pipeline(run_distributed, made, tmp_path, conditioning, strategy)
+        return
+    # The sample videos are large: patches are, too, and some frames do, so that no part takes minutes.
+    patch = (2, 16, 16) if name == "raw" else (1, 8, 8)
+    made = prepared(SAMPLE_VIDEOS, shards / f"videos-{name}", compression_of(name, tiny_model), patch, stride=4)
+    assert len({clip.source for clip in ShardDataset(made)}) == 3
+    check_pipeline(run_distributed, made, tmp_path, conditioning, strategy, size={"height": 128, "width": 192})

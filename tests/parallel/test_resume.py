@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
+import shlex
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 from longreel.data.cutting import CutConfig
 from longreel.data.demo import make_demo_folder
@@ -18,12 +22,13 @@ from longreel.models.text import TextEncoderConfig
 from longreel.parallel import checkpoint_writer
 from longreel.parallel.checkpoint import checkpoints, read_description
 from longreel.parallel.checkpoint_files import write_description
+from longreel.parallel.fixed_size_source import FixedSizeClips
 from longreel.parallel.launch import process_group
 from longreel.parallel.model_choice import ModelChoice
 from longreel.parallel.optimizer_config import OptimizerConfig
 from longreel.parallel.resume import check_same_run
 from longreel.parallel.run_config import TrainConfig, to_json
-from longreel.parallel.trainer import Trainer
+from longreel.parallel.trainer import Trainer, train
 
 
 def demo(out: Path, *, optimizer: dict[str, Any] | None = None, **fields: Any) -> TrainConfig:
@@ -70,6 +75,67 @@ def test_what_failed_does_not_count_as_saved(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match="not finite at step 3; what was saved up to step 1 stays"):
             trainer.train()
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-000001"]
+
+
+@pytest.mark.parametrize("background", [False, True])
+def test_old_checkpoints_that_cannot_be_removed_cost_no_new_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, background: bool
+) -> None:
+    remove, denied = shutil.rmtree, list[Path]()
+
+    def rmtree(path: Path, **options: Any) -> None:
+        if path.name.endswith(".pruned") and len(denied) < 1:
+            denied.append(path)
+            raise OSError(39, "Directory not empty")
+        remove(path, **options)
+
+    monkeypatch.setattr(shutil, "rmtree", rmtree)
+    told = io.StringIO()
+    with process_group() as device:
+        config = demo(tmp_path, checkpoint_every=1, keep=1, keep_best=False, background_save=background)
+        trainer = Trainer(config, device, console=Console(file=told, width=1000))
+        trainer.train()
+    assert denied == [tmp_path / "checkpoints" / ".step-000001.pruned"]
+    assert told.getvalue().count("warning: ") == 1
+    assert "old checkpoints cannot be removed: [Errno 39] Directory not empty; training goes on" in told.getvalue()
+    # The next save tried again.
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-000004"]
+
+
+def test_a_run_reads_no_clip_for_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any) -> None:
+    read = list[int]()
+    getitem = FixedSizeClips.__getitem__
+
+    def counted(clips: FixedSizeClips, index: int) -> Any:
+        read.append(index)
+        return getitem(clips, index)
+
+    monkeypatch.setattr(FixedSizeClips, "__getitem__", counted)
+    out = tmp_path / "it's here"
+    with process_group() as device:
+        train(demo(out, steps=2, batch_size=3), device)
+    assert len(read) == 6
+    (line,) = [line for line in capfd.readouterr().err.splitlines() if line.startswith("sample it: ")]
+    words = shlex.split(line.removeprefix("sample it: "))
+    assert words == [
+        "python",
+        "parallel/sample.py",
+        "--checkpoint",
+        str(out),
+        "--prompt",
+        "a red square moves to the right",
+    ]
+
+
+def test_a_resumed_run_says_how_long_it_took_to_begin(tmp_path: Path) -> None:
+    told = io.StringIO()
+    with process_group() as device:
+        Trainer(demo(tmp_path), device).train()
+        Trainer(demo(tmp_path, steps=6, resume=True), device, console=Console(file=told, width=1000)).train()
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "first_step_after" in line] == [1, 5]
+    assert lines[4]["first_step_after"] > lines[4]["seconds"]
+    assert f"first step {lines[4]['first_step_after']:.1f} s after the process began" in told.getvalue()
 
 
 def resume(before: TrainConfig, now: TrainConfig) -> None:

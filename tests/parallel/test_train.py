@@ -127,6 +127,7 @@ def test_metrics_have_what_the_progress_bar_shows(videos: Path, tmp_path: Path) 
         train_here(tiny(videos, tmp_path, steps=5, log_every=2))
     lines = metrics(tmp_path)
     assert [line["step"] for line in lines] == [2, 4, 5]
+    assert lines[0].pop("first_step_after") > 0
     for line in lines:
         assert set(line) == {"step", "loss", "grad_norm", "learning_rate", "tokens_per_s", "memory", "seconds"}
         assert line["tokens_per_s"] == pytest.approx(3 * 75 / line["seconds"])

@@ -16,9 +16,10 @@ from longreel.data.demo import make_demo_folder
 from longreel.models.autoencoders import RawPixels
 from longreel.models.flow import RectifiedFlow
 from longreel.models.text import ByteTextEncoder
-from longreel.parallel.batches import DenseBatches, Samples, check_same_clips, draw_sample, split_samples
-from longreel.parallel.clip_sources import FixedSizeClips
+from longreel.parallel.batches import DenseBatches, check_same_clips, split_samples
+from longreel.parallel.fixed_size_source import FixedSizeClips
 from longreel.parallel.mesh import build_mesh
+from longreel.parallel.sample_batches import Samples, draw_sample
 
 FLOW = RectifiedFlow()
 

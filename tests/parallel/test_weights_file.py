@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from longreel.data.demo import make_demo_folder
 from longreel.models.config import DiTConfig
 from longreel.models.dit import DiT
+from longreel.models.objective import ObjectiveConfig
 from longreel.models.original import export_original
 from longreel.parallel.checkpoint import read_weights
 from longreel.parallel.export import ExportConfig, export, from_original
@@ -63,6 +64,10 @@ def test_weights_leave_a_run_and_come_back(tmp_path: Path) -> None:
         other = ModelChoice(depth=2, hidden_size=32, num_heads=4)
         with pytest.raises(ValueError, match=r"ema\.safetensors: weights of another model: blocks\.1\..* is missing"):
             Trainer(run(tmp_path, init=file, model=other, out=tmp_path / "other"), device)
+        x0 = ObjectiveConfig(prediction="x0")
+        with pytest.raises(ValueError, match=r"trained with prediction velocity, this run has x0; give --prediction"):
+            Trainer(run(tmp_path, init=file, objective=x0, out=tmp_path / "other"), device)
+        assert not (tmp_path / "other").exists()
 
 
 def original(folder: Path) -> tuple[DiT, dict[str, torch.Tensor]]:
