@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import resource
 from collections.abc import Mapping
 from contextlib import ExitStack
@@ -67,10 +68,11 @@ class MetricsLog:
         self._stack.close()
 
     def write(self, figures: Mapping[str, Any]) -> None:
-        """One line of figures, `step` among them."""
+        """One line of figures, `step` among them; what JSON has no word for, a figure that is not finite, is null."""
         step = figures["step"]
         if self._file is not None:
-            self._file.write(json.dumps(figures) + "\n")
+            line = {name: None if _not_finite(value) else value for name, value in figures.items()}
+            self._file.write(json.dumps(line, allow_nan=False) + "\n")
             self._file.flush()
         if self._events is not None:
             for name, value in figures.items():
@@ -99,6 +101,10 @@ class MetricsLog:
         if "mfu" in figures:
             parts.append(f"MFU {figures['mfu']:.1%}")
         return "  ".join([*parts, f"{figures['memory'] / 2**20:,.0f} MiB"])
+
+
+def _not_finite(value: Any) -> bool:
+    return isinstance(value, float) and not math.isfinite(value)
 
 
 def keep_lines_up_to(path: Path, step: int) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+import math
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path
@@ -51,7 +52,8 @@ def write_run_page(run: Path, out: Path) -> Path:
         ValueError: metrics.jsonl is damaged or empty. OSError: something cannot be read or written.
     """
     lines = read_metrics(run / METRICS)
-    figures = [_curve(lines, key, title, log) for key, title, log in _CURVES if any(key in line for line in lines)]
+    curves = [(key, title, log, _points(lines, key)) for key, title, log in _CURVES]
+    figures = [_curve(points, key, title, log) for key, title, log, points in curves if points]
     clips = [_clip(path, run) for path in sorted(run.rglob("*.mp4")) if "demo" not in path.relative_to(run).parts]
     title = f"Training run {run.name}"
     page = [
@@ -92,13 +94,18 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return lines
 
 
-def _curve(lines: Sequence[dict[str, Any]], key: str, title: str, log: bool) -> str:
+def _points(lines: Sequence[dict[str, Any]], key: str) -> list[tuple[int, float]]:
+    """(step, value) where there is one: a figure that was not finite, such as the norm at an overflow, is null."""
+    found = ((line["step"], line.get(key)) for line in lines)
+    return [(step, value) for step, value in found if isinstance(value, int | float) and math.isfinite(value)]
+
+
+def _curve(points: Sequence[tuple[int, float]], key: str, title: str, log: bool) -> str:
     import matplotlib
 
     matplotlib.use("svg")
     from matplotlib import pyplot
 
-    points = [(line["step"], line[key]) for line in lines if isinstance(line.get(key), int | float)]
     steps, values = zip(*points, strict=True)
     with pyplot.rc_context({"svg.fonttype": "none", "axes.spines.top": False, "axes.spines.right": False}):
         figure, axes = pyplot.subplots(figsize=(9, 2.6))
@@ -123,7 +130,8 @@ def _smoothed(values: Sequence[float], width: int) -> list[float]:
 
 def _summary(lines: Sequence[dict[str, Any]]) -> str:
     last = lines[-1]
-    rows = {"steps": last["step"], "last loss": f"{last['loss']:.4f}"}
+    loss = "not finite" if last["loss"] is None else f"{last['loss']:.4f}"
+    rows = {"steps": last["step"], "last loss": loss}
     if rates := [line["tokens_per_s"] for line in lines if "tokens_per_s" in line]:
         rows["median tokens/s"] = f"{sorted(rates)[len(rates) // 2]:,.0f}"
     if "skipped_steps" in last:

@@ -41,6 +41,17 @@ def test_page_holds_curves_clips_and_configuration(tmp_path: Path, capsys: pytes
     assert "http" not in page.replace("http://www.w3.org", "")
 
 
+def test_figures_that_were_not_finite_are_left_out_of_curves(tmp_path: Path) -> None:
+    """As the norm of a step that overflowed, and the loss of the step that ended a run."""
+    folder = run(tmp_path / "run", 3)
+    path = folder / "metrics.jsonl"
+    ended = {"step": 4, "loss": None, "grad_norm": None, "loss_scale": None}
+    path.write_text(path.read_text() + json.dumps(ended) + "\n")
+    page = write_run_page(folder, folder).read_text()
+    assert page.count("<svg") == 3
+    assert "<td>last loss</td><td>not finite</td>" in page
+
+
 def test_a_line_cut_off_by_a_crash_is_left_out_and_a_broken_one_named(tmp_path: Path) -> None:
     folder = run(tmp_path / "run", 3)
     path = folder / "metrics.jsonl"
