@@ -16,8 +16,12 @@ PERF = Path(__file__).parent / "perf"
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """`--benchmark`: the timings of tests/perf instead of the tests; pytest-benchmark's own options apply to them."""
+    """`--benchmark`: the timings of tests/perf instead of the tests; pytest-benchmark's own options apply to them.
+
+    `--full-grid`: see the fixture full_grid.
+    """
     parser.addoption("--benchmark", action="store_true", help="run the benchmarks of tests/perf, and nothing else")
+    parser.addoption("--full-grid", action="store_true", help="slow grids whole, not only every two choices together")
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
@@ -26,6 +30,12 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
     if config.getoption("--benchmark"):
         return None if in_perf or PERF.is_relative_to(collection_path) else True
     return True if in_perf else None
+
+
+@pytest.fixture(scope="session")
+def full_grid(pytestconfig: pytest.Config) -> bool:
+    """Whether slow grids run whole: hours instead of minutes."""
+    return bool(pytestconfig.getoption("--full-grid"))
 
 
 @pytest.fixture(scope="session")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -17,11 +18,29 @@ ENGINES = ("fsdp2-zero2", "fsdp2-zero3")
 DEGREES = (2, 4, 8)
 # Divisible by every degree, and not.
 LENGTHS = (64, 61)
-SHARED = list(itertools.product(STRATEGIES, POLICIES, ENGINES, LENGTHS))
+CHOICES = (tuple(STRATEGIES), DEGREES, POLICIES, ENGINES, LENGTHS)
 
 
-def everything(degree: int) -> list[Case]:
-    return [Case(strategy, degree, policy, engine, seq_len) for strategy, policy, engine, seq_len in SHARED]
+def everything() -> list[Case]:
+    return [Case(*choice) for choice in itertools.product(*CHOICES)]
+
+
+def pairs_of(case: Case) -> set[tuple[Any, ...]]:
+    """What is chosen together in a case, two by two."""
+    chosen = enumerate((case.strategy, case.degree, case.policy, case.engine, case.seq_len))
+    return set(itertools.combinations(chosen, 2))
+
+
+def pairwise() -> list[Case]:
+    """Of everything so many cases that every two choices meet in one: each time the case with most new pairs."""
+    cases = everything()
+    missing = set().union(*map(pairs_of, cases))
+    found: list[Case] = []
+    while missing:
+        best = max(cases, key=lambda case: len(pairs_of(case) & missing))
+        found.append(best)
+        missing -= pairs_of(best)
+    return found
 
 
 def covering(degree: int) -> list[Case]:
@@ -47,16 +66,16 @@ def compare(cases: list[Case], run_distributed: Callable[..., list[Any]], *, eve
             assert found.loss == found.loss and abs(found.loss) < 1e3, case
 
 
-def real_steps(cases: list[Case], memory: bool = False) -> list[Any]:
+def real_steps(cases: list[Case], repeats: int = 0) -> list[Any]:
     """On every rank of a worker pool, which finds functions by the file that they are in."""
-    return steps(cases, memory)
+    return steps(cases, repeats)
 
 
-def emulated_steps(cases: list[Case], rank: int, memory: bool = False) -> list[Any]:
+def emulated_steps(cases: list[Case], rank: int, repeats: int = 0) -> list[Any]:
     """In a worker, whose own group of one makes room."""
     torch.distributed.destroy_process_group()
     try:
-        return steps(cases, memory, rank)
+        return steps(cases, repeats, rank)
     finally:
         torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
 
@@ -77,30 +96,45 @@ def test_calls_with_data_parallelism_and_in_the_published_layout(run_distributed
     )
 
 
+def test_every_two_choices_meet_in_a_case() -> None:
+    found = pairwise()
+    met = set().union(*map(pairs_of, found))
+    sizes = [len(values) for values in CHOICES]
+    assert len(met) == sum(a * b for a, b in itertools.combinations(sizes, 2))
+    # No fewer than all pairs of the two largest choices, and not many more.
+    assert 24 <= len(found) <= 30
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("degree", DEGREES)
-def test_calls_and_bytes_equal_the_real_ranks_everywhere(degree: int, worker_pool: WorkerPool) -> None:
-    cases = everything(degree)
+def test_calls_and_bytes_equal_the_real_ranks_everywhere(degree: int, worker_pool: WorkerPool, full_grid: bool) -> None:
+    cases = [case for case in (everything() if full_grid else pairwise()) if case.degree == degree]
     for start in range(0, len(cases), 12):
         compare(cases[start : start + 12], worker_pool.run, every_end=True)
 
 
 def compare_memory(cases: list[Case], run_distributed: Callable[..., list[Any]]) -> None:
+    """Peaks of the first and the last rank: in FastSeq's attention by chunks ranks meet other ranges.
+
+    Of three real steps the least counts: a thread of gloo's that is late lets a step peak higher, never lower.
+    """
     (ranks,) = {case.ranks for case in cases}
-    real = run_distributed(real_steps, ranks, cases, True, timeout=600.0)[0]
-    (emulated,) = run_distributed(emulated_steps, 1, cases, 0, True)
-    for case, expected, found in zip(cases, real, emulated, strict=True):
-        assert expected.peak > 1 << 20
-        assert abs(found.peak / expected.peak - 1) < 0.01, (case, found.peak, expected.peak)
+    # Long, and without the scores that attention's specification holds: exchange buffers are a good part of the peak.
+    cases = [replace(case, seq_len=1024, attention="sdpa-flash") for case in cases]
+    real = run_distributed(real_steps, ranks, cases, 3, timeout=600.0)
+    for rank in (0, ranks - 1):
+        (emulated,) = run_distributed(emulated_steps, 1, cases, rank, 1)
+        for case, expected, found in zip(cases, real[rank], emulated, strict=True):
+            needed = min(expected.peaks)
+            assert needed > 1 << 20
+            assert abs(found.peaks[0] / needed - 1) < 0.01, (case, rank, found.peaks, expected.peaks)
 
 
-# Slow, as gloo lets go of a sent buffer when it gets to it: on a busy machine real ranks peak up to 4 % higher.
-@pytest.mark.slow
 def test_peak_memory_equals_the_real_ranks(run_distributed: Callable[..., list[Any]]) -> None:
     compare_memory(
         [
-            Case("ulysses", 2, "full", "fsdp2-zero2", 512),
-            Case("fastseq-attention", 2, "none", "fsdp2-zero3", 512),
+            Case("ulysses-chunks", 2, "keep_attention", "fsdp2-zero2", 1024),
+            Case("fastseq-attention", 2, "none", "fsdp2-zero3", 1024),
         ],
         run_distributed,
     )
@@ -109,10 +143,7 @@ def test_peak_memory_equals_the_real_ranks(run_distributed: Callable[..., list[A
 @pytest.mark.slow
 @pytest.mark.parametrize("degree", DEGREES)
 def test_peak_memory_equals_the_real_ranks_everywhere(degree: int, worker_pool: WorkerPool) -> None:
-    compare_memory(
-        [Case(s, degree, policy, engine, 512) for s in STRATEGIES for policy in POLICIES for engine in ENGINES],
-        worker_pool.run,
-    )
+    compare_memory([case for case in pairwise() if case.degree == degree], worker_pool.run)
 
 
 @pytest.mark.parametrize("policy", ["none", "full"])

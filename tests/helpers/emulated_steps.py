@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -33,7 +36,7 @@ STRATEGIES: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class Case:
-    """strategy: of STRATEGIES, or `local`. dp: SP groups of `degree` ranks each."""
+    """strategy: of STRATEGIES, or `local`. dp: SP groups of `degree` ranks each. attention: provider."""
 
     strategy: str
     degree: int
@@ -43,13 +46,15 @@ class Case:
     dp: int = 1
     width: int = 128
     published: bool = False
+    attention: str = "auto"
 
     @property
     def parallel(self) -> ParallelConfig:
         fields = dict(STRATEGIES.get(self.strategy, {"strategy": self.strategy}))
         if self.strategy == "usp":
             fields["ulysses_degree"] = max(1, self.degree // 2)
-        return ParallelConfig(sp_degree=self.degree, policy=self.policy, engine=self.engine, **fields)  # type: ignore[arg-type]
+        fields |= {"policy": self.policy, "engine": self.engine, "attention_provider": self.attention}
+        return ParallelConfig(sp_degree=self.degree, **fields)
 
     @property
     def model(self) -> DiTConfig:
@@ -72,27 +77,31 @@ class Case:
 
 @dataclass(frozen=True)
 class Step:
-    """calls: of building and of two steps. peak: bytes that the second one allocated at most."""
+    """calls: of building and of two steps. peaks: bytes that each step after the first allocated at most."""
 
     calls: list[Issued]
-    peak: int
+    peaks: list[int]
     loss: float
     gradients: dict[str, Tensor]
 
 
-def steps(cases: Sequence[Case], memory: bool = False, rank: int | None = None) -> list[Step]:
-    """Two steps of each case on this rank of the default group, or on one of an emulated world."""
+def steps(cases: Sequence[Case], repeats: int = 0, rank: int | None = None) -> list[Step]:
+    """Two steps of each case on this rank of the default group, or on one of an emulated world.
+
+    Args:
+        repeats: steps after the first whose memory is looked at; none: a second step without.
+    """
     silence_fsdp()
     if rank is None:
-        return [_run(case, memory) for case in cases]
+        return [_run(case, repeats) for case in cases]
     found = []
     for case in cases:
         with emulated_world(case.ranks, rank=rank):
-            found.append(_run(case, memory))
+            found.append(_run(case, repeats))
     return found
 
 
-def _run(case: Case, memory: bool) -> Step:
+def _run(case: Case, repeats: int) -> Step:
     assert dist.get_world_size() == case.ranks
     with issued_calls() as calls:
         mesh = build_mesh(sp_degree=case.degree, ulysses_degree=case.parallel.ulysses_degree)
@@ -111,14 +120,31 @@ def _run(case: Case, memory: bool) -> Step:
         model.engine.backward(loss)
         gradients = model.engine.full_gradients() if case.ranks == 1 else {}
         model.engine.step()
-        peak = _peak(model, batch) if memory else _step(model, batch)
-    return Step(list(calls), peak, loss.item(), gradients)
+        with _patient_waits():
+            peaks = [_peak(model, batch) for _ in range(repeats)]
+        if not repeats:
+            _step(model, batch)
+    return Step(list(calls), peaks, loss.item(), gradients)
 
 
-def _step(model: ParallelDiT, batch: Batch) -> int:
+def _step(model: ParallelDiT, batch: Batch) -> None:
     model.engine.backward(model.loss(batch))
     model.engine.step()
-    return 0
+
+
+@contextmanager
+def _patient_waits() -> Iterator[None]:
+    """A thread of gloo's lets go of a collective's buffers some time after its wait() is over: that time is given here,
+    so that they do not count as what a step needs."""
+    wait = dist.Work.wait
+
+    def patient(work: dist.Work, *arguments: Any) -> bool:
+        over = wait(work, *arguments)
+        time.sleep(0.002)
+        return over
+
+    with mock.patch.object(dist.Work, "wait", patient):
+        yield
 
 
 def _peak(model: ParallelDiT, batch: Batch) -> int:
