@@ -2,12 +2,10 @@
 
 Time of a call = max(FLOPs / rate, bytes / bandwidth, launch floor); collectives: latency + bytes / link bandwidth. One
 after the other, except where the schedule overlaps:
-- a strategy's all-to-all is waited for: all of it counts (FastSeq's exchange of the output); where heads go in K
-  chunks (Ulysses), the first chunk's way in and the last one's way back, a K-th, count and the rest hides behind
-  attention on the other chunks: exposed = exchange / K + max(0, exchange - attention) (K - 1) / K;
-- a strategy's point-to-point exchange hides behind what is computed on the P - 1 chunks before the last one arrives,
-  no further: exposed = max(0, exchange - work * (P - 1) / P). The work is FastSeq's projection, with attention where
-  that runs chunk by chunk; in a ring, attention;
+- a strategy's exchange hides behind its attention and projections as its schedule lets it (schedule.py): all-to-alls of
+  heads in chunks (Ulysses) behind attention on other chunks, what goes round a ring behind attention on the chunk that
+  is there, FastSeq's chunks behind their projections, and attention where that runs chunk by chunk; an all-to-all that
+  is not in chunks (FastSeq's output) is waited for;
 - the sharding engine's collectives hide behind the compute of their phase, but for the largest one, which has nothing
   to hide behind at the start of forward or the end of backward;
 - activations that go to host memory and back hide behind the compute of forward and of backward.
@@ -25,9 +23,12 @@ from typing import Literal
 
 from longreel.parallel.predict.hardware import COLLECTIVE_LATENCY, HOST_LINK, KERNEL_FLOOR, GPUProfile, Rate
 from longreel.parallel.predict.ledger import OpCost
+from longreel.parallel.predict.schedule import fastseq_backward_waits, fastseq_waits, ring_waits, ulysses_waits
 
 # The op, forward and backward, whose point-to-point exchange is a ring.
 _RING = "exchange_attention"
+# Of Ulysses' exchange what goes in: q, k and v forward, the output's gradient backward, in self-attention.
+_SHARE_IN = {False: 0.75, True: 0.25}
 
 Pace = Literal["expected", "fast", "slow"]
 
@@ -166,13 +167,21 @@ def _parts(
         else:
             all_to_all[cost.scope, cost.chunks] += calls * one
     for (scope, chunks), seconds in all_to_all.items():
-        cover = work[scope, "attention"] if overlap else 0.0
-        parts["sequence"] += seconds / chunks + max(0.0, seconds - cover) * (chunks - 1) / chunks
+        share_in = _SHARE_IN[scope.endswith("backward")]
+        waits = ulysses_waits(chunks, seconds, work[scope, "attention"], share_in=share_in) if overlap else seconds
+        parts["sequence"] += waits
     for (scope, size), seconds in exchange.items():
-        cover = work[scope, "matmul"]
-        if scope in chunked or scope.startswith(_RING):
-            cover += work[scope, "attention"]
-        parts["sequence"] += max(0.0, seconds - (cover * (size - 1) / size if overlap else 0.0))
+        if not overlap:
+            parts["sequence"] += seconds
+            continue
+        projection, attention = work[scope, "matmul"], work[scope, "attention"]
+        if scope.startswith(_RING):
+            parts["sequence"] += ring_waits(size, seconds, projection + attention)
+        elif scope not in chunked:
+            parts["sequence"] += ring_waits(size, seconds, projection)
+        else:
+            waits_of = fastseq_backward_waits if scope.endswith("backward") else fastseq_waits
+            parts["sequence"] += waits_of(size, seconds, projection, attention)
     for phase, seconds in sharding.items():
         cover = compute[phase] if overlap else 0.0
         parts["sharding"] += largest[phase] + max(0.0, seconds - largest[phase] - cover)

@@ -13,7 +13,6 @@ from unittest import mock
 
 import pytest
 import torch
-from schedules import fastseq_backward_seconds, fastseq_seconds, ring_seconds, ulysses_seconds
 from torch import Tensor, nn
 
 from longreel.models.sequence import SequenceLengths
@@ -21,6 +20,7 @@ from longreel.parallel import comm
 from longreel.parallel.config import ParallelConfig
 from longreel.parallel.mesh import build_mesh
 from longreel.parallel.predict.fake_world import fake_world
+from longreel.parallel.predict.schedule import fastseq_backward_waits, fastseq_waits, ring_waits, ulysses_waits
 from longreel.parallel.strategies import (
     build_strategy,
     chunked_attention,
@@ -144,6 +144,24 @@ def layer(
         return run(ratio * (1 - linear_share) / pairs, ratio * linear_share / max(rows, 1.0), 1 / sent)
 
 
+def fastseq_seconds(degree: int, ratio: float, *, attends: bool) -> float:
+    """Forward of a layer whose transfers take 1 s: x, then a (P + 1)-th for the output."""
+    output, projection = 1 / (degree + 1), 0.01 * ratio
+    if attends:
+        return ratio + output + fastseq_waits(degree, 1 - output, projection, ratio - projection)
+    return ratio + output + ring_waits(degree, 1 - output, projection)
+
+
+def fastseq_backward_seconds(degree: int, ratio: float) -> float:
+    """The same of backward, with a (2 P + 1)-th for the output's gradient."""
+    output = 1 / (2 * degree + 1)
+    return ratio + output + fastseq_backward_waits(degree, 1 - output, 0.0, ratio)
+
+
+def ulysses_seconds(chunks: int, ratio: float, share_in: float = 0.75) -> float:
+    return ratio + ulysses_waits(chunks, 1.0, ratio, share_in=share_in)
+
+
 @pytest.mark.parametrize("ratio", [0.25, 1.0, 4.0])
 @pytest.mark.parametrize("degree", [2, 4, 8], ids=lambda p: f"P{p}")
 @pytest.mark.parametrize("overlap", ["projection", "attention"])
@@ -151,7 +169,7 @@ def test_fastseq_takes_the_time_of_its_schedule(overlap, degree, ratio):
     clock = forward("fastseq", degree, ratio, fastseq_overlap=overlap)
     assert clock.transferred == pytest.approx(1)
     assert clock.computed == pytest.approx(ratio)
-    assert clock.now == pytest.approx(fastseq_seconds(degree, ratio, 0.01, attends=overlap == "attention"))
+    assert clock.now == pytest.approx(fastseq_seconds(degree, ratio, attends=overlap == "attention"))
 
 
 @pytest.mark.parametrize("degree", [2, 4, 8], ids=lambda p: f"P{p}")
@@ -181,7 +199,7 @@ def test_fastseq_backward_hides_its_transfers_where_computation_is_four_times_as
 @pytest.mark.parametrize("degree", [2, 4, 8], ids=lambda p: f"P{p}")
 def test_a_ring_takes_the_longer_of_attention_and_transfer(degree, ratio):
     clock = forward("ring", degree, ratio, linear_share=0.0)
-    assert clock.now == pytest.approx(ring_seconds(degree, ratio))
+    assert clock.now == pytest.approx(ratio + ring_waits(degree, 1.0, ratio))
 
 
 @pytest.mark.parametrize("ratio", [0.25, 1.0, 4.0])
@@ -195,8 +213,8 @@ def test_ulysses_takes_the_time_of_its_schedule(degree, chunks, ratio):
 
 
 @pytest.mark.parametrize("ratio", [0.25, 1.0, 4.0])
-@pytest.mark.parametrize("chunks", [1, 4])
-@pytest.mark.parametrize("degree", [2, 8], ids=lambda p: f"P{p}")
+@pytest.mark.parametrize("chunks", [1, 2, 4])
+@pytest.mark.parametrize("degree", [2, 4, 8], ids=lambda p: f"P{p}")
 def test_ulysses_backward_takes_the_time_of_its_schedule(degree, chunks, ratio):
     clock = backward("ulysses", degree, ratio, head_chunks=chunks)
     # dO in, dQ, dK and dV back.

@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from schedules import fastseq_seconds, ring_seconds, ulysses_seconds
 
 from longreel.parallel.predict.hardware import COLLECTIVE_LATENCY, KERNEL_FLOOR, get_profile
 from longreel.parallel.predict.ledger import OpCost
 from longreel.parallel.predict.roofline import StepTime, step_time
+from longreel.parallel.predict.schedule import fastseq_backward_waits, fastseq_waits, ring_waits, ulysses_waits
 
 H800 = get_profile("H800")
 GROUPS = {"sp": 4, "all": 8}
@@ -52,7 +52,9 @@ def test_chunks_of_heads_hide_all_but_one_way_in_and_back() -> None:
     for share in (0.5, 2.0):
         flops = int(share * wire * H800.attention(72, backward=False).value)
         attention = _op("attention", "attention_packed", scope="exchange_attention", flops=flops, head_dim=72)
-        exposed = wire / 4 + max(0.0, 1 - share) * wire * 3 / 4
+        # Twice as long as the exchange, all but a way in and back hides; half as long, the link is what is waited for.
+        exposed = wire / 4 if share > 1 else ulysses_waits(4, wire, share * wire, share_in=0.75)
+        assert wire / 4 <= exposed < wire
         assert _time({exchange: 8, attention: 1}).breakdown["sequence"] == pytest.approx(exposed, rel=1e-6)
 
 
@@ -129,38 +131,38 @@ SECOND = 10**12
 def _exposed(scope: str, name: str, size: int, ratio: float, *, chunks: int, linear: float = 0.0) -> float:
     """Of transfers of 1 s (scaled up, so that latencies are nothing) beside attention of `ratio` s, what is exposed."""
     sent = int(H800.link.value * SECOND)
-    rate = H800.attention(72, backward=scope.endswith("backward")).value
+    is_backward = scope.endswith("backward")
+    rate = H800.attention(72, backward=is_backward).value
+    op = "attention_backward" if is_backward else "attention"
     costs = {
         _op("collective", name, scope=scope, bytes=sent, group="sp", chunks=chunks): 1,
-        _op("attention", scope=scope, flops=int(ratio * (1 - linear) * SECOND * rate), head_dim=72): 1,
+        _op("attention", op, scope=scope, flops=int(ratio * (1 - linear) * SECOND * rate), head_dim=72): 1,
         _op("matmul", scope=scope, flops=int(ratio * linear * SECOND * H800.matmul.value)): 1,
     }
     return step_time(costs, H800, group_sizes={"sp": size}).breakdown["sequence"] / SECOND
 
 
-@pytest.mark.parametrize("ratio", [0.25, 1.0, 4.0, 16.0])
-@pytest.mark.parametrize("degree", [2, 4, 8], ids=lambda p: f"P{p}")
-def test_exposed_communication_is_that_of_the_simulated_schedule(degree: int, ratio: float) -> None:
-    ring = _exposed("exchange_attention", "send", degree, ratio, chunks=1)
-    assert ring == pytest.approx(ring_seconds(degree, ratio) - ratio, abs=1e-6)
+RATIOS = pytest.mark.parametrize("ratio", [0.25, 1.0, 4.0, 16.0])
+DEGREES = pytest.mark.parametrize("degree", [2, 4, 8], ids=lambda p: f"P{p}")
+
+
+@RATIOS
+@DEGREES
+@pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
+def test_exposed_communication_is_that_of_the_schedule(degree: int, ratio: float, backward: bool) -> None:
+    """tests/parallel/test_overlap.py holds the schedules' functions to the real code."""
+    suffix = "_backward" if backward else ""
+    ring = _exposed(f"exchange_attention{suffix}", "send", degree, ratio, chunks=1)
+    assert ring == pytest.approx(ring_waits(degree, 1.0, ratio), abs=1e-6)
     for chunks in (1, 2, 4):
-        found = _exposed("exchange_attention", "alltoall_base_", degree, ratio, chunks=chunks)
-        simulated = ulysses_seconds(chunks, ratio) - ratio
-        # Where neither is much longer, what waits depends on the order of chunks, which the model does not know.
-        assert found == pytest.approx(simulated, abs=1e-6 if chunks == 1 or ratio >= 4 else 0.2)
-
-
-@pytest.mark.parametrize("ratio", [1.0, 4.0, 16.0])
-@pytest.mark.parametrize("degree", [2, 4, 8], ids=lambda p: f"P{p}")
-def test_fastseq_exposes_little_more_than_the_model_says(degree: int, ratio: float) -> None:
-    """The first chunks have less attention to hide behind than the last, and the model takes their mean."""
-    output = 1 / (degree + 1)
-    found = (1 - output) * _exposed(
-        "fastseq_attention", "send", degree, ratio / (1 - output), chunks=degree, linear=0.01
-    )
-    simulated = fastseq_seconds(degree, ratio, 0.01, attends=True) - ratio - output
-    assert found <= simulated + 1e-6
-    assert simulated - found <= (0.25 if ratio < 4 else 1 / (degree - 1)) + 1e-6
+        found = _exposed(f"exchange_attention{suffix}", "alltoall_base_", degree, ratio, chunks=chunks)
+        assert found == pytest.approx(ulysses_waits(chunks, 1.0, ratio, share_in=0.25 if backward else 0.75), abs=1e-6)
+    parts = 0.01 * ratio, 0.99 * ratio
+    found = _exposed(f"fastseq_attention{suffix}", "send", degree, ratio, chunks=degree, linear=0.01)
+    waits_of = fastseq_backward_waits if backward else fastseq_waits
+    assert found == pytest.approx(waits_of(degree, 1.0, *parts), abs=1e-6)
+    found = _exposed(f"fastseq_attention{suffix}", "send", degree, ratio, chunks=1, linear=0.01)
+    assert found == pytest.approx(ring_waits(degree, 1.0, parts[0]), abs=1e-6)
 
 
 def test_attention_of_two_head_dims_has_a_named_rate_of_each_whatever_the_order() -> None:
