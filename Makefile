@@ -62,7 +62,8 @@ published: setup
 	rm -rf out/published
 	$(BIN)/python bench/sweep.py --preset h800 --mode predicted --out out/published/h800
 	$(BIN)/python bench/sweep.py --preset blog --mode predicted --out out/published/blog
-	$(BIN)/python -m longreel.reports.publish out/published/h800 out/published/blog --codegen docs/codegen.md $(if $(KERNELS),--kernels $(KERNELS))
+	$(BIN)/python bench/crossover.py --out docs/crossover.svg
+	$(BIN)/python -m longreel.reports.publish out/published/h800 out/published/blog --codegen docs/codegen.md --crossover docs/crossover.json $(if $(KERNELS),--kernels $(KERNELS))
 
 test: lint types layers smoke unit
 

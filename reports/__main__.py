@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from longreel.reports import op_report, parts, runs_report
+from longreel.reports.crossover import crossover_part, load_cells
 from longreel.reports.html import DEFAULT_TITLE, write_report
 from longreel.reports.run_page import is_run, write_run_page
 from longreel.reports.runs import Thresholds, compare_runs
@@ -64,6 +65,7 @@ def _parser() -> argparse.ArgumentParser:
     page = parser.add_argument_group("a sweep's page")
     page.add_argument("--kernels", type=Path, metavar="PATH", help="records of single ops, as a section")
     page.add_argument("--codegen", type=Path, metavar="FILE.md", help="what the kernels compile to, as a section")
+    page.add_argument("--crossover", type=Path, metavar="FILE.json", help="a map of bench/crossover.py, as a section")
     page.add_argument("--png", action="store_true", help="write each figure but the heat maps as a PNG, too")
     page.add_argument("--page-only", action="store_true", help="write report.html and nothing beside it")
     changes = parser.add_argument_group("two runs")
@@ -84,6 +86,8 @@ def _sweep(options: argparse.Namespace) -> int:
     sections = []
     if options.kernels is not None:
         sections.append(parts.kernels_part(load_ops(options.kernels)[0]))
+    if options.crossover is not None:
+        sections.append(crossover_part(load_cells(options.crossover)))
     if options.codegen is not None:
         text = options.codegen.read_text(encoding="utf-8")
         sections.append(parts.document_part(text, id="codegen", name="Generated code"))

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from longreel.reports import parts
+from longreel.reports.crossover import crossover_part, load_cells
 from longreel.reports.html import render
 from longreel.reports.sources import load_ops, load_steps
 from longreel.reports.store import latest, warnings_as_lines, write_files
@@ -23,13 +24,20 @@ MAX_BYTES = 1_000_000
 
 
 def publish(
-    sources: Sequence[Path], out: Path, *, title: str, codegen: Path | None = None, kernels: Path | None = None
+    sources: Sequence[Path],
+    out: Path,
+    *,
+    title: str,
+    codegen: Path | None = None,
+    kernels: Path | None = None,
+    crossover: Path | None = None,
 ) -> tuple[Path, Path]:
     """Write the records of files and folders to one packed file, and their page beside it, both or neither.
 
     Args:
         sources: record files, or folders of them. out: the folder. title: of the page.
         codegen: a document that becomes a section. kernels: records of single ops, too.
+        crossover: cells of bench/crossover.py, the same.
 
     Returns:
         The paths of both files.
@@ -40,6 +48,8 @@ def publish(
     """
     records = latest([record for source in sources for record in load_steps(source)[0]])
     sections = [] if kernels is None else [parts.kernels_part(load_ops(kernels)[0])]
+    if crossover is not None:
+        sections.append(crossover_part(load_cells(crossover)))
     if codegen is not None:
         text = codegen.read_text(encoding="utf-8")
         sections.append(parts.document_part(text, id="codegen", name="Generated code"))
@@ -62,12 +72,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=FOLDER, metavar="DIR", help=f"default: {FOLDER}")
     parser.add_argument("--title", default="Longreel: published records", help="title of the page")
     parser.add_argument("--codegen", type=Path, metavar="FILE.md", help="what the kernels compile to, as a section")
+    parser.add_argument(
+        "--crossover", type=Path, metavar="FILE.json", help="the map of bench/crossover.py, as a section"
+    )
     parser.add_argument("--kernels", type=Path, metavar="PATH", help="records of single ops, as a section")
     options = parser.parse_args(arguments)
     try:
         with warnings_as_lines("longreel.reports.publish: "):
             files = publish(
-                options.sources, options.out, title=options.title, codegen=options.codegen, kernels=options.kernels
+                options.sources,
+                options.out,
+                title=options.title,
+                codegen=options.codegen,
+                kernels=options.kernels,
+                crossover=options.crossover,
             )
     except (ValueError, OSError) as error:
         print(f"longreel.reports.publish: {' '.join(str(error).splitlines())}", file=sys.stderr)

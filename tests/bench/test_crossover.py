@@ -12,11 +12,26 @@ import pytest
 from longreel.bench import crossover
 from longreel.bench.crossover import CrossoverConfig, draw, main
 from longreel.parallel.config import ParallelConfig
+from longreel.reports.crossover import load_cells
 
 
 def test_map(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "map.svg"
-    size = ["--model", "dit-s-4", "--tokens", "4096", "--links", "1", "400", "--gpus", "2", "--regimes", "full"]
+    size = [
+        "--model",
+        "dit-s-4",
+        "--processes",
+        "1",
+        "--tokens",
+        "4096",
+        "--links",
+        "1",
+        "400",
+        "--gpus",
+        "2",
+        "--regimes",
+        "full",
+    ]
     assert main([*size, "--out", str(out)]) == 0
     found = json.loads(out.with_suffix(".json").read_text())
     assert [(cell["tokens"], cell["link_gb_s"]) for cell in found] == [(4096, 1.0), (4096, 400.0)]
@@ -26,6 +41,31 @@ def test_map(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "<svg" in out.read_text()
     assert main([*size, "--out", str(tmp_path / "map.txt")]) == 2
     assert "out must be an .svg or .png file" in capsys.readouterr().err
+    assert load_cells(out.with_suffix(".json")) == found
+    # The same cells make the same picture.
+    draw(found, tmp_path / "again.svg")
+    assert (tmp_path / "again.svg").read_bytes() == out.read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("option", "said"),
+    [
+        (["--tokens", "0"], "tokens must be positive, got 0"),
+        (["--links", "25", "-1"], "links must be positive, got 25.0, -1.0"),
+        (["--gpus", "9"], "num_gpus must be 1 to 8"),
+        (["--samples", "0"], "samples must be at least 1, got 0"),
+        (["--model", "dit-xxl"], "dit-xxl"),
+    ],
+)
+def test_bad_input_is_one_line(option: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*option, "--processes", "1"]) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_processes_change_nothing(tmp_path: Path) -> None:
+    axes = {"model": "dit-s-4", "tokens": (1024, 4096), "links": (50,), "gpus": (2,), "regimes": ("full", "text_only")}
+    one, two = (CrossoverConfig(**axes, processes=processes) for processes in (1, 2))
+    assert crossover.cells(one) == crossover.cells(two)
 
 
 def test_ahead_is_how_much_faster_the_best_is(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -39,7 +79,7 @@ def test_ahead_is_how_much_faster_the_best_is(monkeypatch: pytest.MonkeyPatch) -
         return SimpleNamespace(best=needs[0], runners_up=needs[1:], tokens_per_s=lambda need: (need.speed, 0.0, 99.0))
 
     monkeypatch.setattr(crossover, "plan", answered)
-    (cell,) = crossover.cells(CrossoverConfig(tokens=(8192,), links=(50,), gpus=(2,), regimes=("full",)))
+    (cell,) = crossover.cells(CrossoverConfig(tokens=(8192,), links=(50,), gpus=(2,), regimes=("full",), processes=1))
     assert (cell["strategy"], cell["ahead"]) == ("ulysses", 1.0)
 
 
