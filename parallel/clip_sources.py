@@ -50,6 +50,11 @@ class Source(Protocol):
         ...
 
     @property
+    def encoder_weights(self) -> dict[str, str]:
+        """Digests of the weights of `autoencoder` and `text_encoder`, empty where there are none."""
+        ...
+
+    @property
     def same_size(self) -> bool:
         """Whether a clip's place in a batch can be taken by one of its own size alone."""
         ...

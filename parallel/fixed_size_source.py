@@ -92,6 +92,7 @@ class FixedSizeSource:
         check_accumulation(config.batch_size, mesh.dp_degree, config.optimizer.accumulation)
         self._autoencoder = build_autoencoder(config.compression, device=device)
         self._encoder = build_text_encoder(config.text, device=device)
+        self.encoder_weights = {"autoencoder": self._autoencoder.digest, "text_encoder": self._encoder.digest}
         self.model = config.dit(self._autoencoder, self._encoder)
         self.fewest_tokens = math.prod(self.model.grid(*config.latent_size(self._autoencoder)))
         self.clip_size = {name: getattr(config, name) for name in ("num_frames", "height", "width")}

@@ -50,12 +50,17 @@ class ManySizesSource:
             self._null_text = shards.null_text
             self.clips: ClipSource = shards
             text_sizes = {name: shards.info[name] for name in ("text_dim", "max_text_tokens")}
+            self.encoder_weights = {
+                "autoencoder": shards.info["autoencoder_weights"],
+                "text_encoder": shards.info["text_weights"],
+            }
             if not shards.info["text_stored"]:
                 self._encoder = build_text_encoder(config.text, device=device)
         else:
             self.config = config
             autoencoder = build_autoencoder(config.compression, device=device)
             self._encoder = build_text_encoder(config.text, device=device)
+            self.encoder_weights = {"autoencoder": autoencoder.digest, "text_encoder": self._encoder.digest}
             factors = autoencoder.time_factor, autoencoder.space_factor
             self.clips = self._open(autoencoder, say)
             text_sizes = {"text_dim": self._encoder.text_dim, "max_text_tokens": self._encoder.max_tokens}

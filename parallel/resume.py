@@ -90,6 +90,17 @@ def check_resumed_clips(checkpoint: Path, digest: str, number: int) -> None:
         )
 
 
+def check_same_encoders(checkpoint: Path, weights: dict[str, str]) -> None:
+    """ValueError if a checkpoint was trained on latents or features of other weights, at whatever path they lie."""
+    were = read_run(checkpoint)[1].get("encoder_weights")
+    for name, digest in weights.items():
+        if isinstance(were, dict) and were.get(name) != digest:
+            raise ValueError(
+                f"cannot resume with other weights of the {name.replace('_', ' ')}: {checkpoint} was trained with "
+                f"{were.get(name)}, here are {digest} (digests); give the same ones, or another --out for a new run"
+            )
+
+
 def check_same_run(config: TrainConfig, checkpoint: Path) -> None:
     """ValueError if a checkpoint is of another run than this one, which has what its shards say of their encoders."""
     were, now = (_compared(run) for run in (read_run(checkpoint)[1], to_json(config)))

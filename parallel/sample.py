@@ -76,6 +76,10 @@ class Sampler:
                 f"guided_channels {config.guided_channels} is more than the {channels} channels of this model; use "
                 f"1 to {channels}"
             )
+        for name, model in (("autoencoder", self.autoencoder), ("text_encoder", self.encoder)):
+            were = trained.encoder_weights.get(name)
+            if model is not None and were is not None and model.digest != were:
+                say(f"warning: the {name.replace('_', ' ')} has other weights than in training")
         self.guided_channels = config.guided_channels or trained.guided_channels or channels
         self.model = trained.build(self._spread, config.weights)
 

@@ -31,6 +31,7 @@ class TrainedModel:
         dit, objective, compression, text: what it was trained as.
         clip_size: num_frames, height and width of its training clips, in pixels.
         guided_channels: that its guidance steers; None: all.
+        encoder_weights: digests of the encoders' weights in training; empty where they are not known.
     """
 
     path: Path
@@ -40,6 +41,7 @@ class TrainedModel:
     text: TextEncoderConfig
     clip_size: dict[str, int]
     guided_channels: int | None
+    encoder_weights: dict[str, str]
     # Of a weights file.
     tensors: dict[str, Tensor] | None
 
@@ -110,6 +112,7 @@ def open_trained(
             text=text,
             clip_size=clip_size_from_json(trained.get("clip_size")),
             guided_channels=guided,
+            encoder_weights=dict(trained.get("encoder_weights") or {}),
             tensors=tensors,
         )
     except ValueError as error:

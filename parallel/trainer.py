@@ -26,7 +26,7 @@ from longreel.parallel.metrics_log import MetricsLog, Utilisation, memory_bytes
 from longreel.parallel.pace import Pace, process_age
 from longreel.parallel.parallelize import ParallelDiT
 from longreel.parallel.prefetch import AgreedBatches, Prefetched
-from longreel.parallel.resume import check_resumed_clips, check_same_run, checkpoint_to_resume
+from longreel.parallel.resume import check_resumed_clips, check_same_encoders, check_same_run, checkpoint_to_resume
 from longreel.parallel.run_config import TrainConfig, to_json
 from longreel.parallel.run_folder import enter_run_folder
 from longreel.parallel.saving import Saving
@@ -72,6 +72,7 @@ class Trainer:
         if resumed is not None:
             # Shards say how they were compressed and how captions are read, as the checkpoint does.
             check_same_run(config, resumed)
+            check_same_encoders(resumed, self.source.encoder_weights)
         in_sequence = self.source.model.max_text_tokens if self.source.model.conditioning == "in_context" else 0
         check_ranks(self.source.fewest_tokens + in_sequence, config.parallel.sp_degree)
         if resumed is not None and self.source.clips is not None:
@@ -254,6 +255,7 @@ class Trainer:
         config = to_json(self.config) | {
             "clips": self.clips.digest,
             "dit": to_json(self.source.model),
+            "encoder_weights": self.source.encoder_weights,
             "clip_size": self.source.clip_size,
         }
         self._saving.save(self.step, self.state.state, config, last=last)

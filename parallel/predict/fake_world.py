@@ -1,6 +1,6 @@
 """The fake process group: one process stands for one rank of N, and every collective returns at once.
 
-The only file that touches torch.testing._internal.distributed.fake_pg, a private API.
+The only file that touches torch.testing._internal.distributed.fake_pg and DTensor's cache, private APIs.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch.distributed as dist
+from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 # Batches of sends and receives look the back end up by their tensors' device (longreel.parallel.predict.shapes).
@@ -42,3 +43,6 @@ def fake_world(world_size: int, *, rank: int = 0) -> Iterator[None]:
         yield
     finally:
         dist.destroy_process_group()
+        # What DTensor ops gave is remembered with the mesh it lay on, which a mesh of as many ranks is equal to, be it
+        # another rank's: a run that was planned here would give every rank the place of the one played.
+        _clear_sharding_prop_cache()

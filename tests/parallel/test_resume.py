@@ -7,18 +7,22 @@ import json
 import math
 import shlex
 import shutil
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from rich.console import Console
 
 from longreel.data.cutting import CutConfig
 from longreel.data.demo import make_demo_folder
 from longreel.data.prepare_config import PrepareConfig
 from longreel.data.prepare_run import prepare
+from longreel.models.autoencoders import AutoencoderConfig
 from longreel.models.text import TextEncoderConfig
+from longreel.models.vqvae import load_vqvae, save_vqvae
 from longreel.parallel import checkpoint_writer
 from longreel.parallel.checkpoint import checkpoints, read_description
 from longreel.parallel.checkpoint_files import write_description
@@ -28,6 +32,8 @@ from longreel.parallel.model_choice import ModelChoice
 from longreel.parallel.optimizer_config import OptimizerConfig
 from longreel.parallel.resume import check_same_run
 from longreel.parallel.run_config import TrainConfig, to_json
+from longreel.parallel.sample import Sampler
+from longreel.parallel.sample_config import SampleConfig
 from longreel.parallel.trainer import Trainer, train
 
 
@@ -136,6 +142,28 @@ def test_a_resumed_run_says_how_long_it_took_to_begin(tmp_path: Path) -> None:
     assert [line["step"] for line in lines if "first_step_after" in line] == [1, 5]
     assert lines[4]["first_step_after"] > lines[4]["seconds"]
     assert f"first step {lines[4]['first_step_after']:.1f} s after the process began" in told.getvalue()
+
+
+def test_other_weights_of_the_autoencoder_are_refused_on_resume_and_said_in_sampling(
+    tmp_path: Path, tiny_model: Callable[[str], Path]
+) -> None:
+    place, told = tmp_path / "vqvae", io.StringIO()
+    shutil.copytree(tiny_model("vqvae"), place)
+    compression = AutoencoderConfig(autoencoder="vqvae", autoencoder_path=str(place))
+    config = demo(tmp_path / "run", steps=1, compression=compression)
+    asked = SampleConfig(checkpoint=config.out, prompt=("x",), steps=1)
+    with process_group() as device:
+        Trainer(config, device).train()
+        Sampler(asked, device, console=Console(file=told, width=1000))
+        assert "warning" not in told.getvalue()
+        model = load_vqvae(place)
+        with torch.no_grad():
+            model.patch_in.bias += 1
+        save_vqvae(model, place)
+        with pytest.raises(ValueError, match=r"cannot resume with other weights of the autoencoder: .*\(digests\)"):
+            Trainer(replace(config, steps=2, resume=True), device)
+        Sampler(asked, device, console=Console(file=told, width=1000))
+        assert "warning: the autoencoder has other weights than in training" in told.getvalue()
 
 
 def resume(before: TrainConfig, now: TrainConfig) -> None:

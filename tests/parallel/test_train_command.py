@@ -229,3 +229,19 @@ def test_torchrun_trains_and_an_error_is_said_once(tmp_path: Path, videos: Path)
     again = script(tmp_path, *command, "--out", "run")
     assert again.returncode != 0
     assert again.stderr.count("error: run: holds a run already") == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "choice",
+    [["--plan", "auto", "--target", "h800", "--precision", "bf16"], ["--policy", "auto", "--memory-limit-gib", "4"]],
+    ids=["plan", "policy"],
+)
+def test_what_is_chosen_for_two_ranks_is_saved_and_goes_on(tmp_path: Path, videos: Path, choice: list[str]) -> None:
+    """Choosing runs predictions in each rank's process, of which nothing may stay."""
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(SCRIPTS / "train.py")]
+    command = [*torchrun, "--videos", str(videos), *TINY, *choice, "--out", "run"]
+    for steps, resume in (("2", []), ("4", ["--resume"])):
+        trained = script(tmp_path, *command, "--steps", steps, *resume)
+        assert trained.returncode == 0, trained.stderr
+        assert f"checkpoint: run/checkpoints/step-00000{steps}" in trained.stderr
