@@ -165,9 +165,9 @@ def run(config: ValidateConfig) -> list[str]:
     steps, ops = read(config.records) if config.records.exists() else ([], [])
     lines = []
     rates = calibrate_each(ops)
-    for one in rates:
-        lines.append(f"Calibrated on op records of {one.device} ({one.dtype}), which no step below had a part in.")
-    if not any(profile_of_device(one.device) for one in rates):
+    for own in rates:
+        lines.append(f"Calibrated on op records of {own.device} ({own.dtype}), which no step below had a part in.")
+    if not any(profile_of_device(own.device) for own in rates):
         lines.append("No op record of a GPU to calibrate on: times on GPUs are by assumed rates.")
     if not steps:
         return [*lines, f"No measured or emulated step in {config.records}: nothing is validated yet."]
