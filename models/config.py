@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, get_args
@@ -32,6 +33,8 @@ class DiTConfig:
         max_text_tokens: L, text tokens per sample.
         num_classes: class labels of the class-conditioned form; 0 for none. One more row is the null class.
         position: sin-cos position embedding, `3d` over (t, h, w), or `2d` over (h, w) as the original image DiT.
+        position_gain: what the position embedding is scaled by. Few patches differ in few of its channels, and what
+            blocks add to the residual stream drowns that: small grids train many times faster at 4 than at 1.
     """
 
     depth: int
@@ -48,11 +51,14 @@ class DiTConfig:
     max_text_tokens: int = 64
     num_classes: int = 0
     position: PositionEmbedding = "3d"
+    position_gain: float = 1.0
 
     def __post_init__(self) -> None:
         for name in ("depth", "hidden_size", "num_heads", "in_channels", "text_dim", "max_text_tokens"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if not 0 < self.position_gain < math.inf:
+            raise ValueError(f"position_gain must be positive and finite, got {self.position_gain}")
         if self.num_classes < 0:
             raise ValueError(f"num_classes must be 0 (none) or more, got {self.num_classes}")
         if len(self.patch_size) != 3 or min(self.patch_size) < 1:

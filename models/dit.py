@@ -138,7 +138,8 @@ class DiT(nn.Module):
         self._check_inputs(tokens, coords, timestep, text, labels, packing)
         dtype = self.patch_embed.weight.dtype
         x = self.patch_embed(tokens.to(dtype))
-        x = x + position_embedding(coords, self.config.hidden_size, self.config.position, dtype)
+        position = position_embedding(coords, self.config.hidden_size, self.config.position, dtype)
+        x = torch.add(x, position, alpha=self.config.position_gain)
 
         c = self.time_embed(timestep)
         if self.label_embed is not None:

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
 from longreel.models.config import Conditioning, CrossLayout, DiTConfig, preset
-from longreel.models.dit import DiT
 
 # Patches where none are given: of pixels, which are many, and of latents, which are few.
 PIXEL_PATCH = (2, 4, 4)
@@ -31,8 +27,7 @@ class ModelChoice:
         conditioning: how the caption enters: `adaln`, `cross` or `in_context`.
         text_only: leave self-attention out; needs conditioning `cross`.
         cross_layout: text attention on `replicated` text, or as `published`: heads split, text tokens sharded.
-        patch_gain: what the patch embedding is scaled by when it is drawn. Patches of more numbers than the model is
-            wide fill all of its channels with noise, in which positions drown; 0.1 lets them be told apart.
+        position_gain: what the position embedding is scaled by; about 4 where a clip is few patches, see DiTConfig.
     """
 
     dit: str | None = None
@@ -43,7 +38,7 @@ class ModelChoice:
     conditioning: Conditioning = "cross"
     text_only: bool = False
     cross_layout: CrossLayout = "replicated"
-    patch_gain: float = 1.0
+    position_gain: float = 1.0
 
     def __post_init__(self) -> None:
         for name in ("depth", "hidden_size", "num_heads"):
@@ -54,8 +49,6 @@ class ModelChoice:
                     raise ValueError(
                         f"{name} {value} has no effect with dit {self.dit!r}, whose own counts; leave one of them out"
                     )
-        if not 0 < self.patch_gain < math.inf:
-            raise ValueError(f"patch_gain must be positive and finite, got {self.patch_gain}")
         self.build()
 
     def build(
@@ -85,17 +78,11 @@ class ModelChoice:
             "cross_layout": self.cross_layout,
             "text_dim": text_dim,
             "max_text_tokens": max_text_tokens,
+            "position_gain": self.position_gain,
         }
         if self.dit is not None:
             return preset(self.dit, **shared)
         return DiTConfig(depth=self.depth, hidden_size=self.hidden_size, num_heads=self.num_heads, **shared)
-
-    @torch.no_grad()
-    def draw(self, config: DiTConfig) -> DiT:
-        """A model of that configuration, its weights from torch's global generator."""
-        model = DiT(config)
-        model.patch_embed.weight *= self.patch_gain
-        return model
 
 
 def check_at_least(config: object, name: str, least: float) -> None:

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-# What a demo is trained as: one clip per caption, patches that fit a narrow model, x0 as what it predicts, and noise
-# that drowns neither positions (patch_gain) nor the time in which the layout is decided (timestep_shift).
+# What a demo is trained as: one clip per caption; x0 as what is predicted, since a patch holds more numbers than the
+# model is wide; positions large enough that so few patches are told apart (position_gain); timesteps close to noise
+# (timestep_shift), where what is where is decided.
 _SMOKE = """
     --num-frames 8 --frame-stride 4 --height 32 --width 32 --patch-size 4 8 8 --depth 2 --hidden-size 128
-    --patch-gain 0.05 --prediction x0 --timestep-shift 10 --min-weighed-t 0.5
-    --steps 1500 --batch-size 8 --learning-rate 2e-3 --schedule cosine --warmup-steps 20 --checkpoint-every 500
+    --conditioning adaln --position-gain 4 --prediction x0 --timestep-shift 10 --min-weighed-t 0.5
+    --steps 1500 --batch-size 4 --learning-rate 2e-3 --schedule cosine --warmup-steps 20 --checkpoint-every 500
     --clip-norm 1 --ema-decay 0.98
 """
 _LARGE = """

@@ -13,6 +13,7 @@ import torch
 from rich.console import Console
 
 from longreel.kernels import resolve_attention_provider
+from longreel.models.dit import DiT
 from longreel.parallel.agreement import check_agreement
 from longreel.parallel.batches import check_same_clips
 from longreel.parallel.broken_clips import BROKEN_CLIPS, BrokenClips, LostClips
@@ -78,7 +79,7 @@ class Trainer:
         if resumed is not None and self.source.clips is not None:
             check_resumed_clips(resumed, self.source.clips.digest, len(self.source.clips))
         torch.manual_seed(config.seed)
-        model = config.model.draw(self.source.model)
+        model = DiT(self.source.model)
         if config.init is not None and resumed is None:
             load_initial_weights(config.init, model, to_json(config))
         self.model = ParallelDiT(model.to(device), self.mesh, config.parallel, objective=config.objective.build())

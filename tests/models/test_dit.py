@@ -9,6 +9,7 @@ import torch
 
 from longreel.models.config import DiTConfig, dit_xl_2
 from longreel.models.dit import DiT, parameter_count
+from longreel.models.embeddings import position_embedding
 from longreel.models.sequence import SequenceLengths
 
 GRID = (3, 5, 2)
@@ -114,6 +115,24 @@ def test_output_depends_on_timestep_and_position(make_model, local_sp, case):
     assert torch.equal(other_time[1], out[1])
     moved = run(model, local_sp, dict(inputs, coords=inputs["coords"] + torch.tensor([1.0, 0.0, 0.0])))
     assert (moved - out).abs().max() > 1e-4
+
+
+def test_positions_are_scaled_by_their_gain(make_model, local_sp):
+    """All rows at one place, the embedding is a constant, which the patch embedding's bias may hold as well."""
+    plain, scaled = make_model(), make_model(position_gain=4.0)
+    scaled.load_state_dict(plain.state_dict())
+    inputs = inputs_of(plain)
+    inputs["coords"] = inputs["coords"][17:18].expand(NUM_VIDEO, 3)
+    there = position_embedding(inputs["coords"][:1], plain.config.hidden_size, "3d", torch.float64)[0]
+    with torch.no_grad():
+        plain.patch_embed.bias += 3 * there
+    torch.testing.assert_close(run(scaled, local_sp, inputs), run(plain, local_sp, inputs), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("gain", [0.0, float("inf"), float("nan")])
+def test_a_gain_that_leaves_no_positions_is_an_error(make_model, gain):
+    with pytest.raises(ValueError, match="position_gain must be positive and finite"):
+        make_model(position_gain=gain)
 
 
 def test_output_depends_on_the_label(make_model, local_sp):
