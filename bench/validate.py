@@ -16,7 +16,7 @@ from typing import Any
 from longreel.data.command_line import parse_arguments
 from longreel.models.config import DiTConfig
 from longreel.parallel.config import ParallelConfig
-from longreel.parallel.predict.calibration import MeasuredRates, calibrate, error_quantiles
+from longreel.parallel.predict.calibration import MeasuredRates, calibrate_each, cpu_of, error_quantiles
 from longreel.parallel.predict.hardware import profile_of_device
 from longreel.parallel.predict.predict import PredictionCase, predict_step
 from longreel.reports.op_records import OpRecord
@@ -42,14 +42,13 @@ class Comparison:
 
     Args:
         record: the step. memory: relative error of allocated bytes, None where the record has none. time: of seconds.
-        inside: whether the recorded time lies in the prediction's interval. calibrated: by measured rates.
+        inside: whether the recorded time lies in the prediction's interval.
     """
 
     record: Record
     memory: float | None
     time: float
     inside: bool
-    calibrated: bool
 
 
 def read(source: Path) -> tuple[list[Record], list[OpRecord]]:
@@ -71,32 +70,53 @@ def read(source: Path) -> tuple[list[Record], list[OpRecord]]:
     return [s for s in steps if s.kind in ("measured", "emulated") and s.status == "ok"], latest(ops)
 
 
-def compare(record: Record, rates: MeasuredRates | None) -> Comparison | str:
-    """A step beside its prediction, or why it has none."""
-    # An emulated rank computes on the GPU that stands in for its target.
-    ran_on = str(record.provenance.get("ran_on", record.device))
-    profile = profile_of_device(ran_on)
-    if profile is None:
-        return f"no profile of {ran_on}"
-    if rates is not None and profile_of_device(rates.device) is None:
-        rates = None
+def rates_for(record: Record, rates: Sequence[MeasuredRates]) -> MeasuredRates | None:
+    """Those of the device that a step ran on; of another GPU, to be scaled, where that one was not measured."""
+    cpu = cpu_of(record)
+    if cpu is not None:
+        return next((one for one in rates if one.cpu == cpu), None)
+    profile = profile_of_device(ran_on(record))
+    of_gpus = [(one, gpu) for one in rates if (gpu := profile_of_device(one.device)) is not None]
+    return next((one for one, gpu in of_gpus if gpu is profile), of_gpus[0][0] if of_gpus else None)
+
+
+def ran_on(record: Record) -> str:
+    """The device that computed: of an emulated step the GPU that stood in for its target."""
+    return str(record.provenance.get("ran_on", record.device))
+
+
+def compare(record: Record, rates: Sequence[MeasuredRates]) -> Comparison | str:
+    """A step beside its prediction, or why it has none.
+
+    Args:
+        record: the step. rates: of every device that ops were measured on.
+    """
+    own = rates_for(record, rates)
+    on_cpu = cpu_of(record) is not None
+    profile = profile_of_device(ran_on(record))
+    if on_cpu and own is None:
+        return f"no op records of {record.device} ({cpu_of(record)})"
+    if not on_cpu and profile is None:
+        return f"no profile of {ran_on(record)}"
     target = record.config.get("target")
     if isinstance(target, dict):
         return f"{record.device} is of a file that is not here"
     try:
-        model = dict(record.config["model"])
+        model = DiTConfig(**_tuples(dict(record.config["model"])))
+        measured = () if own is None else own.providers(model.head_dim)
+        provider = record.attention if on_cpu or record.attention in measured else "auto"
         parallel = ParallelConfig(**record.config["parallel"])
-        measured = () if rates is None else rates.providers(DiTConfig(**_tuples(model)).head_dim)
-        provider = record.attention if record.attention in measured else "auto"
         case = PredictionCase(
-            model=DiTConfig(**_tuples(model)),
+            model=model,
             parallel=replace(parallel, attention_provider=provider),
             num_gpus=record.num_devices,
-            target=target or profile.name,
+            target=own.device if on_cpu and own is not None else str(target or (profile and profile.name)),
             seq_len=record.seq_len,
             batch_per_group=record.batch_per_group,
-            rates=rates,
-            computes_on=profile.name if record.kind == "emulated" else None,
+            # A CPU runs the specification of what is one kernel on a GPU.
+            fused_pointwise=not on_cpu,
+            rates=own,
+            computes_on=profile.name if profile is not None and record.kind == "emulated" else None,
         )
     except (KeyError, TypeError, ValueError) as error:
         return f"cannot be predicted: {error}"
@@ -108,7 +128,6 @@ def compare(record: Record, rates: MeasuredRates | None) -> Comparison | str:
         memory=None if not allocated else found.memory_bytes / allocated - 1,
         time=found.step_s / record.step_s - 1,
         inside=found.interval_s[0] <= record.step_s <= found.interval_s[1],
-        calibrated=rates is not None,
     )
 
 
@@ -145,15 +164,11 @@ def run(config: ValidateConfig) -> list[str]:
     """
     steps, ops = read(config.records) if config.records.exists() else ([], [])
     lines = []
-    rates = None
-    try:
-        rates = calibrate(ops) if ops else None
-    except ValueError as error:
-        lines.append(str(error))
-    if rates is None:
-        lines.append("No op record to calibrate on: times are by assumed rates.")
-    else:
-        lines.append(f"Calibrated on op records of {rates.device}, which no step below had a part in.")
+    rates = calibrate_each(ops)
+    for own in rates:
+        lines.append(f"Calibrated on op records of {own.device} ({own.dtype}), which no step below had a part in.")
+    if not any(profile_of_device(own.device) for own in rates):
+        lines.append("No op record of a GPU to calibrate on: times on GPUs are by assumed rates.")
     if not steps:
         return [*lines, f"No measured or emulated step in {config.records}: nothing is validated yet."]
     found = [compare(step, rates) for step in steps]

@@ -12,7 +12,10 @@ from dataclasses import dataclass, field, replace
 
 from longreel.parallel.predict.hardware import GPUProfile, Rate, profile_of_device
 from longreel.reports.op_records import OpRecord
+from longreel.reports.records import Record
 
+# Bytes, of a device whose memory is not known.
+_NO_LIMIT = 1 << 50
 # Of a rate between one run and the next, beside the spread of its samples.
 _REPEATS = 0.03
 # Of a rate that is scaled by vendor figures to another GPU.
@@ -25,7 +28,8 @@ class MeasuredRates:
     """Rates of one device.
 
     Args:
-        device: in words, as the records have it. dtype: of the records.
+        device: in words, as the records have it. dtype: of the records. cpu: model of the processor, which tells two
+            devices apart that are processors.
         matmul: FLOP/s of the fastest matrix product. memory: bytes/s of the longest copy.
         attention: (provider, head_dim, backward) -> FLOP/s by sequence length.
     """
@@ -35,11 +39,34 @@ class MeasuredRates:
     matmul: Rate | None
     memory: Rate | None
     attention: Mapping[tuple[str, int, bool], Mapping[int, Rate]] = field(default_factory=dict, hash=False)
+    cpu: str | None = None
 
     def providers(self, head_dim: int) -> tuple[str, ...]:
         """Attention providers with both directions at this head_dim."""
         has = {(name, backward) for name, dim, backward in self.attention if dim == head_dim}
         return tuple(sorted(name for name in {name for name, _ in has} if {(name, False), (name, True)} <= has))
+
+    def own_profile(self) -> GPUProfile:
+        """One of the device itself, where it is no GPU that has a profile: nothing in it but what was measured.
+
+        It has no peers, and no limit of memory is known.
+
+        Raises:
+            ValueError: products, copies or attention were not measured.
+        """
+        missing = [name for name in ("matmul", "memory", "attention") if not getattr(self, name)]
+        if missing or self.matmul is None or self.memory is None:
+            raise ValueError(f"nothing measured {', '.join(missing)} on {self.device}: it cannot be predicted")
+        return GPUProfile(
+            name=self.device,
+            matmul_flops=self.matmul.value,
+            hbm_bytes_s=self.memory.value,
+            memory_bytes=_NO_LIMIT,
+            link_bytes_s=1.0,
+            gpus_per_node=1,
+            # Never looked at: what was not measured is refused.
+            flash_scale=self.matmul,
+        )
 
     def on(self, profile: GPUProfile, provider: str) -> GPUProfile:
         """The profile with these rates in place of those it assumes, scaled by vendor figures if it is another GPU.
@@ -51,7 +78,7 @@ class MeasuredRates:
         Raises:
             ValueError: the rates are of a device without a profile, so that there is nothing to scale by.
         """
-        source = profile_of_device(self.device)
+        source = profile if profile.name == self.device else profile_of_device(self.device)
         if source is None:
             raise ValueError(f"rates are of {self.device!r}, which has no profile to scale them to {profile.name} by")
         name = "sdpa-flash" if provider == "auto" else provider
@@ -104,6 +131,7 @@ def calibrate(records: Iterable[OpRecord], *, device: str | None = None, dtype: 
     return MeasuredRates(
         device=devices[0],
         dtype=dtype,
+        cpu=next((cpu for r in found if (cpu := cpu_of(r))), None),
         # Short ones measure the launch, which a floor stands for.
         matmul=_rate(max(products, key=lambda r: r.rate or 0)) if products else None,
         memory=_rate(max(copies, key=lambda r: r.bytes_moved or 0)) if copies else None,
@@ -113,6 +141,26 @@ def calibrate(records: Iterable[OpRecord], *, device: str | None = None, dtype: 
             for key, by_length in attention.items()
         },
     )
+
+
+def cpu_of(record: OpRecord | Record) -> str | None:
+    """The processor that a record's points ran on, None on a GPU."""
+    environment = record.provenance.get("environment") or {}
+    return environment.get("cpu") if record.device.startswith("CPU") else None
+
+
+def calibrate_each(records: Iterable[OpRecord]) -> list[MeasuredRates]:
+    """The rates of every device that was measured: of a GPU in bf16, of a processor in fp32."""
+    by_device: defaultdict[str, list[OpRecord]] = defaultdict(list)
+    for record in records:
+        if record.kind == "measured" and record.rate:
+            by_device[record.device].append(record)
+    found = []
+    for device, some in sorted(by_device.items()):
+        dtype = "fp32" if device.startswith("CPU") else "bf16"
+        if any(record.dtype == dtype for record in some):
+            found.append(calibrate(some, device=device, dtype=dtype))
+    return found
 
 
 def _rate(record: OpRecord) -> Rate:

@@ -36,10 +36,11 @@ class PredictionCase:
 
     Args:
         model: the DiT.
-        parallel: strategy, sp_degree, engine, policy. Precision must be bf16; attention `auto` is predicted as
-            `sdpa-flash`: there are no rates yet for the Triton kernels that `auto` picks on CUDA.
+        parallel: strategy, sp_degree, engine, policy. Precision must be bf16, or that of `rates`; attention `auto` is
+            predicted as `sdpa-flash`: there are no rates yet for the Triton kernels that `auto` picks on CUDA.
         num_gpus: GPUs of a node, or of whole nodes; dp_degree = num_gpus / sp_degree.
-        target: name of a profile, or a TOML file of the user's own, see longreel.parallel.predict.hardware.
+        target: name of a profile, or a TOML file of the user's own, see longreel.parallel.predict.hardware; or the
+            device of `rates`, which then need no profile.
         seq_len: video tokens of one sample, or
         latent_size: (T, H, W) latents of one sample. Exactly one of the two.
         batch_per_group: samples that each SP group holds.
@@ -69,29 +70,39 @@ class PredictionCase:
             raise ValueError(f"seq_len must be at least 1, got {self.seq_len}")
         if self.batch_per_group < 1:
             raise ValueError(f"batch_per_group must be at least 1, got {self.batch_per_group}")
-        get_profile(self.target).check_gpus(self.num_gpus)
+        own = self.rates is not None and self.target == self.rates.device
+        self.profile.check_gpus(self.num_gpus)
         if self.parallel.engine == "colossalai":
             raise ValueError(
                 "engine 'colossalai' cannot be predicted: it does not run on fake tensors; use fsdp2-zero2, which "
                 "shards the same things"
             )
-        if self.parallel.precision != "bf16":
+        if self.parallel.precision != ("bf16" if self.rates is None else self.rates.dtype):
             raise ValueError(
-                f"precision {self.parallel.precision!r} cannot be predicted: there are rates for bf16 only"
+                f"precision {self.parallel.precision!r} cannot be predicted: there are rates for "
+                f"{'bf16' if self.rates is None else self.rates.dtype} only"
                 + ("; engine 'ddp' has no bf16, use fsdp2-zero2 or -zero3" if self.parallel.engine == "ddp" else "")
             )
         provider = self.parallel.attention_provider
         measured = () if self.rates is None else self.rates.providers(self.model.head_dim)
-        if provider not in ("auto", "sdpa-flash", *measured):
+        known = measured if own else ("sdpa-flash", *measured)
+        if provider not in (known if own else ("auto", *known)):
             raise ValueError(
                 f"attention_provider {provider!r} cannot be predicted: there are rates for "
-                f"{', '.join(dict.fromkeys(('sdpa-flash', *measured)))} only; use 'auto' or 'sdpa-flash', or calibrate "
+                f"{', '.join(dict.fromkeys(known)) or 'none'} only; use one of them, or calibrate "
                 f"on op records that have forward and backward of it at head_dim {self.model.head_dim}"
             )
         if self.parallel.policy == "auto":
             raise ValueError("policy 'auto' cannot be predicted: it chooses by predictions; name a policy")
         self.parallel.dp_degree(self.num_gpus)
         self.parallel.check_heads(self.model.num_heads)
+
+    @property
+    def profile(self) -> GPUProfile:
+        """Of the target, without the rates."""
+        if self.rates is not None and self.target == self.rates.device:
+            return self.rates.own_profile()
+        return get_profile(self.target)
 
     @property
     def grid(self) -> tuple[int, int, int]:
@@ -156,7 +167,7 @@ def predict_step(case: PredictionCase) -> Prediction:
     Raises:
         ValueError: a process group is initialised in this process.
     """
-    profile = get_profile(case.target)
+    profile = case.profile
     if case.computes_on is not None:
         profile = get_profile(case.computes_on).standing_for(profile)
     if case.rates is not None:
@@ -233,6 +244,8 @@ def _shallow_optimizers(
 
 def _inputs(case: PredictionCase, profile: GPUProfile) -> dict[str, Any]:
     def vendor(value: float) -> dict[str, Any]:
+        if case.rates is not None and case.target == case.rates.device:
+            return {"value": value, "provenance": "measured", "source": f"the fastest product on {profile.name}"}
         source = f"{profile.name} data sheet" if profile.file is None else f"as {Path(profile.file).name} says"
         return {"value": value, "provenance": "vendor", "source": source}
 
