@@ -23,7 +23,7 @@ from longreel.data.clips import ClipDataset
 from longreel.data.command_line import parse_arguments
 from longreel.data.cutting import CropConfig, CutConfig
 from longreel.data.demo import make_demo_folder
-from longreel.data.native import NativeClips
+from longreel.data.native_clips import NativeClips
 from longreel.data.packing import PackedSchedule
 from longreel.data.prepare_config import PrepareConfig
 from longreel.data.prepare_run import prepare

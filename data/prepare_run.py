@@ -6,21 +6,20 @@ import json
 import multiprocessing
 import os
 import threading
-from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
-from typing import Any
 
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from longreel.data.captions import CaptionProblem, read_captions
+from longreel.data.captions import read_captions
 from longreel.data.contact_sheet import write_contact_sheet
 from longreel.data.prepare_config import PrepareConfig, describe, made_by, plan_groups
 from longreel.data.prepare_group import Done, GroupWorker, Job, part_path
+from longreel.data.prepare_summary import finish, report
 from longreel.data.publish import published
 from longreel.data.shard_files import (
     DATASET,
@@ -29,28 +28,13 @@ from longreel.data.shard_files import (
     PARTS,
     SHARDS,
     SHEET,
-    SUMMARY,
     ShardError,
     read_rows,
     shard_is_whole,
     write_json,
-    write_rows,
 )
 from longreel.data.shards import ShardDataset
 from longreel.data.sources import Sources, find_sources
-
-# Kinds of what was left out, as summary.json names them, and how a person would say it.
-KINDS = {
-    "bad_captions": "entries of the captions file that are wrong",
-    "merged_captions": "entries of a file named before, joined with the first",
-    "missing": "captioned files that are not there",
-    "outside": "files that leave the folder",
-    "uncaptioned": "videos without captions",
-    "unreadable": "videos that cannot be read",
-    "too_short": "stretches too short for a clip",
-    "damaged": "clips with frames that cannot be decoded",
-}
-_SHOWN = 3
 
 
 def prepare(config: PrepareConfig) -> None:
@@ -79,10 +63,10 @@ def prepare(config: PrepareConfig) -> None:
     if missing:
         console.print(f"{len(missing)} groups are left to other ranks; the last rank to finish writes {INDEX}")
         return
-    summary = _finish(job, sources, caption_problems)
+    summary = finish(job, sources, caption_problems)
     if summary["clips"]:
         write_contact_sheet(config.out / SHEET, ShardDataset(config.out), worker.autoencoder, count=config.sheet_clips)
-    _report(config, summary, console)
+    report(config, summary, console)
 
 
 def _begin(config: PrepareConfig, sources: Sources) -> tuple[Job, GroupWorker]:
@@ -212,59 +196,3 @@ def _start(job: Job) -> None:
 def _run(group: int) -> Done:
     assert _worker is not None
     return _worker.run(group)
-
-
-def _finish(job: Job, sources: Sources, caption_problems: list[CaptionProblem]) -> dict[str, Any]:
-    """Write index.parquet and summary.json from all groups' rows; any rank that sees them all writes the same bytes."""
-    config = job.config
-    rows: list[dict[str, Any]] = []
-    problems: list[dict[str, Any]] = [
-        {
-            "kind": "merged_captions" if problem.merged else "bad_captions",
-            "path": problem.where.removeprefix(f"{config.captions}: "),
-            "reason": problem.reason,
-        }
-        for problem in caption_problems
-    ]
-    problems += [{"kind": "missing", "path": file, "reason": "no such file"} for file in sources.missing]
-    problems += [
-        {"kind": "outside", "path": file, "reason": reason.removeprefix(f"{config.videos / file}: ")}
-        for file, reason in sources.outside
-    ]
-    problems += [{"kind": "uncaptioned", "path": file, "reason": "no caption names it"} for file in sources.uncaptioned]
-    for group in range(len(job.groups)):
-        found, notes = read_rows(part_path(config.out, group))
-        rows += found
-        # A video in several pieces says the same thing once for each.
-        problems += [problem for problem in notes["problems"] if problem not in problems[-64:]]
-    write_rows(config.out / INDEX, rows, {"fingerprint": job.fingerprint})
-    counts = Counter(problem["kind"] for problem in problems)
-    summary = {
-        "videos": len(job.videos),
-        "videos_with_clips": len({row["path"] for row in rows}),
-        "clips": len(rows),
-        "frames": sum(row["frames"] for row in rows),
-        "tokens": sum(row["tokens"] for row in rows),
-        "seconds_of_video": sum(row["frames"] / row["fps"] for row in rows if row["fps"]),
-        "left_out": {kind: counts[kind] for kind in KINDS},
-        "problems": problems,
-    }
-    write_json(config.out / SUMMARY, summary)
-    return summary
-
-
-def _report(config: PrepareConfig, summary: dict[str, Any], console: Console) -> None:
-    console.print(
-        f"{config.out}: {summary['clips']} clips of {summary['videos_with_clips']} of {summary['videos']} captioned "
-        f"videos, {summary['frames']:,} frames, {summary['tokens']:,} tokens"
-    )
-    for kind, words in KINDS.items():
-        if count := summary["left_out"][kind]:
-            console.print(f"{count} {words}:")
-            of_kind = [problem for problem in summary["problems"] if problem["kind"] == kind]
-            for problem in of_kind[:_SHOWN]:
-                console.print(f"  {problem['path']}: {problem['reason']}"[:200])
-            if count > _SHOWN:
-                console.print(f"  and {count - _SHOWN} more, see {config.out / SUMMARY}")
-    if not summary["clips"]:
-        raise ValueError(f"{config.videos}: no video gave a clip; {config.out / SUMMARY} says why for each")

@@ -22,7 +22,7 @@ from longreel.models.objective import ObjectiveConfig
 from longreel.models.original import import_original
 from longreel.models.text import TextEncoderConfig
 from longreel.parallel.checkpoint import candidates, check_files, has_ema, read_run, read_weights
-from longreel.parallel.run_config import to_json
+from longreel.parallel.config_json import to_json
 from longreel.parallel.weights_file import read_pickled_weights, write_weights
 
 # Heads of the released sizes, by width.

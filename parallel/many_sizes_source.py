@@ -9,7 +9,7 @@ import torch
 
 from longreel.data.captions import load_captions
 from longreel.data.cutting import CropConfig, CutConfig
-from longreel.data.native import NativeClips
+from longreel.data.native_clips import NativeClips
 from longreel.data.packing import BucketSchedule, PackedSchedule, Schedule
 from longreel.data.samples import ClipSource
 from longreel.data.shards import ShardDataset

@@ -7,9 +7,10 @@ from typing import Any
 
 from longreel.parallel.agreement import check_agreement
 from longreel.parallel.checkpoint import checkpoints, newest_whole, read_run
+from longreel.parallel.config_json import to_json
 from longreel.parallel.mesh import ParallelMesh
 from longreel.parallel.metrics_log import METRICS
-from longreel.parallel.run_config import TrainConfig, to_json
+from longreel.parallel.run_config import TrainConfig
 
 # What may differ between a run and its continuation: where things are, how long it goes on, how it is spread.
 _FREE = {

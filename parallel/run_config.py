@@ -1,11 +1,11 @@
-"""What one training run is: data only, checked on construction, also the command line; and as JSON."""
+"""What one training run is: data only, checked on construction, also the command line."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Literal, get_args
 
 import tyro
 
@@ -211,37 +211,6 @@ class TrainConfig:
         return sizes[0], sizes[1], sizes[2]
 
 
-def to_json(config: Any) -> dict[str, Any]:
-    """A whole tree of configurations as what JSON holds: paths become strings."""
-    return _plain(asdict(config))
-
-
-def from_json(kind: type[Any], data: dict[str, Any], name: str) -> Any:
-    """A configuration of some kind from the entry `name` of what to_json wrote.
-
-    Raises:
-        ValueError: it is missing, holds wrong types, or is not one of this version; names the field.
-    """
-    fields = data.get(name)
-    if not isinstance(fields, dict):
-        raise ValueError(f"{name}: expected an object, got {fields!r}")
-    try:
-        return kind(**{key: tuple(item) if isinstance(item, list) else item for key, item in fields.items()})
-    except TypeError as error:
-        raise ValueError(f"{name}: not one of this version: {error}") from error
-
-
-def clip_size_from_json(data: Any) -> dict[str, int]:
-    """num_frames, height and width of the training clips; ValueError names what is missing or no number."""
-    if not isinstance(data, dict):
-        raise ValueError(f"clip_size: expected an object, got {data!r}")
-    sizes = {name: data.get(name) for name in ("num_frames", "height", "width")}
-    for name, size in sizes.items():
-        if type(size) is not int:
-            raise ValueError(f"{name}: expected a whole number, got {size!r}")
-    return {name: size for name, size in sizes.items() if type(size) is int}
-
-
 def check_timeout(seconds: float) -> None:
     """ValueError unless it is a time limit that collectives can have."""
     # A year: what PyTorch counts in milliseconds overflows far beyond.
@@ -253,11 +222,3 @@ def check_seed(seed: int) -> None:
     """ValueError unless generators take it."""
     if not 0 <= seed < 2**63:
         raise ValueError(f"seed must be between 0 and 2**63 - 1, got {seed}")
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    return str(value) if isinstance(value, Path) else value

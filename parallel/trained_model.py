@@ -16,9 +16,9 @@ from longreel.models.dit import DiT
 from longreel.models.objective import ObjectiveConfig
 from longreel.models.text import TextEncoderConfig
 from longreel.parallel.checkpoint import candidates, has_ema, load_checkpoint, newest_whole, read_run
+from longreel.parallel.config_json import clip_size_from_json, from_json
 from longreel.parallel.mesh import ParallelMesh
 from longreel.parallel.parallelize import ParallelDiT
-from longreel.parallel.run_config import clip_size_from_json, from_json
 from longreel.parallel.weights_file import check_fits, read_weights_file
 
 

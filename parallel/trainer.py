@@ -21,6 +21,7 @@ from longreel.parallel.checkpoint import checkpoints
 from longreel.parallel.clip_sources import Source, open_source
 from longreel.parallel.comm import all_gather, world
 from longreel.parallel.config import HALF_PRECISIONS, POLICIES, check_ranks
+from longreel.parallel.config_json import to_json
 from longreel.parallel.finite_watch import FiniteWatch, write_bad_batch
 from longreel.parallel.mesh import build_mesh, largest_of_node, nodes_of_ranks
 from longreel.parallel.metrics_log import MetricsLog, Utilisation, memory_bytes
@@ -28,7 +29,7 @@ from longreel.parallel.pace import Pace, process_age
 from longreel.parallel.parallelize import ParallelDiT
 from longreel.parallel.prefetch import AgreedBatches, Prefetched
 from longreel.parallel.resume import check_resumed_clips, check_same_encoders, check_same_run, checkpoint_to_resume
-from longreel.parallel.run_config import TrainConfig, to_json
+from longreel.parallel.run_config import TrainConfig
 from longreel.parallel.run_folder import enter_run_folder
 from longreel.parallel.saving import Saving
 from longreel.parallel.step_trace import StepTrace

@@ -14,7 +14,8 @@ import torch
 from longreel.data.captions import CaptionedFile
 from longreel.data.clips import ClipDataset
 from longreel.data.cutting import CropConfig, CutConfig
-from longreel.data.native import FrameReader, NativeClips
+from longreel.data.native import FrameReader
+from longreel.data.native_clips import NativeClips
 from longreel.data.pictures import decode_clip
 from longreel.data.prepare_config import PrepareConfig
 from longreel.data.prepare_run import prepare

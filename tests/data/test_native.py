@@ -11,7 +11,8 @@ import torch
 
 from longreel.data.captions import CaptionedFile, load_captions
 from longreel.data.cutting import CropConfig, CutConfig
-from longreel.data.native import FrameReader, LostFrames, NativeClips, Pixels, read_clips
+from longreel.data.native import FrameReader, LostFrames, Pixels, read_clips
+from longreel.data.native_clips import NativeClips
 from longreel.data.pictures import decode_clip
 from longreel.data.video import probe, scan
 from longreel.models.autoencoders import AutoencoderConfig, build_autoencoder

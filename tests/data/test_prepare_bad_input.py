@@ -13,7 +13,8 @@ import pytest
 
 from longreel.data.cutting import CutConfig
 from longreel.data.prepare_config import PrepareConfig
-from longreel.data.prepare_run import KINDS, prepare
+from longreel.data.prepare_run import prepare
+from longreel.data.prepare_summary import KINDS
 from longreel.data.shards import ShardDataset
 
 

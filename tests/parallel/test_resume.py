@@ -26,12 +26,13 @@ from longreel.models.vqvae import load_vqvae, save_vqvae
 from longreel.parallel import checkpoint_writer
 from longreel.parallel.checkpoint import checkpoints, read_description
 from longreel.parallel.checkpoint_files import write_description
+from longreel.parallel.config_json import to_json
 from longreel.parallel.fixed_size_source import FixedSizeClips
 from longreel.parallel.launch import process_group
 from longreel.parallel.model_choice import ModelChoice
 from longreel.parallel.optimizer_config import OptimizerConfig
 from longreel.parallel.resume import check_same_run
-from longreel.parallel.run_config import TrainConfig, to_json
+from longreel.parallel.run_config import TrainConfig
 from longreel.parallel.sample import Sampler
 from longreel.parallel.sample_config import SampleConfig
 from longreel.parallel.trainer import Trainer, train

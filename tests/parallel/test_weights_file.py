@@ -18,11 +18,12 @@ from longreel.models.dit import DiT
 from longreel.models.objective import ObjectiveConfig
 from longreel.models.original import export_original
 from longreel.parallel.checkpoint import read_weights
+from longreel.parallel.config_json import from_json
 from longreel.parallel.export import ExportConfig, export, from_original
 from longreel.parallel.launch import process_group
 from longreel.parallel.model_choice import ModelChoice
 from longreel.parallel.optimizer_config import OptimizerConfig
-from longreel.parallel.run_config import TrainConfig, from_json
+from longreel.parallel.run_config import TrainConfig
 from longreel.parallel.sample import sample_video
 from longreel.parallel.sample_config import SampleConfig
 from longreel.parallel.trainer import Trainer
