@@ -41,10 +41,6 @@ class Prefetched:
             self._next = step + 1, self._thread.submit(self._batches.micro_batches, step + 1)
         return batches
 
-    def forget(self) -> None:
-        """Drop what was built ahead: clips have broken since."""
-        self._next = None
-
     def clips_by_tokens(self, step: int) -> dict[int, int]:
         """See Batches."""
         return self._batches.clips_by_tokens(step)
@@ -87,6 +83,7 @@ class AgreedBatches:
             LostClips: on every rank: clips cannot be read that nothing takes the place of.
         """
         found: dict[int, str] = {}
+        # Built again, a step takes what was built ahead of it along.
         while True:
             batches, mine = list[AnyBatch](), dict[int, str]()
             try:
@@ -96,7 +93,6 @@ class AgreedBatches:
             new = self._of_all_ranks(mine)
             if not new:
                 break
-            self._batches.forget()
             self._check(found | new)
             self._broken.add(new, step)
             found |= new

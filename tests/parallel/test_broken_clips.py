@@ -16,9 +16,10 @@ from rich.console import Console
 
 from longreel.data.cutting import CutConfig
 from longreel.data.demo import make_demo_folder
+from longreel.data.native_clips import NativeClips
 from longreel.data.prepare_config import PrepareConfig
 from longreel.data.prepare_run import prepare
-from longreel.data.video import VideoInfo
+from longreel.data.video import VideoError, VideoInfo
 from longreel.models.text import TextEncoderConfig
 from longreel.parallel.broken_clips import BROKEN_CLIPS, BrokenClips, LostClips, known_videos
 from longreel.parallel.config import ParallelConfig
@@ -92,6 +93,22 @@ def train_here(config: TrainConfig) -> None:
     Trainer(config, torch.device("cpu")).train()
 
 
+def train_where_some_cannot_read(config: TrainConfig, blind: list[int]) -> None:
+    """Runs on every rank: some of them cannot read one clip, as from a bad disk of their node."""
+    getitem = NativeClips.__getitem__
+
+    def read(clips: NativeClips, index: int) -> Any:
+        if index == 3 and torch.distributed.get_rank() in blind:
+            raise VideoError("no such clip here")
+        return getitem(clips, index)
+
+    NativeClips.__getitem__ = read  # type: ignore[method-assign]
+    try:
+        train_here(config)
+    finally:
+        NativeClips.__getitem__ = getitem  # type: ignore[method-assign]
+
+
 def curve(out: Path) -> torch.Tensor:
     told = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in told] == list(range(1, len(told) + 1))
@@ -102,9 +119,12 @@ def curve(out: Path) -> torch.Tensor:
 def test_a_file_that_breaks_is_left_out_and_a_resumed_run_leaves_out_the_same(
     videos: Path, run_distributed: Any, native: bool
 ) -> None:
-    # Clips of one size are kept once they were decoded: the file breaks before any is.
+    # Clips of one size are kept once they were decoded: the file breaks before any is. Two data-parallel ranks read
+    # different clips, so that only one of them meets a broken one.
     own, at = ({}, 3) if native else ({"native_sizes": False, "token_budget": None, "height": 16, "width": 16}, 0)
     config = run(videos, **own)
+    if not native:
+        config = replace(config, parallel=ParallelConfig(precision="fp64"))
     told = run_distributed(train_while, 2, config, at, "cut off", videos / RED)[0]
     whole = curve(config.out)
     assert len(whole) == 12
@@ -122,6 +142,19 @@ def test_a_file_that_breaks_is_left_out_and_a_resumed_run_leaves_out_the_same(
         train_here(again)
     assert ((curve(again.out) - whole).abs() / whole.abs()).max() < 1e-10
     assert json.loads((again.out / BROKEN_CLIPS).read_text())["clips"] == kept["clips"]
+
+
+def test_what_one_rank_of_a_sequence_cannot_read_all_of_them_replace(videos: Path, run_distributed: Any) -> None:
+    # Every clip in every step, so that the batch built ahead holds the broken one.
+    config = replace(run(videos, batch_size=4), steps=3)
+    curves = []
+    for name, blind in (("one", [1]), ("both", [0, 1])):
+        out = videos.parent / name
+        run_distributed(train_where_some_cannot_read, 2, replace(config, out=out), blind)
+        (entry,) = json.loads((out / BROKEN_CLIPS).read_text())["clips"]
+        assert (entry["clip"], entry["step"], entry["reason"]) == (3, 0, "no such clip here")
+        curves.append(curve(out))
+    assert torch.equal(*curves)
 
 
 def test_where_every_file_is_gone_the_run_ends_with_its_state_saved(videos: Path, run_distributed: Any) -> None:
