@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from longreel.bench.cases import Point
-from longreel.bench.emulated_result import Plan
+from longreel.bench.emulated_result import Plan, continued
 from longreel.parallel.predict.hardware import FIXED_RESERVE_BYTES, GPUProfile, get_profile
 from longreel.parallel.predict.predict import PredictionCase, predict_step
 
@@ -18,6 +18,8 @@ from longreel.parallel.predict.predict import PredictionCase, predict_step
 WHOLE_S = 4.0
 # Timed steps: of short ones, and the fewest, which long ones get.
 SAMPLES, LEAST_SAMPLES = 3, 2
+# Where the line of memory is further off than this by prediction, the model's depth is run once for it.
+_LINE = 0.02
 # An untimed step of full length at each depth, up to this long.
 _WARM_UP_S = 6.0
 # Assumed, seconds: starting a worker with its CUDA context and compiling kernels, once; weights, data and the short
@@ -63,7 +65,9 @@ def plan_of(point: Point, block_s: float, *, whole_depth: bool = False) -> Plan:
     plan = Plan(
         depths=(1, 2), samples=LEAST_SAMPLES, warm_up=2 * block_s <= _WARM_UP_S, memory_share=memory_share(point)
     )
-    return replace(plan, depths=(1, 2, depth)) if whole_depth else plan
+    # One that is not expected to fit is not run whole, however its memory continues.
+    is_off = plan.memory_share <= 1 and abs(memory_line(point) - 1) > _LINE
+    return replace(plan, depths=(1, 2, depth)) if whole_depth or is_off else plan
 
 
 def plan_seconds(plan: Plan, block_s: float) -> float:
@@ -83,17 +87,29 @@ def plan_seconds(plan: Plan, block_s: float) -> float:
 def memory_share(point: Point) -> float:
     """Predicted peak of a step over what the target leaves the allocator."""
     assert point.target is not None
-    prediction = predict_step(
-        PredictionCase(
-            model=point.model,
-            parallel=replace(point.parallel, attention_provider="sdpa-flash"),
-            num_gpus=point.num_devices,
-            target=point.target,
-            seq_len=point.seq_len,
-            batch_per_group=point.batch_per_group,
-        )
+    return _peak(point, point.model.depth) / (get_profile(point.target).memory_bytes - FIXED_RESERVE_BYTES)
+
+
+def memory_line(point: Point) -> float:
+    """Predicted peak continued from depths 1 and 2, over that of the model's depth: 1 where memory is on the line.
+
+    At short lengths a step of one block peaks elsewhere than one of many.
+    """
+    depth = point.model.depth
+    return continued(_peak(point, 1), _peak(point, 2), depth) / _peak(point, depth)
+
+
+def _peak(point: Point, depth: int) -> int:
+    assert point.target is not None
+    case = PredictionCase(
+        model=replace(point.model, depth=depth),
+        parallel=replace(point.parallel, attention_provider="sdpa-flash"),
+        num_gpus=point.num_devices,
+        target=point.target,
+        seq_len=point.seq_len,
+        batch_per_group=point.batch_per_group,
     )
-    return prediction.memory_bytes / (get_profile(point.target).memory_bytes - FIXED_RESERVE_BYTES)
+    return predict_step(case).memory_bytes
 
 
 class Estimates:

@@ -8,7 +8,15 @@ import pytest
 
 from longreel.bench.cases import Point
 from longreel.bench.console import REPORT_S
-from longreel.bench.emulated_plans import START_S, Estimates, block_seconds, memory_share, plan_of, plan_seconds
+from longreel.bench.emulated_plans import (
+    START_S,
+    Estimates,
+    block_seconds,
+    memory_line,
+    memory_share,
+    plan_of,
+    plan_seconds,
+)
 from longreel.bench.emulated_result import Plan
 from longreel.bench.grids import TargetGrid, target_points
 from longreel.bench.presets import headline
@@ -76,6 +84,20 @@ def test_the_whole_depth_runs_where_it_is_asked_for() -> None:
     plan = plan_of(point, 3.2, whole_depth=True)
     assert (plan.depths, plan.whole_samples) == ((1, 2, 28), 1)
     assert plan_seconds(plan, 3.2) - plan_seconds(plan_of(point, 3.2), 3.2) == pytest.approx(28 * 3.2, abs=2.0)
+
+
+def test_memory_that_is_not_on_the_line_is_run_for() -> None:
+    """At 32,768 tokens on eight ranks one block peaks elsewhere: a line from it is a third too high."""
+    (short,), (long,) = (points(grid(seq_lens=(seq_len,))) for seq_len in (32_768, 262_144))
+    assert memory_line(short) > 1.3
+    assert memory_line(long) == pytest.approx(1, abs=0.01)
+    # On a slow GPU that step is not short either, and its depth is run once, for its memory.
+    plan = plan_of(short, 1.0)
+    assert (plan.depths, plan.whole_samples) == ((1, 2, 28), 1)
+    assert plan_of(long, 1.0).depths == (1, 2)
+    # What does not fit anyway is found out by two depths.
+    (large,) = points(grid(seq_lens=(65_536,), strategies=("local",), policies=("none",)))
+    assert plan_of(large, 1.0).memory_share > 1 and plan_of(large, 1.0).depths == (1, 2)
 
 
 @pytest.mark.parametrize(
