@@ -171,6 +171,7 @@ def test_where_every_file_is_gone_the_run_ends_with_its_state_saved(videos: Path
     assert torch.equal(curve(config.out), curve(whole.out))
 
 
+@pytest.mark.slow
 def test_a_shard_that_breaks_is_said_to_be_made_again(videos: Path, run_distributed: Any) -> None:
     made = PrepareConfig(
         videos=videos,

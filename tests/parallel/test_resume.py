@@ -84,9 +84,8 @@ def test_what_failed_does_not_count_as_saved(tmp_path: Path) -> None:
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-000001"]
 
 
-@pytest.mark.parametrize("background", [False, True])
 def test_old_checkpoints_that_cannot_be_removed_cost_no_new_one(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, background: bool
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     remove, denied = shutil.rmtree, list[Path]()
 
@@ -99,7 +98,7 @@ def test_old_checkpoints_that_cannot_be_removed_cost_no_new_one(
     monkeypatch.setattr(shutil, "rmtree", rmtree)
     told = io.StringIO()
     with process_group() as device:
-        config = demo(tmp_path, checkpoint_every=1, keep=1, keep_best=False, background_save=background)
+        config = demo(tmp_path, checkpoint_every=1, keep=1, keep_best=False)
         trainer = Trainer(config, device, console=Console(file=told, width=1000))
         trainer.train()
     assert denied == [tmp_path / "checkpoints" / ".step-000001.pruned"]
