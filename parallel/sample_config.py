@@ -79,6 +79,10 @@ class SampleConfig:
             raise ValueError(f"guidance must be positive and finite, got {self.guidance}")
         if self.guided_channels is not None and self.guidance == 1:
             raise ValueError(f"guided_channels {self.guided_channels} has no effect at guidance 1, which is none")
+        if self.parallel.policy not in ("none", "auto"):
+            raise ValueError(
+                f"policy {self.parallel.policy!r} saves memory for backward, which sampling has none of; leave it out"
+            )
         if not MIN_FPS <= self.fps <= MAX_FPS:
             raise ValueError(f"fps must be between {MIN_FPS} and {MAX_FPS:.0f}, got {self.fps}")
         check_seed(self.seed)

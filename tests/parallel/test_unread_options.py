@@ -49,6 +49,11 @@ def prepared(**fields: Any) -> PrepareConfig:
             id="guided-channels",
         ),
         pytest.param(
+            lambda: sampled(parallel=ParallelConfig(policy="full")),
+            "policy 'full' saves memory for backward, which sampling has none of; leave it out",
+            id="policy",
+        ),
+        pytest.param(
             lambda: ModelChoice(dit="dit-s-2", depth=4),
             "depth 4 has no effect with dit 'dit-s-2', whose own counts; leave one of them out",
             id="depth",
