@@ -56,9 +56,6 @@ class BrokenClips:
             if self._noted and max(self._noted) >= len(clips):
                 raise ValueError(f"{path}: of more clips than the {len(clips)} of this run; give another out")
 
-    def __len__(self) -> int:
-        return len(self._noted)
-
     def in_place_of(self, clip: int, step: int) -> int:
         """The clip that a step, counted from 0, takes where its sample is `clip`: itself, if it can be read.
 

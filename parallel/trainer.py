@@ -195,6 +195,8 @@ class Trainer:
         except LostClips as error:
             if self.step > self._saving.saved_at:
                 self._save(last=True)
+            if not self._saving.saved_at:
+                raise
             raise LostClips(f"{error} (saved after step {self._saving.saved_at})") from error
 
     def _introduce(self) -> None:
