@@ -107,6 +107,9 @@ def _ours(row: PublishedRow, members: Sequence[Record]) -> Ours | None:
     baseline = next((b for r in same if (b := baselines.of(r)) is not None and b.status == "ok"), None)
     if record.status != "ok" or baseline is None or not record.samples_per_s or not baseline.samples_per_s:
         return Ours(record=record, ratio=None, interval=None)
+    if record.seq_len == REFERENCE_LENGTH:
+        # At one length samples/s are to each other as tokens/s: the ratio and the interval that every other table has.
+        return Ours(record=record, ratio=baselines.ratio(record), interval=baselines.ratio_interval(record))
     ratio = record.samples_per_s / baseline.samples_per_s
     return Ours(record=record, ratio=ratio, interval=_interval(ratio, record, baseline))
 

@@ -61,6 +61,18 @@ def test_ours_stand_beside_by_gpus_length_degree_and_strategy(make_ours):
     assert (longer.record.status, longer.ratio) == ("oom", None)
 
 
+def test_samples_taken_in_turns_decide_here_too(make_ours):
+    timed = {"kind": "measured", "samples_s": (8.0,) * 5, "interval_s": (7.9, 8.1)}
+    comparison = {"verdict": "FAST", "ratio": 0.8, "low": 0.75, "high": 0.9}
+    records = [
+        make_ours(is_baseline=True, step_s=8.0, **timed),
+        make_ours(strategy="fastseq", sp_degree=2, step_s=3.0, comparison=comparison, **timed),
+    ]
+    ours = columns(records)[0].cells[1]
+    assert ours.ratio == pytest.approx(1 / 0.8)
+    assert ours.interval == (pytest.approx(1 / 0.9), pytest.approx(1 / 0.75))
+
+
 def test_longer_row_is_held_against_the_reference_length(make_ours):
     records = [
         make_ours(is_baseline=True, seq_len=819_200, step_s=20.0),
