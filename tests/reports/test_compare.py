@@ -60,6 +60,7 @@ def test_ratio_interval_combines_both_intervals_at_their_worst(make_record):
     low, high = Baselines([baseline, record]).ratio_interval(record)
     assert (low, high) == (pytest.approx(3.0 / 2.5), pytest.approx(5.0 / 1.0))
     assert throughput_interval(record) == (pytest.approx(1024 / 2.5), pytest.approx(1024 / 1.0))
+    assert throughput_interval(make_record(interval_s=(0.0, 2.5))) is None
 
 
 def test_headline_compares_at_the_longest_length_of_the_baseline(sweep):

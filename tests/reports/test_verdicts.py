@@ -42,7 +42,9 @@ def test_recorded_verdict_of_samples_in_turns_counts_first(make_record):
     recorded = {"verdict": "SAME", "ratio": 1.0, "low": 0.995, "high": 1.005}
     assert of(make_record, step_s=1.0, interval_s=(0.9, 1.1), comparison=recorded)[0] == "SAME"
     forged = {"verdict": "<b>FASTEST</b>", "low": "x", "high": []}
-    assert of(make_record, step_s=1.0, interval_s=(0.9, 1.1), comparison=forged)[0] == "FAST"
+    impossible = {"verdict": "SLOW", "ratio": 1.1, "low": 0, "high": 1.2}
+    for comparison in (forged, impossible, impossible | {"low": 1.3}, impossible | {"low": 1.0, "high": float("inf")}):
+        assert of(make_record, step_s=1.0, interval_s=(0.9, 1.1), comparison=comparison)[0] == "FAST"
 
 
 def test_interval_of_samples_in_turns_is_the_ratios(make_record):
