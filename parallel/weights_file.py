@@ -105,11 +105,12 @@ def load_initial_weights(path: Path, model: DiT, config: dict[str, Any]) -> None
 
     Raises:
         ValueError: they are of another model, or what they say means something else: another objective or prediction,
-            latents of another autoencoder, features of another text encoder.
+            latents of another autoencoder, features of another text encoder, positions of another size.
     """
     weights, trained = read_weights_file(path)
-    for part, name in _MEANING:
-        there, now = (run.get(part, {}).get(name) for run in (trained, config))
+    pairs = {name: [run.get(part, {}).get(name) for run in (trained, config)] for part, name in _MEANING}
+    pairs["position_gain"] = [trained.get("dit", {}).get("position_gain", 1.0), model.config.position_gain]
+    for name, (there, now) in pairs.items():
         if there != now:
             raise ValueError(
                 f"init: {path} was trained with {name} {there}, this run has {now}; give --{name.replace('_', '-')} "

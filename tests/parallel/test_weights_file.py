@@ -68,6 +68,9 @@ def test_weights_leave_a_run_and_come_back(tmp_path: Path) -> None:
         x0 = ObjectiveConfig(prediction="x0")
         with pytest.raises(ValueError, match=r"trained with prediction velocity, this run has x0; give --prediction"):
             Trainer(run(tmp_path, init=file, objective=x0, out=tmp_path / "other"), device)
+        larger = ModelChoice(depth=1, hidden_size=32, num_heads=4, position_gain=4)
+        with pytest.raises(ValueError, match=r"trained with position_gain 1\.0, this run has 4; give --position-gain"):
+            Trainer(run(tmp_path, init=file, model=larger, out=tmp_path / "other"), device)
         assert not (tmp_path / "other").exists()
 
 
