@@ -158,7 +158,7 @@ def test_latents_of_a_vqvae_trained_here_from_the_command_line(
     videos, shards, weights = tmp_path / "videos", tmp_path / "shards", tmp_path / "vqvae"
     caption = one_clip(videos, num_frames=8, size=size) if kind == "drawn" else real_clip(videos, name)
     command("data/train_vqvae.py", videos, weights, "--steps", 300, "--crop", 32, "--batch-size", 4, "--hidden", 32)
-    # As many patches of as many numbers as the preset's, whatever the size.
+    # As many patches as the preset's clips have, whatever the size.
     patch = [2, size // 16, size // 16]
     words = ["--clip-frames", 8, "--min-frames", 8, "--patch-size", *patch, "--autoencoder", "vqvae"]
     command("data/prepare.py", videos, videos / "captions.json", shards, *words, "--autoencoder-path", weights)
