@@ -7,6 +7,7 @@ Source of first-fit decreasing: Johnson 1973; it fills bins to 9/11 of the optim
 
 from __future__ import annotations
 
+import threading
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -68,6 +69,8 @@ class _Groups:
         # Groups before each epoch; epochs have different numbers of them.
         self._starts = [0]
         self._epochs: dict[int, _Epoch] = {}
+        # Batches are built ahead in a thread, while the one that trains asks for its step's.
+        self._lock = threading.Lock()
 
     def step(self, step: int) -> list[Group]:
         """See Schedule."""
@@ -82,13 +85,19 @@ class _Groups:
 
     def waste(self, epoch: int) -> float:
         """See Schedule."""
-        return self._epoch(epoch).waste
+        with self._lock:
+            return self._epoch(epoch).waste
 
     def _group(self, index: int) -> Group:
-        epoch = self._locate(index)
-        return self._epoch(epoch).groups[index - self._starts[epoch]]
+        with self._lock:
+            epoch = self._find(index)
+            return self._epoch(epoch).groups[index - self._starts[epoch]]
 
     def _locate(self, index: int) -> int:
+        with self._lock:
+            return self._find(index)
+
+    def _find(self, index: int) -> int:
         while self._starts[-1] <= index:
             self._starts.append(self._starts[-1] + len(self._epoch(len(self._starts) - 1).groups))
         return bisect_right(self._starts, index) - 1

@@ -73,9 +73,10 @@ class BrokenClips:
             shorter = [other for other in others if all(a <= b for a, b in zip(sizes[other], sizes[clip], strict=True))]
             fitting = sorted(shorter, key=lambda other: -math.prod(sizes[other]))
         if not fitting:
+            files = ", ".join(sorted({str(entry["file"]) for entry in self._noted.values()}))
             raise LostClips(
-                f"{self._noted[clip]['reason']}; no other clip has a size that fits in its place: put the file back as "
-                f"it was, remove {self._path} if it is there, and --resume"
+                f"{self._noted[clip]['reason']}; no other clip has a size that fits in its place: put what broke back "
+                f"as it was ({files}), remove {self._path} if it is there, and --resume"
             )
         return fitting[0]
 

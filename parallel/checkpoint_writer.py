@@ -162,13 +162,13 @@ class CheckpointWriter:
             return
         write_description(partial, description)
         sync_folder(partial)
+        aside = final.with_name(f".{final.name}.replaced")
         if final.exists():
-            aside = final.with_name(f".{final.name}.replaced")
             shutil.rmtree(aside, ignore_errors=True)
             final.rename(aside)
-            shutil.rmtree(aside, ignore_errors=True)
         partial.rename(final)
         sync_folder(self._folder)
+        shutil.rmtree(aside, ignore_errors=True)
         try:
             prune_checkpoints(self._folder, self._keep, keep_best=self._keep_best)
         except OSError as error:
@@ -198,7 +198,14 @@ def prune_checkpoints(folder: Path, keep: int, *, keep_best: bool = False) -> No
 
 
 def remove_unfinished(folder: Path) -> None:
-    """Delete what a run that was killed left half written or half deleted; one rank calls it."""
+    """Delete what a run that was killed left half written or half deleted; one rank calls it.
+
+    A checkpoint that was to be replaced, and was not, gets its name back.
+    """
+    for aside in folder.glob(".step-*.replaced"):
+        final = folder / aside.name[1:].removesuffix(".replaced")
+        if not final.exists():
+            aside.rename(final)
     for pattern in (".step-*.partial", ".step-*.pruned", ".step-*.replaced"):
         for path in folder.glob(pattern):
             shutil.rmtree(path, ignore_errors=True)

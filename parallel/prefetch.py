@@ -97,8 +97,7 @@ class AgreedBatches:
             self._broken.add(new, step)
             found |= new
         if found:
-            if self._first:
-                self._broken.write()
+            self._write()
             for reason in found.values():
                 self._say(f"left out from step {step + 1} on: {reason}; another clip takes its place")
         return batches
@@ -114,6 +113,14 @@ class AgreedBatches:
     def close(self) -> None:
         """See Prefetched."""
         self._batches.close()
+
+    def _write(self) -> None:
+        if not self._first:
+            return
+        try:
+            self._broken.write()
+        except OSError as error:
+            self._say(f"warning: {error}; a resumed run will not know which clips were left out")
 
     def _of_all_ranks(self, mine: dict[int, str]) -> dict[int, str]:
         """{clip: reason} of what any rank cannot read."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -43,10 +44,22 @@ _FREE = {
 }
 
 
-def checkpoint_to_resume(config: TrainConfig, folder: Path, mesh: ParallelMesh) -> tuple[Path | None, list[str]]:
-    """The checkpoint to go on from, None for a new run, and what is wrong with newer ones that are damaged.
+@dataclass(frozen=True, slots=True)
+class Earlier:
+    """What a run finds of an earlier one.
 
-    Every rank calls it and gets the same.
+    Args:
+        checkpoint: to go on from; None for a new run. remarks: what is wrong with newer ones, or that there is none.
+        seen: all checkpoints there are.
+    """
+
+    checkpoint: Path | None
+    remarks: list[str]
+    seen: list[Path]
+
+
+def checkpoint_to_resume(config: TrainConfig, folder: Path, mesh: ParallelMesh) -> Earlier:
+    """The checkpoint to go on from; every rank calls it and gets the same.
 
     Raises:
         ValueError: `out` holds another run, or none to resume, or no undamaged checkpoint; ranks see different ones.
@@ -58,17 +71,17 @@ def checkpoint_to_resume(config: TrainConfig, folder: Path, mesh: ParallelMesh) 
             raise ValueError(
                 f"{config.out}: holds a run already ({found[-1].name}); use --resume to go on with it, or another --out"
             )
-        return None, []
+        return Earlier(None, [], found)
     if not found:
         # A run that was killed before its first checkpoint is begun again; a mistyped folder is not a run.
         if (config.out / METRICS).is_file():
-            return None, [f"{config.out}: no checkpoint yet; starting from the first step"]
+            return Earlier(None, [f"{config.out}: no checkpoint yet; starting from the first step"], found)
         raise ValueError(f"{config.out}: no checkpoint to resume from")
     checkpoint, damages = newest_whole(found, mesh.flat)
     step, _ = read_run(checkpoint)
     if step > config.steps:
         raise ValueError(f"{checkpoint}: has {step} steps already, and steps is {config.steps}")
-    return checkpoint, damages
+    return Earlier(checkpoint, damages, found)
 
 
 def set_aside(resumed: Path, folder: Path) -> None:

@@ -10,10 +10,11 @@ from pathlib import Path
 
 from longreel.data.folder_lock import only_writer
 from longreel.parallel.broken_clips import BROKEN_CLIPS
+from longreel.parallel.checkpoint import checkpoints as list_checkpoints
 from longreel.parallel.checkpoint_writer import remove_unfinished
 from longreel.parallel.comm import all_gather_objects
 from longreel.parallel.mesh import ParallelMesh
-from longreel.parallel.resume import set_aside
+from longreel.parallel.resume import Earlier, set_aside
 from longreel.parallel.shared_folder import check_shared, check_writable
 
 LOCK = ".train.lock"
@@ -23,7 +24,7 @@ def enter_run_folder(
     out: Path,
     checkpoints: Path,
     mesh: ParallelMesh,
-    resumed: Path | None,
+    earlier: Earlier,
     resume: bool,
     say: Callable[[str], None],
 ) -> ExitStack:
@@ -31,14 +32,16 @@ def enter_run_folder(
 
     Args:
         out: of the run, created if needed. checkpoints: in it. mesh: over all ranks.
-        resumed: the checkpoint that the run goes on from; newer ones are damaged. resume: whether it goes on at all.
+        earlier: what was found there; checkpoints newer than the one to go on from are damaged. resume: whether the run
+            goes on at all.
         say: hears where a file system has no locks.
 
     Returns:
         What gives the folder up when it is closed.
 
     Raises:
-        ValueError: on every rank: another process writes there, or it is not one folder for all ranks.
+        ValueError: on every rank: another process writes there, or has since `earlier` was found; or it is not one
+            folder for all ranks.
         OSError: it cannot be written.
     """
     check_writable(out)
@@ -54,12 +57,20 @@ def enter_run_folder(
             problem = str(error)
         except OSError as error:
             say(f"warning: {out} cannot be locked ({error.strerror}); let no other run write there")
+        if problem is None:
+            remove_unfinished(checkpoints)
+            now = list_checkpoints(checkpoints)
+            if now != earlier.seen:
+                names = ", ".join(path.name for path in now) or "none"
+                problem = (
+                    f"out: another run has written {out} while this one was starting: its checkpoints now are {names}; "
+                    "start again, with --resume to go on from them"
+                )
     if (said := all_gather_objects(problem, mesh.flat.get_group().group_name)[0]) is not None:
+        lock.close()
         raise ValueError(said)
-    if first and checkpoints.exists():
-        remove_unfinished(checkpoints)
-        if resumed is not None:
-            set_aside(resumed, checkpoints)
+    if first and earlier.checkpoint is not None:
+        set_aside(earlier.checkpoint, checkpoints)
     if first and not resume:
         # Of a run that left no checkpoint, which this one is not.
         (out / BROKEN_CLIPS).unlink(missing_ok=True)

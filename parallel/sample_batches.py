@@ -149,7 +149,12 @@ class Samples:
         told = []
         for dp_rank, places in enumerate(groups):
             for sample, index in places:
-                clip = self.clips[index]
+                try:
+                    clip = self.clips[index]
+                except (VideoError, ShardError) as error:
+                    # It was read when the step was built, and has broken since.
+                    told.append({"position": sample, "clip": index, "unreadable": str(error), "dp_rank": dp_rank})
+                    continue
                 draw = self.draw(step, sample, clip)
                 told.append(
                     {

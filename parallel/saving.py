@@ -48,7 +48,7 @@ class Saving:
         self._loss += loss.double()
 
     def save(self, step: int, state: Callable[[], dict[str, Any]], config: dict[str, Any], *, last: bool) -> None:
-        """Have a step written; one that cannot be is a warning, unless it is the last.
+        """Have a step written, unless it is there; one that cannot be is a warning, unless it is the last.
 
         Args:
             step: done. state: makes it. config: for JSON. last: return when it is there.
@@ -57,6 +57,8 @@ class Saving:
             OSError: the last one cannot be written.
         """
         self.settle()
+        if step == self.saved_at:
+            return
         self._loss_unsaved += self._loss
         self._loss.zero_()
         mean = self._loss_unsaved / max(1, step - self.saved_at)

@@ -67,7 +67,8 @@ class Trainer:
         self._console = console or Console(stderr=True, soft_wrap=True, highlight=False, markup=False)
 
         # Everything that can be wrong is looked at before anything is written.
-        resumed, remarks = checkpoint_to_resume(config, self.checkpoint_folder, self.mesh)
+        earlier = checkpoint_to_resume(config, self.checkpoint_folder, self.mesh)
+        resumed = earlier.checkpoint
         resolve_attention_provider(config.parallel.attention_provider, device)
         self.source: Source = open_source(config, device, self.mesh, self._say)
         self.config = config = self.source.config
@@ -90,10 +91,10 @@ class Trainer:
         scaled = self.model.engine.loss_scale is not None
         self._watch = FiniteWatch(world(), device, scaled_loss=scaled)
 
-        self._lock = enter_run_folder(config.out, self.checkpoint_folder, self.mesh, resumed, config.resume, self._say)
+        self._lock = enter_run_folder(config.out, self.checkpoint_folder, self.mesh, earlier, config.resume, self._say)
         with ExitStack() as undo:
             undo.push(self._lock)
-            for remark in remarks:
+            for remark in earlier.remarks:
                 self._say(remark if resumed is None else f"{remark}; going back to {resumed.name}")
             self.clips = self.source.ready()
             check_same_clips(self.clips, self.mesh)
@@ -193,6 +194,7 @@ class Trainer:
         try:
             return self.train_step()
         except LostClips as error:
+            self._saving.settle()
             if self.step > self._saving.saved_at:
                 self._save(last=True)
             if not self._saving.saved_at:

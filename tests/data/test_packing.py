@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import random
+import sys
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -138,3 +140,23 @@ def test_buckets_refuse_what_does_not_fit_together() -> None:
         BucketSchedule([(1, 1, 1)] * 2, [1, 2], budget=4)
     with pytest.raises(ValueError, match="step must be at least 0"):
         PackedSchedule([1], budget=1).step(-1)
+
+
+def test_two_threads_that_ask_one_schedule_wait_for_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    schedule, inside, most = PackedSchedule([64], budget=64, groups_per_step=8), [], []
+    build = PackedSchedule._build
+
+    def slowly(this: PackedSchedule, epoch: int) -> list[tuple[int, ...]]:
+        inside.append(epoch)
+        most.append(len(inside))
+        time.sleep(1e-3)
+        inside.remove(epoch)
+        return build(this, epoch)
+
+    monkeypatch.setattr(PackedSchedule, "_build", slowly)
+    with ThreadPoolExecutor(1) as thread:
+        # Epochs of an eighth of a step: the one that is trained makes new ones, as the one built ahead does.
+        ahead = thread.submit(lambda: [schedule.step(step) for step in range(2, 6)])
+        assert [schedule.step(step) for step in range(4)] == [[(0,)] * 8] * 4
+        assert ahead.result() == [[(0,)] * 8] * 4
+    assert set(most) == {1}

@@ -22,6 +22,7 @@ from longreel.data.prepare_run import prepare
 from longreel.data.video import VideoError, VideoInfo
 from longreel.models.text import TextEncoderConfig
 from longreel.parallel.broken_clips import BROKEN_CLIPS, BrokenClips, LostClips, known_videos
+from longreel.parallel.checkpoint_writer import CheckpointWriter
 from longreel.parallel.config import ParallelConfig
 from longreel.parallel.launch import process_group
 from longreel.parallel.model_choice import ModelChoice
@@ -171,6 +172,32 @@ def test_where_every_file_is_gone_the_run_ends_with_its_state_saved(videos: Path
     assert torch.equal(curve(config.out), curve(whole.out))
 
 
+def test_clips_lost_just_after_a_checkpoint_leave_it_as_it_is(videos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = replace(run(videos), parallel=ParallelConfig())
+    with process_group() as device:
+        trainer = Trainer(config, device)
+        whole_step, publish = trainer.train_step, CheckpointWriter._publish
+
+        def train_step() -> Any:
+            if trainer.step == 4:
+                raise LostClips("gone")
+            return whole_step()
+
+        published = []
+        monkeypatch.setattr(trainer, "train_step", train_step)
+        monkeypatch.setattr(
+            CheckpointWriter,
+            "_publish",
+            lambda writer, *given: [published.append(given[1].name), publish(writer, *given)],
+        )
+        with pytest.raises(LostClips, match=r"gone \(saved after step 4\)"):
+            trainer.train()
+    # Saved once, and what it scores is the loss of its steps.
+    assert published == ["step-000004"]
+    run_json = json.loads((config.out / "checkpoints" / "step-000004" / "run.json").read_text())
+    assert run_json["score"] == pytest.approx(float(curve(config.out)[:, 0].mean()), rel=1e-5)
+
+
 @pytest.mark.slow
 def test_a_shard_that_breaks_is_said_to_be_made_again(videos: Path, run_distributed: Any) -> None:
     made = PrepareConfig(
@@ -229,12 +256,41 @@ def test_a_clip_of_the_same_size_takes_the_place_from_a_step_on(tmp_path: Path) 
     # None of the size is left: a shorter one, or none.
     assert [broken.in_place_of(clip, 9) for clip in (0, 1, 3)] == [2, 2, 2]
     broken.add({2: "c cannot be read"}, 10)
-    with pytest.raises(LostClips, match="c cannot be read; no other clip has a size that fits in its place"):
+    message = r"c cannot be read; no other clip has a size that fits in its place.*\(0.mp4, 1.mp4, 2.mp4, 3.mp4\)"
+    with pytest.raises(LostClips, match=message):
         broken.in_place_of(2, 10)
     same = drawn(tmp_path, [(4, 8, 8), (2, 8, 8)], same_size=True)
     same.add({0: "a"}, 1)
     with pytest.raises(LostClips, match="no other clip has a size that fits"):
         same.in_place_of(0, 1)
+
+
+def test_a_list_that_cannot_be_written_is_a_warning(videos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    told, read = io.StringIO(), NativeClips.__getitem__
+
+    def cannot(*_: Any) -> Any:
+        raise OSError("disk full")
+
+    def broken(clips: NativeClips, index: int) -> Any:
+        if index == 3:
+            raise VideoError("no such clip here")
+        return read(clips, index)
+
+    monkeypatch.setattr(BrokenClips, "write", cannot)
+    monkeypatch.setattr(NativeClips, "__getitem__", broken)
+    config = replace(run(videos, batch_size=4), parallel=ParallelConfig(), steps=2)
+    with process_group() as device:
+        trainer = Trainer(config, device, console=Console(file=told, width=1000))
+        trainer.train()
+        assert "warning: disk full; a resumed run will not know which clips were left out" in told.getvalue()
+        # What a step was made of is said although a clip of it cannot be read any more.
+        monkeypatch.setattr(NativeClips, "__getitem__", lambda *_: broken(_[0], 3))
+        assert {
+            sample["unreadable"]
+            for sample in trainer.source.batches(
+                trainer.model.objective, device, drawn(videos.parent, [(1, 1, 1)] * len(trainer.clips))
+            ).describe(0)
+        } == {"no such clip here"}
 
 
 def test_what_is_kept_is_read_again_and_damage_is_named(tmp_path: Path) -> None:

@@ -28,7 +28,7 @@ from longreel.parallel.checkpoint import (
     read_weights,
 )
 from longreel.parallel.checkpoint_files import IndexReader, WeightsOnlyPlanner, write_description
-from longreel.parallel.checkpoint_writer import CheckpointWriter, prune_checkpoints
+from longreel.parallel.checkpoint_writer import CheckpointWriter, prune_checkpoints, remove_unfinished
 from longreel.parallel.config import ParallelConfig
 from longreel.parallel.ema import ExponentialMovingAverage
 from longreel.parallel.launch import process_group
@@ -222,6 +222,16 @@ def test_the_newest_and_the_best_are_kept(tmp_path: Path) -> None:
     assert sorted(p.name for p in tmp_path.iterdir()) == ["step-000002", "step-000004", "step-000005"]
     prune_checkpoints(tmp_path, 2)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["step-000004", "step-000005"]
+
+
+def test_a_checkpoint_that_was_to_be_replaced_gets_its_name_back(tmp_path: Path) -> None:
+    for name in ("step-000001", ".step-000001.replaced", ".step-000002.replaced", ".step-000003.partial"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "of").write_text(name)
+    remove_unfinished(tmp_path)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["step-000001", "step-000002"]
+    assert (tmp_path / "step-000001" / "of").read_text() == "step-000001"
+    assert (tmp_path / "step-000002" / "of").read_text() == ".step-000002.replaced"
 
 
 def test_left_over_partial_is_replaced(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+from longreel.parallel import trainer
 from longreel.parallel.config import ParallelConfig
 from longreel.parallel.launch import process_group
 from longreel.parallel.model_choice import ModelChoice
@@ -60,6 +61,33 @@ def test_another_run_is_refused_on_every_rank_until_it_is_dead(tmp_path: Path, r
     holder.wait()
     assert run_distributed(train_here, 2, config) == ["", ""]
     assert not partial.exists()
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_a_run_that_looked_before_another_one_wrote_has_to_start_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, resume: bool
+) -> None:
+    config = demo(tmp_path)
+    with process_group() as device:
+        if resume:
+            Trainer(config, device).train()
+            config = demo(tmp_path, steps=4, resume=True)
+        open_source = trainer.open_source
+
+        def slowly(*arguments: Any) -> Any:
+            # Another run of the same command trains from its beginning to its end meanwhile.
+            monkeypatch.setattr(trainer, "open_source", open_source)
+            Trainer(config, device).train()
+            return open_source(*arguments)
+
+        monkeypatch.setattr(trainer, "open_source", slowly)
+        with pytest.raises(ValueError, match=r"another run has written .* while this one was starting.*step-00000"):
+            Trainer(config, device)
+        last = f"step-{config.steps:06d}"
+        assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir())[-1] == last
+        assert not list((tmp_path / "checkpoints").glob("*.damaged"))
+        # The folder is free.
+        assert train_here(demo(tmp_path, steps=5, resume=True)) == ""
 
 
 def test_a_folder_is_given_up_after_training_and_after_an_error(
