@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-import sys
+import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 
