@@ -34,7 +34,7 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
 
 @pytest.fixture(scope="session")
 def full_grid(pytestconfig: pytest.Config) -> bool:
-    """Whether slow grids run whole: hours instead of minutes."""
+    """Whether slow grids run whole: a quarter of an hour instead of minutes."""
     return bool(pytestconfig.getoption("--full-grid"))
 
 

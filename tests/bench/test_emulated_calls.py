@@ -105,7 +105,9 @@ def test_every_two_choices_meet_in_a_case() -> None:
     assert 24 <= len(found) <= 30
 
 
+# The full grid takes minutes at each degree.
 @pytest.mark.slow
+@pytest.mark.timeout(3600)
 @pytest.mark.parametrize("degree", DEGREES)
 def test_calls_and_bytes_equal_the_real_ranks_everywhere(degree: int, worker_pool: WorkerPool, full_grid: bool) -> None:
     cases = [case for case in (everything() if full_grid else pairwise()) if case.degree == degree]
