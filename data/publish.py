@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import os
+import secrets
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,12 +15,14 @@ def published(path: Path) -> Iterator[Path]:
     """Where to write a file that is to appear at `path` when the block ends; an error leaves what was there.
 
     Yields:
-        `.NAME.PID.partial` in the same folder.
+        `.NAME.HOST-PID-RANDOM.partial` in the same folder, which no other writer of `path` has, on any machine.
 
     Raises:
         OSError: it cannot be brought to the disk or renamed.
     """
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    # Containers on two nodes may have one process id, and even one host name.
+    writer = f"{socket.gethostname()[:20]}-{os.getpid()}-{secrets.token_hex(6)}"
+    partial = path.with_name(f".{path.name}.{writer}.partial")
     try:
         yield partial
         # A name may reach the disk before the bytes that it names.
