@@ -9,7 +9,6 @@ from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from longreel.data.samples import Clip
@@ -24,8 +23,9 @@ from longreel.data.shard_files import (
     from_stored,
     read_rows,
 )
+from longreel.data.shard_reader import TensorFile
 
-# Open shards are mapped, not read: this bounds file handles, not memory.
+# Of an open shard only the header is in memory.
 _OPEN_SHARDS = 64
 
 
@@ -70,11 +70,10 @@ class ShardDataset:
         self.null_text: Tensor | None = None
         if self.info["text_stored"]:
             try:
-                with safe_open(folder / NULL_TEXT, framework="pt") as file:
-                    self.null_text = file.get_tensor("text").float()
-            except (OSError, SafetensorError) as error:
+                self.null_text = TensorFile(folder / NULL_TEXT).tensor("text").float()
+            except (OSError, ValueError) as error:
                 raise ShardError(f"{folder / NULL_TEXT}: cannot be read: {error}") from error
-        self._shards: OrderedDict[str, Any] = OrderedDict()
+        self._shards: OrderedDict[str, TensorFile] = OrderedDict()
         self._lock = threading.Lock()
 
     def __len__(self) -> int:
@@ -133,17 +132,16 @@ class ShardDataset:
     def _tensor(self, index: int, key: str) -> Tensor:
         path = self._path(index)
         try:
-            tensor: Tensor = self._opened(path).get_tensor(key)
+            return self._opened(path).tensor(key)
         except FileNotFoundError as error:
             raise ShardError(f"{path}: no such file; clip {index} is in it") from error
-        except (OSError, SafetensorError) as error:
+        except (OSError, ValueError) as error:
             raise ShardError(f"{path}: damaged: clip {index} cannot be read: {' '.join(str(error).split())}") from error
-        return tensor
 
-    def _opened(self, path: Path) -> Any:
+    def _opened(self, path: Path) -> TensorFile:
         with self._lock:
             name = path.name
-            opened = self._shards.pop(name, None) or safe_open(path, framework="pt")
+            opened = self._shards.pop(name, None) or TensorFile(path)
             self._shards[name] = opened
             while len(self._shards) > _OPEN_SHARDS:
                 self._shards.popitem(last=False)

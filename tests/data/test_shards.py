@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -157,6 +159,27 @@ def test_damaged_shard_is_named(videos: Path, where: str) -> None:
     if where == "data":
         assert "clip 3 (b.mp4) does not match its checksum" in str(raised.value)
         assert ShardDataset(folder, verify=False)[3].latents.shape == (4, 40, 36, 3)
+
+
+def test_a_shard_that_is_cut_off_or_unreadable_after_it_was_opened_is_named(
+    videos: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = make(videos)
+    shard = folder / "shards" / "00000-00.safetensors"
+    clips = ShardDataset(folder)
+    first = clips[0].latents
+    os.truncate(shard, shard.stat().st_size // 2)
+    assert torch.equal(clips[0].latents, first)
+    with pytest.raises(ShardError, match=f"{shard}: damaged: clip 2 cannot be read: it is "):
+        clips[2]
+
+    def broken_disk(*_: object) -> int:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(os, "preadv", broken_disk)
+    for shard_of, clip in (("00000-00", 0), ("00001-00", 3)):
+        with pytest.raises(ShardError, match=rf"{shard_of}\.safetensors: damaged: clip {clip} .*Input/output error"):
+            clips[clip]
 
 
 def test_any_flipped_byte_of_a_text_feature_is_seen(videos: Path, tiny_model: Callable[[str], Path]) -> None:
