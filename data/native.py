@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +13,8 @@ from torch import Tensor
 
 from longreel.data.cutting import CropConfig, CutConfig, usable_length
 from longreel.data.pictures import to_float, upright_picture
-from longreel.data.video import VideoError, VideoInfo, frames_from, open_video
+from longreel.data.video import VideoError, VideoInfo, errors_about
+from longreel.data.whole_frames import WholeFrames
 from longreel.models.autoencoders import Autoencoder
 
 # Frames are compared for scene cuts at this size.
@@ -57,9 +57,7 @@ class FrameReader:
                 f"{path}: its picture of {self.shown[1]}x{self.shown[0]} pixels is smaller than {crop.width}x"
                 f"{crop.height}, the least that autoencoder and patches need"
             )
-        self._open = ExitStack()
-        self._frames: Iterator[tuple[int, av.VideoFrame, bool]] | None = None
-        self._next = 0
+        self._frames = WholeFrames(path, info)
         self._last: tuple[int, np.ndarray] | None = None
 
     def __enter__(self) -> FrameReader:
@@ -70,8 +68,8 @@ class FrameReader:
 
     def close(self) -> None:
         """Let go of the file; the next read opens it again."""
-        self._open.close()
-        self._frames, self._last = None, None
+        self._frames.close()
+        self._last = None
 
     def read(self, index: int) -> np.ndarray:
         """Frame `index` as [H, W, 3] uint8; cheap where indices rise.
@@ -81,25 +79,9 @@ class FrameReader:
         """
         if self._last is not None and self._last[0] == index:
             return self._last[1]
-        try:
-            if self._frames is None or index < self._next:
-                self.close()
-                container, stream = self._open.enter_context(open_video(self.path))
-                self._frames = frames_from(container, stream, self.info, index)
-            found, frame, whole = next((triple for triple in self._frames if triple[0] >= index), (None, None, False))
-            if found != index or frame is None:
-                raise VideoError(f"{self.path}: frame {index} cannot be decoded")
-            self._next = index + 1
-            if not whole:
-                raise VideoError(f"{self.path}: frame {index} is damaged")
+        frame = self._frames.read(index)
+        with errors_about(f"{self.path}: frame {index} cannot be shown"):
             picture = self._crop(frame, index)
-        except (av.FFmpegError, OSError) as error:
-            self.close()
-            reason = getattr(error, "strerror", None) or error
-            raise VideoError(f"{self.path}: frame {index} cannot be decoded: {reason}") from error
-        except VideoError:
-            self.close()
-            raise
         self._last = index, picture
         return picture
 

@@ -10,7 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from longreel.data.video import VideoError, VideoInfo, frames_from, open_video, probe
+from longreel.data.video import VideoError, VideoInfo, errors_about, probe
+from longreel.data.whole_frames import WholeFrames
 
 
 def read_clip(
@@ -71,19 +72,14 @@ def decode_clip(
             f"{path}: has {info.num_frames} frames; {num_frames} at stride {stride} from frame {start} need {needed}"
         )
     clip = np.empty((num_frames, height, width, 3), np.uint8)
-    filled = 0
-    with open_video(path) as (container, stream):
-        aspect = stream.codec_context.sample_aspect_ratio or Fraction(1)
-        for index, frame, whole in frames_from(container, stream, info, start):
-            if index == start + filled * stride:
-                if not whole:
-                    raise VideoError(f"{path}: frame {index} is damaged")
-                clip[filled] = upright_picture(frame, height, width, aspect)
-                filled += 1
-                if filled == num_frames:
-                    break
-    if filled < num_frames:
-        raise VideoError(f"{path}: frame {start + filled * stride} cannot be decoded")
+    frames = WholeFrames(path, info)
+    try:
+        for number, index in enumerate(range(start, needed, stride)):
+            frame = frames.read(index)
+            with errors_about(f"{path}: frame {index} cannot be shown"):
+                clip[number] = upright_picture(frame, height, width, info.pixel_aspect)
+    finally:
+        frames.close()
     return torch.from_numpy(clip)
 
 

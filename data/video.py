@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from fractions import Fraction
@@ -11,6 +11,7 @@ from pathlib import Path
 
 import av
 from av.stream import Disposition
+from av.video.frame import PictureType
 
 # Containers of videos. Others that FFmpeg reads are not: playlists and concatenations name other files and addresses,
 # pictures and text have a "video" of their own.
@@ -20,6 +21,8 @@ _FORMATS = (
     # Sound alone, to be told so.
     "wav,mp3,flac,aac,aiff"
 )
+
+_PREDICTED = (PictureType.P, PictureType.B)
 
 
 class VideoError(ValueError):
@@ -36,6 +39,8 @@ class VideoInfo:
         timestamps: presentation time of every frame in display order, in units of time_base; empty where the container
             stores none (then reading starts at the first frame).
         keyframes: (presentation, decoding) times of the frames that decoding can start from, ascending.
+        seekable: whether reading can start in the middle. In program streams it cannot: it would start within a frame,
+            and its rest would take the next one's time.
         time_base: seconds per unit. quarter_turns: counter-clockwise turns that make the coded picture upright.
         pixel_aspect: width of a pixel over its height.
     """
@@ -47,6 +52,7 @@ class VideoInfo:
     fps: float
     timestamps: tuple[int, ...] = field(repr=False)
     keyframes: tuple[tuple[int, int], ...] = field(repr=False)
+    seekable: bool = True
     time_base: Fraction = Fraction(1)
     quarter_turns: int = 0
     pixel_aspect: Fraction = Fraction(1)
@@ -125,6 +131,7 @@ def _describe(path: Path, *, every_frame: bool) -> VideoInfo:
             fps=float(stream.average_rate or 0),
             timestamps=tuple(sorted(pts for pts, _, _ in times)) if timed else (),
             keyframes=tuple(sorted((pts, dts) for pts, dts, key in times if key)) if timed else (),
+            seekable=timed and container.format.name != "mpeg",
             time_base=stream.time_base or Fraction(1),
             quarter_turns=round(first.rotation / 90) % 4 if first is not None else 0,
             pixel_aspect=stream.codec_context.sample_aspect_ratio or Fraction(1),
@@ -140,11 +147,20 @@ def _describe(path: Path, *, every_frame: bool) -> VideoInfo:
 
 
 @contextmanager
+def errors_about(what: str) -> Iterator[None]:
+    """Whatever FFmpeg or the disk says while the block runs becomes a VideoError about `what`."""
+    try:
+        yield
+    except (av.FFmpegError, OSError) as error:
+        raise VideoError(f"{what}: {getattr(error, 'strerror', None) or error}") from error
+
+
+@contextmanager
 def open_video(path: Path) -> Iterator[tuple[av.container.InputContainer, av.VideoStream]]:
     """The container and its best video stream; whatever FFmpeg says about the file becomes a VideoError."""
     if not path.is_file():
         raise VideoError(f"{path}: {'is not a file' if path.exists() else 'no such file'}")
-    try:
+    with errors_about(str(path)):
         # The whitelist's file: a name such as "http:x.mp4" would be an address.
         try:
             container = av.open(f"file:{path}", options={"format_whitelist": _FORMATS, "protocol_whitelist": "file"})
@@ -158,14 +174,24 @@ def open_video(path: Path) -> Iterator[tuple[av.container.InputContainer, av.Vid
             # FFmpeg would paint over what is damaged: grey, or what was there before.
             stream.codec_context.options = {"err_detect": "crccheck+explode"}
             yield container, stream
-    except (av.FFmpegError, OSError) as error:
-        raise VideoError(f"{path}: {getattr(error, 'strerror', None) or error}") from error
+
+
+def keyframe_before(info: VideoInfo, index: int) -> int:
+    """Number of the keyframe to start from for frame `index`; 0 is the start of the file."""
+    if not info.seekable:
+        return 0
+    return max(0, bisect_right(info.keyframes, info.timestamps[index], key=lambda times: times[0]) - 1)
 
 
 def frames_from(
-    container: av.container.InputContainer, stream: av.VideoStream, info: VideoInfo, start: int
-) -> Iterator[tuple[int, av.VideoFrame, bool]]:
-    """(index, frame, whether it is whole) in display order, from a keyframe at or before frame `start` on."""
+    container: av.container.InputContainer, stream: av.VideoStream, info: VideoInfo, start: int, keyframe: int
+) -> Generator[tuple[int, av.VideoFrame, bool]]:
+    """(index, frame, whether it is whole) in display order, from a keyframe on.
+
+    Args:
+        start: the first frame that matters; one that is missing from there on breaks those behind it. keyframe: its
+            number, that of keyframe_before or an earlier one, or 0.
+    """
     if not info.timestamps:
         for index, (frame, whole) in enumerate(decoded(container.demux(stream))):
             yield index, frame, whole
@@ -173,10 +199,9 @@ def frames_from(
     if "av1" in info.codec:
         # dav1d's threads answer some frames late: an error would be laid to the wrong ones.
         stream.codec_context.thread_count = 1
-    # Containers look for decoding times: asking for the frame's own time could land behind the frames it depends on.
-    first = bisect_right(info.keyframes, info.timestamps[start], key=lambda times: times[0]) - 1
-    if start > 0 and first > 0:
-        container.seek(info.keyframes[first][1], stream=stream, backward=True)
+    if keyframe > 0:
+        # Containers look for decoding times: asking for the frame's own time could land behind what it depends on.
+        container.seek(info.keyframes[keyframe][1], stream=stream, backward=True)
     index_of = {time: index for index, time in enumerate(info.timestamps)}
     expected, broken_until = start, start
     for frame, whole in decoded(container.demux(stream)):
@@ -190,39 +215,69 @@ def frames_from(
             yield index, frame, whole and index >= broken_until
 
 
+@dataclass(slots=True)
+class _Group:
+    """Packets from one keyframe up to the next, in decoding order.
+
+    Args:
+        key: presentation time of the keyframe. before: the group before, until this one's keyframe is shown.
+        broken: one of its packets is damaged; leading_broken: so is one that those shown before the keyframe need.
+        inherits: its keyframe is predicted, and from what is damaged.
+    """
+
+    key: int | None = None
+    before: _Group | None = None
+    broken: bool = False
+    leading_broken: bool = False
+    inherits: bool = False
+
+
 def decoded(packets: Iterator[av.Packet]) -> Iterator[tuple[av.VideoFrame, bool]]:
     """Frames in display order, each with whether it is whole; those that give no picture at all are left out.
 
     A damaged frame takes along what is predicted from it: all frames decoded after it up to the next keyframe, and, in
     open groups, those decoded behind that keyframe but shown before it. They decode without an error, and are wrong.
+    With intra-refresh a "keyframe" is itself predicted, and pictures are whole again only at the next one.
 
     Args:
         packets: of one video stream, in decoding order, the empty one at the end included. Without time stamps nothing
             after a damaged frame counts as whole, since a frame that is missing moves the others.
     """
     damaged: set[int | None] = set()
-    leading: set[int | None] = set()
-    key: int | None = None
-    broken = broken_before = False
+    group = _Group()
+    group_of: dict[int | None, _Group] = {}
     for packet in packets:
         if packet.is_keyframe and packet.pts is not None:
-            key, broken_before, broken = packet.pts, broken, False
-        leads = key is not None and packet.pts is not None and packet.pts < key
+            group = _Group(key=packet.pts, before=group, leading_broken=group.broken)
+        leads = _leads(packet.pts, group)
         try:
             frames = packet.decode()
             bad = packet.is_corrupt
         except av.FFmpegError:
             frames, bad = [], True
+        if packet.size:
+            group_of[packet.pts] = group
         if leads:
-            leading.add(packet.pts)
-            broken_before |= bad
+            group.leading_broken |= bad
         else:
-            broken |= bad
-        if broken or (leads and broken_before):
+            group.broken |= bad
+        if group.broken or (leads and group.leading_broken):
             damaged.add(packet.pts)
         for frame in frames:
             assert isinstance(frame, av.VideoFrame)
+            own = group_of.pop(frame.pts, group)
             if frame.is_corrupt:
                 damaged.add(frame.pts)
-                broken |= frame.pts not in leading
-            yield frame, frame.pts not in damaged
+                if not _leads(frame.pts, own):
+                    own.broken = group.broken = True
+            before = own.before
+            if before is not None and frame.pts == own.key:
+                own.inherits = frame.pict_type in _PREDICTED and (before.broken or before.inherits)
+                own.before = None
+            lost = own.inherits or (before is not None and before.inherits)
+            yield frame, not lost and frame.pts not in damaged
+
+
+def _leads(time: int | None, group: _Group) -> bool:
+    """Whether a frame of a group is shown before its keyframe."""
+    return group.key is not None and time is not None and time < group.key

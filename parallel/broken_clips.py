@@ -141,7 +141,8 @@ def _to_json(info: VideoInfo) -> dict[str, Any]:
 
 
 def _from_json(fields: dict[str, Any]) -> VideoInfo:
-    made = {name: fields[name] for name in _FIELDS}
+    # What older files lack has its default.
+    made = {name: fields[name] for name in _FIELDS if name in fields}
     made["timestamps"] = tuple(made["timestamps"])
     made["keyframes"] = tuple((pts, dts) for pts, dts in made["keyframes"])
     for name in ("time_base", "pixel_aspect"):

@@ -26,6 +26,7 @@ _OPTIONS = {
     "libx264": {"crf": "1"},
     "libx265": {"crf": "4", "preset": "ultrafast", "x265-params": "log-level=none:pools=1"},
     "libsvtav1": {"crf": "8", "preset": "12", "svtav1-params": "lp=1"},
+    "mpeg2video": {"q": "2"},
     "libvpx-vp9": {"crf": "4", "b": "0", "deadline": "realtime", "cpu-used": "8"},
 }
 

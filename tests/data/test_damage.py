@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from longreel.data import whole_frames
 from longreel.data.captions import CaptionedFile
 from longreel.data.clips import ClipDataset
 from longreel.data.cutting import CropConfig, CutConfig
@@ -56,6 +57,15 @@ def refused_frames(whole: Path, damaged: Path, info: VideoInfo) -> dict[int, str
             else:
                 assert np.array_equal(picture, pictures.read(index)), index
     return refused
+
+
+# Seeking in them leaves out or spoils frames that are whole: open groups in a transport stream, keyframes that are
+# themselves predicted, a program stream whose seeks land within a frame.
+HARD_TO_SEEK = {
+    "open.ts": {"g": "8", "bf": "3", "x264-params": "min-keyint=8:open-gop=1:scenecut=0", "crf": "23"},
+    "refresh.mp4": {"g": "12", "bf": "0", "x264-params": "intra-refresh=1:scenecut=0", "crf": "23"},
+    "program.mpg": {"codec": "mpeg2video", "g": "8", "bf": "2"},
+}
 
 
 @pytest.fixture(params=["libx264", "libx265"])
@@ -145,3 +155,55 @@ def test_frames_predicted_from_both_sides_are_not_taken_for_whole(encode: Callab
     refused = refused_frames(path, damage(path, number, zeros=True), info)
     assert info.timestamps.index(pts) in refused
     assert info.timestamps.index(shown_before) in refused
+
+
+@pytest.mark.parametrize("name", HARD_TO_SEEK)
+def test_every_frame_alone_is_that_of_the_sequential_read(encode: Callable[..., Path], name: str) -> None:
+    path = encode(name, noisy(40), **HARD_TO_SEEK[name])
+    info = probe(path)
+    assert len(info.keyframes) > 2
+    with FrameReader(path, info, CropConfig()) as reader:
+        sequential = np.stack([reader.read(index) for index in range(40)])
+    for index, picture in enumerate(sequential):
+        with FrameReader(path, info, CropConfig()) as reader:
+            assert np.array_equal(reader.read(index), picture), index
+    for start in (3, 14, 25):
+        clip = decode_clip(path, 5, 64, 96, start=start, stride=3, info=info)
+        assert np.array_equal(clip, sequential[start : start + 15 : 3])
+
+
+def noisy(num_frames: int) -> np.ndarray:
+    """Noise that moves, with a bar that changes."""
+    noise = np.random.default_rng(0).integers(0, 255, (64, 96), np.uint8)
+    pictures = np.stack([np.roll(noise, 3 * i, axis=1) for i in range(num_frames)])
+    pictures[:, :8] = (5 * np.arange(num_frames) % 255)[:, None, None]
+    return pictures
+
+
+def test_with_intra_refresh_damage_reaches_into_the_next_group(encode: Callable[..., Path]) -> None:
+    path = encode("refresh.mp4", noisy(40), **HARD_TO_SEEK["refresh.mp4"])
+    info = probe(path)
+    second, third = (info.timestamps.index(time) for time, _ in info.keyframes[1:3])
+    # The keyframe behind the damage is predicted from it; its group is whole again where the refresh has gone round.
+    refused = list(refused_frames(path, damage(path, 5, zeros=True), info))
+    assert refused == list(range(5, refused[-1] + 1))
+    assert second < refused[-1] < third
+    with pytest.raises(VideoError, match=rf"frame {second} is damaged"):
+        decode_clip(path.with_name("damaged.mp4"), 1, 64, 96, start=second, info=info)
+
+
+def test_damage_costs_one_pass_from_the_start(encode: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    path = encode("whole.mp4", noisy(64), crf="20", g=str(GROUP), bf="0")
+    info, damaged = probe(path), damage(damage(path, 19), 43)
+    opened = []
+    whole_pass = whole_frames.frames_from
+
+    def counted(*arguments: object) -> object:
+        opened.append(arguments[-1])
+        return whole_pass(*arguments)
+
+    monkeypatch.setattr(whole_frames, "frames_from", counted)
+    assert list(refused_frames(path, damaged, info)) == [*range(19, 24), *range(43, 48)]
+    # Two of them open the whole video and the damaged one; the third one is that which judges.
+    assert opened.count(0) == 3
+    assert len(opened) < 24
