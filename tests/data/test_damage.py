@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import av
 import numpy as np
@@ -192,18 +193,35 @@ def test_with_intra_refresh_damage_reaches_into_the_next_group(encode: Callable[
         decode_clip(path.with_name("damaged.mp4"), 1, 64, 96, start=second, info=info)
 
 
-def test_damage_costs_one_pass_from_the_start(encode: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    path = encode("whole.mp4", noisy(64), crf="20", g=str(GROUP), bf="0")
-    info, damaged = probe(path), damage(damage(path, 19), 43)
-    opened = []
-    whole_pass = whole_frames.frames_from
+@pytest.fixture
+def passes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Numbers of the keyframes that passes through files began at."""
+    begun = []
+    frames_from = whole_frames.frames_from
 
-    def counted(*arguments: object) -> object:
-        opened.append(arguments[-1])
-        return whole_pass(*arguments)
+    def counted(*arguments: Any) -> Any:
+        begun.append(arguments[-1])
+        return frames_from(*arguments)
 
     monkeypatch.setattr(whole_frames, "frames_from", counted)
+    return begun
+
+
+def test_one_keyframe_earlier_is_enough_where_that_gives_a_whole_frame(
+    encode: Callable[..., Path], passes: list[int]
+) -> None:
+    path = encode("refresh.mp4", noisy(40), **HARD_TO_SEEK["refresh.mp4"])
+    info = probe(path)
+    with FrameReader(path, info, CropConfig()) as reader:
+        for index in range(info.timestamps.index(info.keyframes[2][0]), 40):
+            reader.read(index)
+    assert passes == [2, 1]
+
+
+def test_damage_costs_one_pass_from_the_start(encode: Callable[..., Path], passes: list[int]) -> None:
+    path = encode("whole.mp4", noisy(64), crf="20", g=str(GROUP), bf="0")
+    info, damaged = probe(path), damage(damage(path, 19), 43)
     assert list(refused_frames(path, damaged, info)) == [*range(19, 24), *range(43, 48)]
-    # Two of them open the whole video and the damaged one; the third one is that which judges.
-    assert opened.count(0) == 3
-    assert len(opened) < 24
+    # Two open the whole video and the damaged one; the third is that which judges.
+    assert passes.count(0) == 3
+    assert len(passes) < 24
