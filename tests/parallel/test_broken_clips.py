@@ -301,6 +301,10 @@ def test_what_is_kept_is_read_again_and_damage_is_named(tmp_path: Path) -> None:
     again = drawn(tmp_path, sizes, resume=True)
     assert [again.in_place_of(clip, 7) for clip in range(3)] == [0, 2, 2]
     assert known_videos(tmp_path / BROKEN_CLIPS) == {"1.mp4": INFO}
+    # A run of before `seekable` was noted can be resumed.
+    (tmp_path / "older.json").write_text((tmp_path / BROKEN_CLIPS).read_text().replace('"seekable"', '"other"'))
+    assert "other" in (tmp_path / "older.json").read_text()
+    assert known_videos(tmp_path / "older.json") == {"1.mp4": INFO}
     with pytest.raises(ValueError, match=r"broken-clips\.json: of more clips than the 1 of this run"):
         drawn(tmp_path, sizes[:1], resume=True)
     cut_off(tmp_path / BROKEN_CLIPS)
