@@ -10,7 +10,7 @@ import math
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import get_args
+from typing import Any, get_args
 
 from longreel.reports import formatting
 from longreel.reports.records import Kind, Record, Regime
@@ -74,6 +74,11 @@ def fastest(records: Iterable[Record]) -> Record | None:
     return max(timed, key=lambda r: r.tokens_per_s or 0.0, default=None)
 
 
+def _place(record: Record) -> tuple[Any, ...]:
+    """Group and length: asked for so often that Group itself takes too long to make."""
+    return record.kind, record.regime, record.model, record.device, record.num_devices, record.seq_len
+
+
 class Baselines:
     """The baseline of each (group, sequence length), found once for all records.
 
@@ -82,21 +87,23 @@ class Baselines:
     """
 
     def __init__(self, records: Iterable[Record]) -> None:
-        marked: defaultdict[tuple[Group, int], list[Record]] = defaultdict(list)
+        marked: defaultdict[tuple[Any, ...], list[Record]] = defaultdict(list)
         for record in records:
             if record.is_baseline:
-                marked[Group.of(record), record.seq_len].append(record)
+                marked[_place(record)].append(record)
         self._of = {where: fastest(found) or found[-1] for where, found in marked.items()}
 
     def of(self, record: Record) -> Record | None:
         """The baseline at the record's group and length (which may have failed), None where none was run."""
-        return self._of.get((Group.of(record), record.seq_len))
+        return self._of.get(_place(record))
 
     def in_turns(self, record: Record) -> tuple[float, float, float] | None:
         """Ratio of tokens/s and its bounds, of samples that were taken in turns with those of this very baseline.
 
         None where there are none, or where they are of the baseline of another commit or environment.
         """
+        if not record.comparison:
+            return None
         baseline = self.of(record)
         if baseline is None or record is baseline or baseline.status != "ok" or record.status != "ok":
             return None
@@ -193,7 +200,8 @@ def headline(group: Group, records: Sequence[Record], baselines: Baselines) -> H
     baseline = baselines.of(best) if best and with_baseline else None
     ratio = baselines.ratio(best) if best and baseline else None
     bounds = baselines.ratio_interval(best) if best and baseline else None
-    longest = fastest(r for r in timed if r.seq_len == max(t.seq_len for t in timed))
+    furthest = max((r.seq_len for r in timed), default=0)
+    longest = fastest(r for r in timed if r.seq_len == furthest)
     doubt = _doubt([r for r in with_baseline if r.seq_len == reach])
     if best is None:
         verdict = "No configuration has a figure."

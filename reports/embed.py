@@ -17,6 +17,8 @@ from collections.abc import Sequence
 from typing import Any
 
 _ABSENT = object()
+# A union of types would be made anew for each of a million values.
+_NESTED = (dict, list, tuple)
 
 
 def pack(rows: Sequence[Any]) -> dict[str, Any]:
@@ -39,7 +41,7 @@ def pack(rows: Sequence[Any]) -> dict[str, Any]:
 
 def _text(row: Any) -> str:
     """What tells 1, 1.0, true and "1" apart, which Python's equality does not."""
-    return json.dumps(row, sort_keys=True) if isinstance(row, dict | list | tuple) else repr(row)
+    return json.dumps(row, sort_keys=True) if isinstance(row, _NESTED) else repr(row)
 
 
 def unpack(column: dict[str, Any], num_rows: int) -> list[Any]:
