@@ -6,6 +6,7 @@ unpickler that knows the index's own classes and no others, and the rest by PyTo
 
 from __future__ import annotations
 
+import enum
 import hashlib
 import io
 import json
@@ -83,6 +84,8 @@ class _IndexUnpickler(pickle.Unpickler):
     """Knows the classes of an index, and dtypes; anything else that a pickle asks for is refused."""
 
     def find_class(self, module: str, name: str) -> Any:
+        if (module, name) == ("builtins", "getattr"):
+            return _enum_member
         plain = "." not in name
         if plain and (module in _INDEX_MODULES or (module, name) in _INDEX_GLOBALS):
             found = super().find_class(module, name)
@@ -91,6 +94,13 @@ class _IndexUnpickler(pickle.Unpickler):
         elif module == "torch" and isinstance(dtype := getattr(torch, name, None), torch.dtype):
             return dtype
         raise pickle.UnpicklingError(f"asks for {module}.{name}, which no index of tensors holds; refused")
+
+
+def _enum_member(kind: Any, name: str) -> Any:
+    """What getattr() is asked for by a pickle of Python 3.11.0 to 3.11.3: a member of an enumeration."""
+    if isinstance(kind, type) and issubclass(kind, enum.Enum) and name in kind.__members__:
+        return kind[name]
+    raise pickle.UnpicklingError(f"asks for the attribute {name} of {kind}, which no index of tensors holds; refused")
 
 
 def file_digests(folder: Path, names: list[str]) -> dict[str, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import enum
 import io
 import os
 import pickle
@@ -13,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.distributed.checkpoint.metadata import TensorProperties
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, get_optimizer_state_dict
 from torch.distributed.tensor import DTensor
 
@@ -322,6 +324,30 @@ def test_damaged_index_is_refused_without_a_log(saved: Path, content: bytes, cap
         IndexReader(saved).read_metadata()
     assert "\n" not in str(raised.value)
     assert "Traceback" not in "".join(capfd.readouterr())
+
+
+def test_an_index_written_by_an_early_python_3_11_is_read(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    index = IndexReader(saved).read_metadata()
+    # There members of an enumeration are pickled as their attribute of it.
+    monkeypatch.setattr(enum.Enum, "__reduce_ex__", lambda member, _: (getattr, (type(member), member.name)))
+    content = pickle.dumps(index)
+    monkeypatch.undo()
+    assert b"getattr" in content
+    (saved / ".metadata").write_bytes(content)
+    assert IndexReader(saved).read_metadata().state_dict_metadata == index.state_dict_metadata
+
+
+class Attribute:
+    """Pickled, what a class of the index has and is no member of an enumeration."""
+
+    def __reduce__(self) -> Any:
+        return getattr, (TensorProperties, "create_from_tensor")
+
+
+def test_other_attributes_are_refused(saved: Path) -> None:
+    (saved / ".metadata").write_bytes(pickle.dumps(Attribute()))
+    with pytest.raises(ValueError, match="asks for the attribute create_from_tensor of .*TensorProperties.*; refused"):
+        IndexReader(saved).read_metadata()
 
 
 def test_a_pickle_that_runs_code_is_refused_and_not_run(saved: Path, tmp_path: Path) -> None:
