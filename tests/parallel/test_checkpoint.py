@@ -346,7 +346,7 @@ class Attribute:
 
 def test_other_attributes_are_refused(saved: Path) -> None:
     (saved / ".metadata").write_bytes(pickle.dumps(Attribute()))
-    with pytest.raises(ValueError, match="asks for the attribute create_from_tensor of .*TensorProperties.*; refused"):
+    with pytest.raises(ValueError, match=r"asks for the attribute create_from_tensor of .*TensorProperties.*; refused"):
         IndexReader(saved).read_metadata()
 
 
