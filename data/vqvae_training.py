@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -23,6 +22,7 @@ from longreel.data.clips import seeded_generator
 from longreel.data.cutting import CropConfig
 from longreel.data.native import FrameReader
 from longreel.data.pictures import to_float
+from longreel.data.publish import published
 from longreel.data.sources import VIDEO_SUFFIXES
 from longreel.data.video import VideoError, VideoInfo, scan
 from longreel.models.autoencoders import psnr
@@ -204,9 +204,9 @@ def _train(model: VQVAE, config: VQVAETrainConfig, crops: RandomCrops, console: 
     optimizer = torch.optim.Adam(model.parameters(), lr=config.learning_rate, betas=(0.9, 0.99))
     falling = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, config.steps, config.learning_rate / 10)
     latest: deque[Tensor] = deque(maxlen=_LATEST)
-    metrics = config.out / f".metrics.jsonl.{os.getpid()}.partial"
     columns = TextColumn("VQ-VAE"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[figures]}")
     with (
+        published(config.out / "metrics.jsonl") as metrics,
         metrics.open("w", encoding="utf-8") as lines,
         Progress(*columns, TimeRemainingColumn(), console=console, disable=not console.is_terminal) as progress,
     ):
@@ -235,4 +235,3 @@ def _train(model: VQVAE, config: VQVAETrainConfig, crops: RandomCrops, console: 
             if step % config.save_every == 0 or step == config.steps:
                 model.fit_latent_scale(torch.cat([vectors.flatten(0, -2) for vectors in latest]))
                 save_vqvae(model, config.out)
-    os.replace(metrics, config.out / "metrics.jsonl")
