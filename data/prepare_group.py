@@ -13,7 +13,7 @@ from torch import Tensor
 from longreel.data.cutting import CropConfig, chosen_frames, clip_fps
 from longreel.data.native import FrameReader, LostFrames, Pixels, encode_pixels, read_clips
 from longreel.data.prepare_config import Piece, PrepareConfig
-from longreel.data.shard_files import PARTS, StoredClip, to_stored, write_rows, write_shard
+from longreel.data.shard_files import PARTS, StoredClip, write_rows, write_shard
 from longreel.data.sources import SourceVideo, inside
 from longreel.data.video import VideoError, VideoInfo, scan
 from longreel.models.autoencoders import DTYPES, Autoencoder, build_autoencoder
@@ -107,7 +107,11 @@ class _Group:
         return self.worker.encoder.encode(captions).to(DTYPES[self.config.latent_dtype])
 
     def _clip(self, source: SourceVideo, info: VideoInfo, found: Pixels, text: Tensor | None) -> None:
-        latents = to_stored(encode_pixels(self.worker.autoencoder, found.pixels), self.config.stored_dtype)
+        # Of raw pixels nothing is lost: a shard holds them as they were decoded.
+        raw = self.config.compression.autoencoder == "raw"
+        latents = (found.pixels if raw else encode_pixels(self.worker.autoencoder, found.pixels)).to(
+            self.config.stored_dtype
+        )
         frames, height, width = found.pixels.shape[:3]
         sizes = latents.shape[:3]
         t, h, w = (size // patch for size, patch in zip(sizes, self.config.patch_size, strict=True))

@@ -3,12 +3,7 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
-import os
-import threading
-from collections.abc import Iterator
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -17,9 +12,11 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 
 from longreel.data.captions import read_captions
 from longreel.data.contact_sheet import write_contact_sheet
+from longreel.data.heap import keep_memory
 from longreel.data.prepare_config import PrepareConfig, describe, made_by, plan_groups
 from longreel.data.prepare_group import Done, GroupWorker, Job, part_path
 from longreel.data.prepare_summary import finish, report
+from longreel.data.processes import ProcessDied, shared_out
 from longreel.data.publish import published
 from longreel.data.shard_files import (
     DATASET,
@@ -48,6 +45,7 @@ def prepare(config: PrepareConfig) -> None:
     entries, caption_problems = read_captions(config.captions)
     sources = find_sources(config.videos, entries)
     rank, world = config.place
+    keep_memory()
     job, worker = _begin(config, sources)
     console.print(
         f"{len(sources.videos)} captioned videos in {len(job.groups)} groups"
@@ -155,44 +153,17 @@ def _results(job: Job, worker: GroupWorker, groups: list[int]) -> Iterator[Done]
         finally:
             torch.set_num_threads(threads)
         return
-    # A forked child would inherit locks of PyTorch's and FFmpeg's threads.
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(processes, mp_context=context, initializer=_start, initargs=(job,)) as pool:
-        # Few at a time, so that an error or an interrupt ends at once what has not begun.
-        queue, running = list(reversed(groups)), set[Future[Done]]()
-        try:
-            while queue or running:
-                while queue and len(running) < 2 * processes:
-                    running.add(pool.submit(_run, queue.pop()))
-                finished, running = wait(running, return_when=FIRST_COMPLETED)
-                yield from (future.result() for future in finished)
-        except BrokenProcessPool as error:
-            raise OSError(
-                "a process ended before its work was done (out of memory, or killed); run the same command again to go "
-                "on, with fewer --processes if memory is short"
-            ) from error
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)
+    try:
+        yield from shared_out(_worker, (job,), groups, processes=processes)
+    except ProcessDied as error:
+        raise OSError(
+            f"{error} (out of memory, or killed); run the same command again to go on, with fewer --processes if "
+            "memory is short"
+        ) from error
 
 
-_worker: GroupWorker | None = None
-
-
-def _start(job: Job) -> None:
-    global _worker
+def _worker(job: Job) -> Callable[[int], Done]:
+    """What works off groups in a process of its own."""
     torch.set_num_threads(1)
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-
-    def follow() -> None:
-        parent.join()
-        os._exit(1)
-
-    # A pool's processes wait for work for ever once the one that gives it was killed.
-    threading.Thread(target=follow, daemon=True).start()
-    _worker = GroupWorker(job, job.config.torch_device)
-
-
-def _run(group: int) -> Done:
-    assert _worker is not None
-    return _worker.run(group)
+    keep_memory()
+    return GroupWorker(job, job.config.torch_device).run

@@ -69,15 +69,8 @@ class StoredClip:
     text: Tensor | None
 
 
-def to_stored(latents: Tensor, dtype: torch.dtype) -> Tensor:
-    """Latents as a shard holds them; uint8 is for pixels in [-1, 1], of which it loses nothing that bytes can say."""
-    if dtype == torch.uint8:
-        return ((latents + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
-    return latents.to(dtype)
-
-
 def from_stored(stored: Tensor) -> Tensor:
-    """Latents in fp32."""
+    """Latents in fp32; bytes are pixels in [-1, 1]."""
     return stored.float() / 127.5 - 1.0 if stored.dtype == torch.uint8 else stored.float()
 
 

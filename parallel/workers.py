@@ -10,24 +10,22 @@ from __future__ import annotations
 import contextlib
 import importlib
 import importlib.util
-import multiprocessing
 import os
 import shutil
-import signal
 import sys
 import tempfile
-import threading
 import time
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
-from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 from types import ModuleType, TracebackType
 from typing import Any
+
+from longreel.data.processes import end_with_parent, start_child
 
 # After one rank has failed, the others get this long to report the same before they are ended.
 GRACE_S = 2.0
@@ -128,19 +126,7 @@ class WorkerPool:
 
     def _start(self, rank: int) -> None:
         self._end([rank])
-        context = multiprocessing.get_context("spawn")
-        here, there = context.Pipe()
-        process = context.Process(target=_serve, args=(there, self._num_threads, self._folder.name), daemon=True)
-        # A terminal's Ctrl-C goes to workers too, which would each print where they were: they start with it blocked.
-        # The tracker of multiprocessing, started with the first worker, would lift the block: it has to run before.
-        resource_tracker.ensure_running()
-        blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-        try:
-            process.start()
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
-        there.close()
-        self._workers[rank] = (process, here)
+        self._workers[rank] = start_child(_serve, self._num_threads, self._folder.name)
 
     def _end(self, ranks: list[int]) -> None:
         ended = [self._workers.pop(rank) for rank in ranks if rank in self._workers]
@@ -238,7 +224,8 @@ def _execute(name: str, file: str) -> ModuleType:
 
 def _serve(connection: Connection, num_threads: int, folder: str) -> None:
     """Worker main loop: one call per message until the pool closes the pipe."""
-    threading.Thread(target=_end_with_parent, args=(folder,), daemon=True).start()
+    # Also of a parent that was killed: in its place the pool's folder is removed.
+    end_with_parent(lambda: shutil.rmtree(folder, ignore_errors=True))
     import torch
 
     torch.set_num_threads(num_threads)
@@ -284,12 +271,3 @@ def _answer(
         return ForkingPickler.dumps(("ok", value))
     except BaseException:  # noqa: BLE001 - the parent raises it again with the rank's name
         return ForkingPickler.dumps(("error", traceback.format_exc()))
-
-
-def _end_with_parent(folder: str) -> None:
-    """End this process with its parent, even one that was killed, and remove the pool's folder in its place."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    parent.join()
-    shutil.rmtree(folder, ignore_errors=True)
-    os._exit(1)

@@ -18,7 +18,7 @@ from longreel.data.native import FrameReader
 from longreel.data.pictures import to_float
 from longreel.data.prepare_config import PrepareConfig
 from longreel.data.prepare_run import prepare
-from longreel.data.shard_files import COLUMNS, ShardError, checksum, from_stored, read_rows, to_stored
+from longreel.data.shard_files import COLUMNS, ShardError, checksum, read_rows
 from longreel.data.shards import ShardDataset
 from longreel.data.video import scan
 from longreel.models.autoencoders import AutoencoderConfig, build_autoencoder, psnr
@@ -80,9 +80,6 @@ def test_round_trip_of_real_videos_through_raw_shards_is_exact(sample_videos: Pa
         with FrameReader(path, scan(path), CropConfig(height=2, width=2)) as reader:
             pixels = np.stack([reader.read(clip.start + 60 * i) for i in range(len(clip.latents))])
         assert psnr(raw.decode(clip.latents[None])[0], to_float(torch.from_numpy(pixels))) == float("inf")
-    # Quantised to bytes, any picture comes back within half a level: at least 20 log10(255 / 0.5) = 54 dB.
-    picture = torch.rand(1, 8, 8, 3, generator=torch.Generator().manual_seed(0)) * 2 - 1
-    assert psnr(from_stored(to_stored(picture, torch.uint8)), picture) > 54
 
 
 @pytest.mark.parametrize("name", ["vqvae", "sd-vae"])
