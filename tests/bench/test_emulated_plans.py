@@ -33,6 +33,7 @@ def grid(**axes: object) -> TargetGrid:
     return TargetGrid(**(given | {"policies": ("keep_attention",), "baseline": False} | axes))  # type: ignore[arg-type]
 
 
+@pytest.mark.slow
 def test_the_headline_table_stays_within_its_minutes() -> None:
     sweep = headline()
     assert sweep.minutes == 9.0

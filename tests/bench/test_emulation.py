@@ -42,19 +42,20 @@ PLAN = Plan(depths=(1, 2, 3), samples=2)
 PROVENANCE: dict[str, Any] = {"commit": "0" * 40, "environment": {"cores": 2}}
 
 
-def test_every_depth_is_timed_and_looked_at(run_distributed: Callable[..., list[Any]]) -> None:
-    doubtful = replace(PLAN, memory_share=0.95)
-    for plan in (PLAN, doubtful):
-        (found,) = run_distributed(emulate_point, 1, POINT, plan, "cpu")
-        assert (found.oom, found.wrong, found.unfinished) == (None, None, None)
-        assert [(run.depth, len(run.samples_s)) for run in found.runs] == [(1, 2), (2, 2), (3, 1)]
-        # Calls are linear in depth: the blocks' and the root's.
-        one, two, three = (run.calls["sharding.reduce_scatter"]["calls"] for run in found.runs)
-        assert (two - one, three - two) == (1, 1)
-        sent = [run.calls["sequence.all_to_all"]["bytes"] for run in found.runs]
-        # Full recomputation: q, k, v and o go three times, 4 M (P - 1) / P^2 each.
-        assert sent == [3 * 4 * 64 * 64 * 4 * 3 // 16 * depth for depth in (1, 2, 3)]
-        assert found.cap_bytes is None and found.runs[0].memory["process"] > 0
+@pytest.mark.parametrize(
+    "plan", [PLAN, pytest.param(replace(PLAN, memory_share=0.95), marks=pytest.mark.slow)], ids=["roomy", "doubtful"]
+)
+def test_every_depth_is_timed_and_looked_at(run_distributed: Callable[..., list[Any]], plan: Plan) -> None:
+    (found,) = run_distributed(emulate_point, 1, POINT, plan, "cpu")
+    assert (found.oom, found.wrong, found.unfinished) == (None, None, None)
+    assert [(run.depth, len(run.samples_s)) for run in found.runs] == [(1, 2), (2, 2), (3, 1)]
+    # Calls are linear in depth: the blocks' and the root's.
+    one, two, three = (run.calls["sharding.reduce_scatter"]["calls"] for run in found.runs)
+    assert (two - one, three - two) == (1, 1)
+    sent = [run.calls["sequence.all_to_all"]["bytes"] for run in found.runs]
+    # Full recomputation: q, k, v and o go three times, 4 M (P - 1) / P^2 each.
+    assert sent == [3 * 4 * 64 * 64 * 4 * 3 // 16 * depth for depth in (1, 2, 3)]
+    assert found.cap_bytes is None and found.runs[0].memory["process"] > 0
 
 
 def test_a_deadline_leaves_a_point_unfinished(run_distributed: Callable[..., list[Any]]) -> None:

@@ -293,7 +293,7 @@ class FaultyPool:
         pytest.param(
             "raise", "rank 1 of 2 failed: ValueError: no such luck (test_measured.py:", marks=pytest.mark.slow
         ),
-        ("crash", "rank 1 of 2 died with exit code 7"),
+        pytest.param("crash", "rank 1 of 2 died with exit code 7", marks=pytest.mark.slow),
         pytest.param("hang", "did not finish within 15 s", marks=pytest.mark.slow),
     ],
 )

@@ -68,7 +68,7 @@ def test_own_profile(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
         (["--target", "rtx"], "unknown GPU 'rtx'; profiles are A100, H800.*write a TOML file.*bf16_tflops = 989"),
         (["--target", "none.toml"], "none.toml: no profiles of GPUs there"),
         (["--memory", "lots"], "memory: 'lots' is not a size; write 80GB"),
-        (["--memory", "3GB", "--model", "dit-xl-2"], "plan: nothing fits"),
+        (["--memory", "2.7GB", "--gpus", "1"], "plan: nothing fits"),
         (["--gpus", "12"], "num_gpus must be 1 to 8, one node of H800, or a multiple of 8, got 12"),
         (["--price", "-1"], "price must be positive"),
         (["--tokens", "0"], "tokens must be at least 1"),
