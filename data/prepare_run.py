@@ -136,7 +136,8 @@ def _work_off(job: Job, worker: GroupWorker, groups: list[int], console: Console
     clips = frames = 0
     with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
         task = progress.add_task("prepare", total=max(1, sum(sizes.values())), counts="")
-        for done in _results(job, worker, groups):
+        # The largest first, so that no process is left with it at the end.
+        for done in _results(job, worker, sorted(groups, key=sizes.__getitem__, reverse=True)):
             clips, frames = clips + done.clips, frames + done.frames
             progress.update(task, advance=sizes[done.group], counts=f"{clips} clips, {frames:,} frames")
 

@@ -19,6 +19,7 @@ from PIL import Image
 
 from longreel.data.cutting import CutConfig
 from longreel.data.prepare_config import PrepareConfig, plan_groups
+from longreel.data.prepare_group import Done, GroupWorker
 from longreel.data.prepare_run import prepare
 from longreel.data.publish import published
 from longreel.data.shards import ShardDataset
@@ -192,6 +193,19 @@ def test_a_long_video_is_shared_by_several_groups() -> None:
     assert len(plan_groups([long, short], CutConfig(clip_frames=None))) == 2
     assert len(plan_groups([long, short], CutConfig(scene_threshold=20.0))) == 2
     assert plan_groups([], CutConfig()) == []
+
+
+def test_the_largest_groups_come_first(videos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes, run = list[int](), GroupWorker.run
+
+    def noted(self: GroupWorker, index: int) -> Done:
+        sizes.append(sum(self.job.videos[piece.video].size for piece in self.job.groups[index]))
+        return run(self, index)
+
+    monkeypatch.setattr(GroupWorker, "run", noted)
+    prepare(config(videos, "out"))
+    assert len(sizes) > 3
+    assert sizes == sorted(sizes, reverse=True)
 
 
 def test_pieces_give_the_clips_of_the_whole(videos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
