@@ -8,6 +8,8 @@ import sys
 # Parameters of glibc's mallopt, of malloc.h.
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD = -1, -2, -3
 _MOST = 2**31 - 1
+# What glibc before 2.35 takes for the size from which memory is given back at once.
+_MOST_BEFORE = 32 << 20
 _STEP = 256 << 20
 
 
@@ -20,6 +22,7 @@ def keep_memory() -> None:
     if sys.platform != "linux":
         return
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
-        for parameter, value in ((_M_MMAP_THRESHOLD, _MOST), (_M_TRIM_THRESHOLD, _MOST), (_M_TOP_PAD, _STEP)):
-            mallopt(parameter, value)
+    # Without the first of them, the others would have small pieces given back too.
+    if mallopt is not None and any(mallopt(_M_MMAP_THRESHOLD, most) for most in (_MOST, _MOST_BEFORE)):
+        mallopt(_M_TRIM_THRESHOLD, _MOST)
+        mallopt(_M_TOP_PAD, _STEP)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import torch
 from rich.console import Console
@@ -17,7 +18,7 @@ from longreel.data.prepare_config import PrepareConfig, describe, made_by, plan_
 from longreel.data.prepare_group import Done, GroupWorker, Job, part_path
 from longreel.data.prepare_summary import finish, report
 from longreel.data.processes import ProcessDied, shared_out
-from longreel.data.publish import published
+from longreel.data.publish import publish_tensors
 from longreel.data.shard_files import (
     DATASET,
     INDEX,
@@ -55,7 +56,7 @@ def prepare(config: PrepareConfig) -> None:
     done_before = len(range(rank, len(job.groups), world)) - len(left)
     if done_before:
         console.print(f"{done_before} groups were done before")
-    _remove_partial_files(config.out, left)
+    _remove_partial_files(config, left)
     _work_off(job, worker, left, console)
     missing = [group for group in range(len(job.groups)) if not _is_done(job, group)]
     if missing:
@@ -93,12 +94,10 @@ def _begin(config: PrepareConfig, sources: Sources) -> tuple[Job, GroupWorker]:
     else:
         write_json(present, info)
     if info["text_stored"]:
-        from safetensors.torch import save_file
-
         from longreel.models.autoencoders import DTYPES
 
-        with published(config.out / NULL_TEXT) as partial:
-            save_file({"text": worker.encoder.encode([""])[0].to(DTYPES[config.latent_dtype])}, partial)
+        null_text = worker.encoder.encode([""])[0].to(DTYPES[config.latent_dtype])
+        publish_tensors(config.out / NULL_TEXT, {"text": null_text.contiguous()})
     return job, worker
 
 
@@ -115,12 +114,17 @@ def _is_done(job: Job, group: int) -> bool:
     )
 
 
-def _remove_partial_files(out: Path, groups: list[int]) -> None:
-    """What a killed process left half written."""
-    for folder in (SHARDS, PARTS):
-        for path in (out / folder).glob(".*.partial"):
-            if path.name[1:6].isdigit() and int(path.name[1:6]) in set(groups):
-                path.unlink(missing_ok=True)
+def _remove_partial_files(config: PrepareConfig, groups: list[int]) -> None:
+    """What a killed process left half written; of the groups of other ranks nothing, they may be at work."""
+    _, world = config.place
+    ours = set(groups)
+    for path in [path for folder in (SHARDS, PARTS) for path in (config.out / folder).glob(".*.partial")]:
+        group = re.match(r"\.(\d+)[.-]", path.name)
+        if group is not None and int(group[1]) in ours:
+            shutil.rmtree(path, ignore_errors=True)
+    if world == 1:
+        for path in config.out.glob(".*.partial"):
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def _work_off(job: Job, worker: GroupWorker, groups: list[int], console: Console) -> None:
@@ -157,6 +161,8 @@ def _results(job: Job, worker: GroupWorker, groups: list[int]) -> Iterator[Done]
     try:
         yield from shared_out(_worker, (job,), groups, processes=processes)
     except ProcessDied as error:
+        if error.exit_code >= 0:
+            raise
         raise OSError(
             f"{error} (out of memory, or killed); run the same command again to go on, with fewer --processes if "
             "memory is short"

@@ -11,19 +11,28 @@ import multiprocessing
 import os
 import signal
 import threading
+import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator
 from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
+from multiprocessing.reduction import ForkingPickler
 from typing import Any, TypeVar
+
+# How long a process may take to end once its pipe has.
+_GRACE_S = 5.0
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
 class ProcessDied(OSError):
-    """A process ended, or was killed, before its work was done."""
+    """A process ended, or was killed, before its work was done; exit_code is minus the signal's number if it was."""
+
+    def __init__(self, exit_code: int) -> None:
+        super().__init__(f"a process ended before its work was done, with exit code {exit_code}")
+        self.exit_code = exit_code
 
 
 def start_child(target: Callable[..., None], *args: Any) -> tuple[BaseProcess, Connection]:
@@ -51,6 +60,18 @@ def start_child(target: Callable[..., None], *args: Any) -> tuple[BaseProcess, C
         signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
     there.close()
     return process, here
+
+
+def exit_code(process: BaseProcess) -> int:
+    """Of a child whose pipe has ended; one that lives on without it is killed."""
+    deadline = time.monotonic() + _GRACE_S
+    # join would wait for ever for one that has closed what it is waited for by.
+    while process.exitcode is None and time.monotonic() < deadline:
+        time.sleep(0.005)
+    process.kill()
+    process.join()
+    assert process.exitcode is not None
+    return process.exitcode
 
 
 def end_with_parent(clean: Callable[[], object] = lambda: None) -> None:
@@ -83,9 +104,12 @@ def shared_out(
         Results, as they are ready.
 
     Raises:
-        ProcessDied: one of the processes was killed.
-        Exception: what make or an item raised, with its traceback there as a note. All processes end with it.
+        ProcessDied: one of the processes ended or was killed.
+        Exception: what make or an item raised, with its traceback there as a note; where it cannot be sent a
+            RuntimeError that says it. All processes end with it.
     """
+    if processes < 1:
+        raise ValueError(f"processes must be at least 1, got {processes}")
     children: dict[Connection, BaseProcess] = {}
     left = iter(items)
     try:
@@ -102,14 +126,18 @@ def shared_out(
                 connection = ready
                 try:
                     kind, value = connection.recv()
-                except (EOFError, ConnectionError) as error:
-                    raise _death(children[connection]) from error
+                except (EOFError, OSError) as end:
+                    raise ProcessDied(exit_code(children[connection])) from end
                 if kind == "error":
-                    raise value
+                    error, told = value
+                    error.add_note(told)
+                    raise error
                 for item in left:
                     _send(connection, item, children)
                     break
                 else:
+                    # It ends, and its memory is free for the others.
+                    connection.close()
                     busy.discard(connection)
                 if kind == "result":
                     yield value
@@ -125,12 +153,7 @@ def _send(connection: Connection, value: Any, children: dict[Connection, BasePro
     try:
         connection.send(value)
     except ConnectionError as error:
-        raise _death(children[connection]) from error
-
-
-def _death(process: BaseProcess) -> ProcessDied:
-    process.join()
-    return ProcessDied(f"a process ended before its work was done, with exit code {process.exitcode}")
+        raise ProcessDied(exit_code(children[connection])) from error
 
 
 def _serve(connection: Connection) -> None:
@@ -138,17 +161,29 @@ def _serve(connection: Connection) -> None:
     # The parent may want no more at any message.
     with contextlib.suppress(EOFError, ConnectionError):
         make, args = connection.recv()
-        kind, work = _tried("ready", make, *args)
-        connection.send((kind, None if kind == "ready" else work))
-        while kind != "error":
-            kind, value = _tried("result", work, connection.recv())
-            connection.send((kind, value))
+        work: Any = None
+
+        def begin() -> None:
+            nonlocal work
+            work = make(*args)
+
+        reply, failed = _reply("ready", begin)
+        connection.send_bytes(reply)
+        while not failed:
+            reply, failed = _reply("result", work, connection.recv())
+            connection.send_bytes(reply)
 
 
-def _tried(kind: str, fn: Callable[..., Any], *args: Any) -> tuple[str, Any]:
-    """(kind, what fn returned), or ("error", what it raised)."""
+def _reply(kind: str, fn: Callable[..., Any], *args: Any) -> tuple[memoryview, bool]:
+    """(kind, what fn returned) or ("error", (what it raised, traceback)), as recv reads it; whether it is an error."""
     try:
-        return kind, fn(*args)
+        return ForkingPickler.dumps((kind, fn(*args))), False
     except Exception as error:  # noqa: BLE001 - raised in the parent
-        error.add_note(traceback.format_exc())
-        return "error", error
+        told = traceback.format_exc()
+        try:
+            reply = ForkingPickler.dumps(("error", (error, told)))
+            # Some can be sent and not be read.
+            ForkingPickler.loads(reply)
+        except Exception:  # noqa: BLE001 - any class of exception may stand there
+            reply = ForkingPickler.dumps(("error", (RuntimeError(f"{type(error).__name__}: {error}"), told)))
+        return reply, True

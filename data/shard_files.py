@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from longreel.data.publish import published
+from longreel.data.publish import publish_tensors, published
 
 DATASET, INDEX, NULL_TEXT, SUMMARY, SHEET = (
     "dataset.json",
@@ -96,8 +96,6 @@ def write_shard(folder: Path, name: str, clips: Sequence[StoredClip]) -> list[di
     Raises:
         OSError: the file cannot be written.
     """
-    from safetensors.torch import save_file
-
     tensors: dict[str, Tensor] = {}
     rows = []
     text, text_key = None, None
@@ -112,10 +110,7 @@ def write_shard(folder: Path, name: str, clips: Sequence[StoredClip]) -> list[di
         rows.append(
             clip.row | {"shard": name, "key": key, "text_key": text_key, "checksum": checksum(clip.latents, clip.text)}
         )
-    with published(folder / SHARDS / name) as partial:
-        save_file(tensors, partial)
-        # safetensors lets nobody else read; the users of a shared folder must.
-        partial.chmod(0o644)
+    publish_tensors(folder / SHARDS / name, tensors)
     return rows
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import os
+import tempfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -301,17 +302,24 @@ def _apply(layers: nn.ModuleList, x: Tensor, seen: dict[nn.Module, Tensor] | Non
 
 
 def save_vqvae(model: VQVAE, folder: Path) -> None:
-    """Write vqvae.safetensors and vqvae.json into a folder, created if needed; each appears whole or not at all."""
+    """Write vqvae.safetensors and vqvae.json into a folder, created if needed; each appears whole or not at all.
+
+    Raises:
+        OSError: they cannot be written.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     state = {name: value.detach().float().contiguous().cpu() for name, value in model.state_dict().items()}
-    partial = folder / f".vqvae.{os.getpid()}.partial"
-    try:
-        save_file(state, partial)
-        os.replace(partial, folder / WEIGHTS)
-        partial.write_text(json.dumps(asdict(model.config), indent=1) + "\n", encoding="utf-8")
-        os.replace(partial, folder / CONFIG)
-    finally:
-        partial.unlink(missing_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".vqvae-", suffix=".partial") as aside:
+        weights, config = Path(aside, WEIGHTS), Path(aside, CONFIG)
+        try:
+            save_file(state, weights)
+        except SafetensorError as error:
+            raise OSError(f"{folder / WEIGHTS}: cannot be written: {error}") from error
+        # safetensors lets nobody else read.
+        weights.chmod(0o644)
+        config.write_text(json.dumps(asdict(model.config), indent=1) + "\n", encoding="utf-8")
+        os.replace(weights, folder / WEIGHTS)
+        os.replace(config, folder / CONFIG)
 
 
 def load_vqvae(folder: Path) -> VQVAE:

@@ -12,10 +12,9 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from longreel.data.publish import published
+from longreel.data.publish import publish_tensors
 from longreel.models.dit import DiT
 
 _METADATA = "longreel"
@@ -38,12 +37,8 @@ def write_weights(path: Path, weights: dict[str, Tensor], config: dict[str, Any]
         OSError: it cannot be written.
     """
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with published(path) as partial:
-            save_file(tensors, partial, metadata={_METADATA: json.dumps(config)})
-    except SafetensorError as error:
-        raise OSError(f"{path}: cannot be written: {error}") from error
+    path.parent.mkdir(parents=True, exist_ok=True)
+    publish_tensors(path, tensors, {_METADATA: json.dumps(config)})
 
 
 def read_weights_file(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:

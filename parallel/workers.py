@@ -25,7 +25,7 @@ from pathlib import Path
 from types import ModuleType, TracebackType
 from typing import Any
 
-from longreel.data.processes import end_with_parent, start_child
+from longreel.data.processes import end_with_parent, exit_code, start_child
 
 # After one rank has failed, the others get this long to report the same before they are ended.
 GRACE_S = 2.0
@@ -159,11 +159,10 @@ class WorkerPool:
                 rank = by_connection[connection]
                 try:
                     status, value = connection.recv()
-                except (EOFError, ConnectionError):
+                except (EOFError, OSError):
                     pending.discard(rank)
-                    process = self._workers[rank][0]
-                    process.join()
-                    failures[rank] = f"rank {rank} of {len(started)} died with exit code {process.exitcode}"
+                    code = exit_code(self._workers[rank][0])
+                    failures[rank] = f"rank {rank} of {len(started)} died with exit code {code}"
                     continue
                 if status == "started":
                     started[rank] = True

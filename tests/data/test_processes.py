@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib
+import multiprocessing
 import os
+import pickle
 import subprocess
 import sys
 import time
@@ -47,6 +49,49 @@ def busy():
             time.sleep(60)
         time.sleep(0.5)
         return os.getpid()
+    return work
+
+class Far(Exception):
+    def __init__(self, one, two):
+        super().__init__(f"{one} and {two}")
+
+def unsendable():
+    def work(item):
+        class Local(Exception):
+            pass
+        raise Local("cannot be sent") if item == 0 else Far("cannot", "be read")
+    return work
+
+def lambdas():
+    return lambda item: lambda: item
+
+def deaf():
+    def work(item):
+        for descriptor in range(3, 64):
+            try:
+                os.close(descriptor)
+            except OSError:
+                pass
+        time.sleep(60)
+    return work
+
+def torn():
+    def work(item):
+        # The length of a message, and the process is gone.
+        for descriptor in range(3, 64):
+            try:
+                os.write(descriptor, b"\\0\\0\\1\\0abc")
+            except OSError:
+                pass
+        os._exit(9)
+    return work
+
+def failing_beside(item_that_fails):
+    def work(item):
+        if item == item_that_fails:
+            time.sleep(0.5)
+            raise ValueError("enough")
+        time.sleep(60)
     return work
 
 def broken():
@@ -97,6 +142,40 @@ def test_an_error_is_raised_here_with_its_traceback_there(work: ModuleType) -> N
 def test_a_death_is_an_error(work: ModuleType, make: str, args: tuple[float, ...], code: int) -> None:
     with pytest.raises(ProcessDied, match=f"ended before its work was done, with exit code {code}"):
         list(shared_out(getattr(work, make), args, range(9), processes=2))
+
+
+@pytest.mark.parametrize(("item", "message"), [(0, "Local: cannot be sent"), (1, "Far: cannot and be read")])
+def test_an_error_that_cannot_travel_is_told(work: ModuleType, item: int, message: str) -> None:
+    with pytest.raises(RuntimeError, match=message) as caught:
+        list(shared_out(work.unsendable, (), [item], processes=1))
+    assert "in work" in "".join(caught.value.__notes__)
+
+
+def test_a_result_that_cannot_travel_is_an_error(work: ModuleType) -> None:
+    with pytest.raises((AttributeError, pickle.PicklingError), match=r"(?i)can't pickle|can't get local"):
+        list(shared_out(work.lambdas, (), [0], processes=1))
+
+
+@pytest.mark.parametrize(("make", "code"), [("deaf", -9), ("torn", 9)])
+def test_a_pipe_that_ends_early_is_a_death(
+    work: ModuleType, make: str, code: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("longreel.data.processes._GRACE_S", 1.0)
+    with pytest.raises(ProcessDied, match=f"with exit code {code}"):
+        list(shared_out(getattr(work, make), (), [0], processes=1))
+
+
+def test_an_error_ends_what_others_are_at(work: ModuleType) -> None:
+    began = time.monotonic()
+    with pytest.raises(ValueError, match="enough"):
+        list(shared_out(work.failing_beside, (1,), range(2), processes=2))
+    assert time.monotonic() - began < 30
+    assert not multiprocessing.active_children()
+
+
+def test_no_process_is_an_error() -> None:
+    with pytest.raises(ValueError, match="processes must be at least 1, got 0"):
+        list(shared_out(print, (), [0], processes=0))
 
 
 def test_what_cannot_begin_is_an_error(work: ModuleType) -> None:
