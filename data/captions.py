@@ -72,13 +72,15 @@ def load_captions(path: Path) -> list[CaptionedFile]:
 
 
 def read_captions(path: Path) -> tuple[list[CaptionedFile], list[CaptionProblem]]:
-    """Read a captions file and leave out the entries that are wrong, for folders too large to be right everywhere.
+    """Read a captions file and leave out what is wrong, for folders too large to be right everywhere.
+
+    A wrong caption costs itself, and its entry only if that has no other.
 
     Args:
         path: as of load_captions.
 
     Returns:
-        (usable entries in the order of the file, what was wrong with the others).
+        (usable entries in the order of the file, what was wrong with others and with captions of these).
 
     Raises:
         ValueError: the file as a whole is no captions file: broken JSON, not a list, no such columns, no entry, another
@@ -96,10 +98,11 @@ def read_captions(path: Path) -> tuple[list[CaptionedFile], list[CaptionProblem]
         seen += 1
         where = f"{path}: {place}"
         try:
-            item = entry if isinstance(entry, CaptionedFile) else _entry(entry)
+            item, left_out = _entry(entry)
         except ValueError as error:
             problems.append(CaptionProblem(where=where, reason=str(error)))
             continue
+        problems += [CaptionProblem(where=where, reason=reason) for reason in left_out]
         key = PurePath(item.file)
         if key in loaded:
             earlier = loaded[key]
@@ -117,8 +120,7 @@ def read_captions(path: Path) -> tuple[list[CaptionedFile], list[CaptionProblem]
 
 
 def _json_entries(path: Path) -> Iterator[tuple[str, object]]:
-    # Bytes that are not UTF-8 stay recognisable, so that they cost their entry and not the file.
-    text = path.read_bytes().removeprefix(b"\xef\xbb\xbf").decode("utf-8", errors="surrogateescape")
+    text = _text(path)
     entries = _parse(text, str(path))
     if not isinstance(entries, list):
         raise ValueError(f'{path}: expected a list of {{"file", "captions"}}, got {_kind(entries)}')
@@ -127,19 +129,17 @@ def _json_entries(path: Path) -> Iterator[tuple[str, object]]:
 
 
 def _jsonl_entries(path: Path) -> Iterator[tuple[str, object]]:
-    with path.open("rb") as lines:
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            text = line.removeprefix(b"\xef\xbb\xbf").decode("utf-8", errors="surrogateescape")
-            try:
-                yield f"line {number}", _parse(text, "")
-            except ValueError as error:
-                yield f"line {number}", error
+    for number, line in enumerate(_text(path).split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            yield f"line {number}", _parse(line, "")
+        except ValueError as error:
+            yield f"line {number}", error
 
 
 def _csv_entries(path: Path) -> Iterator[tuple[str, object]]:
-    text = path.read_bytes().removeprefix(b"\xef\xbb\xbf").decode("utf-8", errors="surrogateescape")
+    text = _text(path)
     limit = csv.field_size_limit(_CSV_FIELD_LIMIT)
     try:
         rows = csv.DictReader(io.StringIO(text, newline=""))
@@ -154,6 +154,14 @@ def _csv_entries(path: Path) -> Iterator[tuple[str, object]]:
         raise ValueError(f"{path}: not a CSV file: {error}") from error
     finally:
         csv.field_size_limit(limit)
+
+
+def _text(path: Path) -> str:
+    """Bytes that are not UTF-8 stay recognisable, so that they cost their caption and not the file."""
+    raw = path.read_bytes()
+    if raw.startswith((b"\xff\xfe", b"\xfe\xff")):
+        raise ValueError(f"{path}: UTF-16 text; save it as UTF-8")
+    return raw.removeprefix(b"\xef\xbb\xbf").decode("utf-8", errors="surrogateescape")
 
 
 def _decode(path: Path, raw: bytes) -> str:
@@ -180,7 +188,8 @@ def _parse(text: str, where: str) -> object:
         ) from error
 
 
-def _entry(entry: object) -> CaptionedFile:
+def _entry(entry: object) -> tuple[CaptionedFile, list[str]]:
+    """An entry, and why captions of it were left out."""
     if isinstance(entry, ValueError):
         raise entry
     if not isinstance(entry, dict):
@@ -195,13 +204,20 @@ def _entry(entry: object) -> CaptionedFile:
         raise ValueError(f'"file" {_short(file)} leaves the folder of videos; use a path inside it, without ".."')
     if not isinstance(captions, list) or not captions:
         raise ValueError(f'"captions" must be a list of at least one string, got {_kind(captions)}')
+    if _NOT_UTF8.search(file):
+        raise ValueError(f"not UTF-8 text: {file[:80]!r}")
+    good: list[str] = []
+    left_out: list[str] = []
     for position, caption in enumerate(captions):
         if not isinstance(caption, str) or not caption.strip():
-            raise ValueError(f'"captions"[{position}] must be a string that is not blank, got {_short(caption)}')
-    for text in (file, *captions):
-        if _NOT_UTF8.search(text):
-            raise ValueError(f"not UTF-8 text: {text[:80]!r}")
-    return CaptionedFile(file=file, captions=tuple(captions))
+            left_out.append(f'"captions"[{position}] must be a string that is not blank, got {_short(caption)}')
+        elif _NOT_UTF8.search(caption):
+            left_out.append(f"not UTF-8 text: {caption[:80]!r}")
+        else:
+            good.append(caption)
+    if not good:
+        raise ValueError(left_out[0])
+    return CaptionedFile(file=file, captions=tuple(good)), left_out
 
 
 def _kind(value: object) -> str:

@@ -44,7 +44,9 @@ def finish(job: Job, sources: Sources, caption_problems: list[CaptionProblem]) -
         {"kind": "outside", "path": file, "reason": reason.removeprefix(f"{config.videos / file}: ")}
         for file, reason in sources.outside
     ]
-    problems += [{"kind": "uncaptioned", "path": file, "reason": "no caption names it"} for file in sources.uncaptioned]
+    problems += [
+        {"kind": "uncaptioned", "path": file, "reason": "no usable caption names it"} for file in sources.uncaptioned
+    ]
     for group in range(len(job.groups)):
         found, notes = read_rows(part_path(config.out, group))
         rows += found

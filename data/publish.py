@@ -36,8 +36,9 @@ def published(path: Path) -> Iterator[Path]:
         os.replace(partial, path)
         sync_folder(path.parent)
     except OSError as error:
-        if error.errno is None:
-            raise OSError(f"{path}: {error}") from error
+        # What a write says may name no file, or the one aside; what it says of others stands.
+        if error.errno is None or str(error.filename or partial) not in (str(partial), str(folder)):
+            raise
         raise OSError(error.errno, error.strerror, str(path)) from error
     finally:
         shutil.rmtree(folder, ignore_errors=True)
@@ -59,7 +60,7 @@ def publish_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, 
         try:
             save_file(tensors, partial, metadata=metadata)
         except SafetensorError as error:
-            raise OSError(f"cannot be written: {error}") from error
+            raise OSError(f"{path}: cannot be written: {error}") from error
         # safetensors lets nobody else read; the users of a shared folder must.
         partial.chmod(0o644)
 

@@ -7,6 +7,7 @@ either the whole checkpoint or none, and those before it as they were.
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 import threading
 import warnings
@@ -29,6 +30,9 @@ from longreel.parallel.checkpoint_files import (
 )
 from longreel.parallel.comm import all_gather_objects
 from longreel.parallel.mesh import time_limit
+
+# A disk with fewer bytes left is full: what was written last did not fit.
+_NO_SPACE = 1 << 20
 
 
 class CheckpointWriter:
@@ -63,6 +67,7 @@ class CheckpointWriter:
         )
         self._thread: threading.Thread | None = None
         self._failure: BaseException | None = None
+        self._disk_full = False
         self.saved: Path | None = None
         self._remarks: list[str] = []
 
@@ -111,7 +116,10 @@ class CheckpointWriter:
 
     def _report(self, failure: BaseException | None) -> None:
         if isinstance(failure, OSError | dcp.api.CheckpointException):
-            raise OSError(f"{self._folder}: cannot write the checkpoint: {one_line(failure)}") from failure
+            reason = one_line(failure)
+            if self._disk_full and "No space left" not in reason:
+                reason = f"No space left on the disk ({reason})"
+            raise OSError(f"{self._folder}: cannot write the checkpoint: {reason}") from failure
         if failure is not None:
             raise failure
 
@@ -140,6 +148,9 @@ class CheckpointWriter:
             self.saved = final
         except BaseException as error:  # noqa: BLE001 - wait() raises it in the thread that trains
             self._failure = error
+            with contextlib.suppress(OSError):
+                # PyTorch's writer says where it was, not why.
+                self._disk_full = shutil.disk_usage(self._folder).free < _NO_SPACE
             if self._first:
                 # Room for the next one: a full disk may be why this one failed.
                 shutil.rmtree(partial, ignore_errors=True)

@@ -137,6 +137,8 @@ class AgreedBatches:
         """LostClips if these are no files that broke, but a disk that went away, or shards that can be made again."""
         first = next(iter(found.values()))
         if self._clips.video(next(iter(found))) is None:
-            raise LostClips(f"{first}; remove that file and run the same data/prepare.py command again, then --resume")
+            raise LostClips(
+                f"{first}; remove it if it is there, and run the same data/prepare.py command again, then --resume"
+            )
         if len(found) > MOST_AT_ONCE:
             raise LostClips(f"{len(found)} clips of one step cannot be read, the first: {first}; are the videos there?")

@@ -130,3 +130,24 @@ def test_reading_leniently_keeps_what_is_right(tmp_path: Path) -> None:
         ("entry 2", True),
         ("entry 3", False),
     ]
+
+
+def test_a_wrong_caption_costs_itself(tmp_path: Path) -> None:
+    path = write(tmp_path, [{"file": "a.mp4", "captions": ["", "x", 3, "y"]}, {"file": "b.mp4", "captions": [" "]}])
+    entries, problems = read_captions(path)
+    assert entries == [CaptionedFile(file="a.mp4", captions=("x", "y"))]
+    assert [problem.where.rpartition(": ")[2] for problem in problems] == ["entry 0", "entry 0", "entry 1"]
+    assert problems[1].reason == '"captions"[2] must be a string that is not blank, got 3'
+    lines = tmp_path / "captions.jsonl"
+    lines.write_bytes(b'{"file": "a.mp4", "captions": ["caf\xe9", "good"]}\r\n')
+    entries, (problem,) = read_captions(lines)
+    assert entries == [CaptionedFile(file="a.mp4", captions=("good",))]
+    assert "not UTF-8 text" in problem.reason
+
+
+@pytest.mark.parametrize("name", ["c.json", "c.jsonl", "c.csv"])
+def test_utf_16_is_named(tmp_path: Path, name: str) -> None:
+    path = tmp_path / name
+    path.write_text('[{"file": "a.mp4", "captions": ["x"]}]', encoding="utf-16")
+    with pytest.raises(ValueError, match=r"UTF-16 text; save it as UTF-8"):
+        read_captions(path)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -113,7 +114,10 @@ def test_killed_and_run_again_gives_the_same_bytes(videos: Path, capsys: pytest.
     assert done
     with suppress(KeyboardInterrupt), published(parts.parent / "shards" / "00005-00.safetensors") as partial:
         raise KeyboardInterrupt
+    partial.parent.mkdir()
     partial.write_bytes(b"half")
+    (partial.parent / ".tmpAbCdEf").write_bytes(b"what safetensors writes to")
+    (parts.parent / ".dataset.json.host-1-ab.partial").mkdir()
     capsys.readouterr()
     # As the same command would: how many processes there are changes no byte, and their imports take seconds.
     prepare(config(videos, "killed"))
@@ -193,6 +197,39 @@ def test_a_long_video_is_shared_by_several_groups() -> None:
     assert len(plan_groups([long, short], CutConfig(clip_frames=None))) == 2
     assert len(plan_groups([long, short], CutConfig(scene_threshold=20.0))) == 2
     assert plan_groups([], CutConfig()) == []
+
+
+@pytest.mark.parametrize("processes", ["1", "2"])
+def test_a_disk_that_is_full_is_one_line_and_nothing_is_lost(videos: Path, processes: str) -> None:
+    arguments = [videos, videos / "captions.csv", videos.parent / "out", "--processes", processes]
+    # No file may be longer: as a disk that is full, but for the words.
+    limit = "import resource, runpy, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000)); "
+    program = f"{limit}sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
+    command = [sys.executable, "-c", program, str(SCRIPT), *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2, done.stderr
+    line = done.stderr.splitlines()[-1]
+    assert re.match(
+        rf"error: {videos.parent}/out/shards/\d+-00\.safetensors: cannot be written: .*File too large", line
+    )
+    assert "Traceback" not in done.stderr
+    prepare(config(videos, "out", cut=CutConfig()))
+    prepare(config(videos, "whole", cut=CutConfig()))
+    assert files_of(videos.parent / "out") == files_of(videos.parent / "whole")
+
+
+def test_ctrl_c_is_one_line_and_leaves_no_process(videos: Path) -> None:
+    arguments = [videos, videos / "captions.csv", videos.parent / "out", "--clip-frames", "2", "--processes", "2"]
+    command = [sys.executable, str(SCRIPT), *map(str, arguments)]
+    running = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    assert running.stderr is not None
+    assert "captioned videos" in running.stderr.readline()
+    # To all of them, as a terminal sends it.
+    os.killpg(running.pid, signal.SIGINT)
+    _, errors = running.communicate(timeout=60)
+    assert (running.returncode, errors) == (130, "interrupted\n")
+    with pytest.raises(ProcessLookupError):
+        os.killpg(running.pid, 0)
 
 
 def test_the_largest_groups_come_first(videos: Path, monkeypatch: pytest.MonkeyPatch) -> None:

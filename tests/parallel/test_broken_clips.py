@@ -216,7 +216,7 @@ def test_a_shard_that_breaks_is_said_to_be_made_again(videos: Path, run_distribu
     run_distributed(train_here, 2, whole)
     one, other = run_distributed(train_while, 2, config, 5, "bit", shard)
     assert one.endswith(other)
-    message = r"does not match its checksum; remove that file and run the same data/prepare\.py command again"
+    message = r"does not match its checksum; remove it if it is there, and run the same data/prepare\.py command again"
     assert re.search(message + r", then --resume \(saved after step [567]\)", one)
     shard.unlink()
     prepare(made)

@@ -195,6 +195,22 @@ def test_full_disk_leaves_the_checkpoint_before(
     assert [p.name for p in checkpoints(tmp_path)] == ["step-000001", "step-000002"]
 
 
+def test_a_full_disk_is_named_where_the_writer_does_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def lost(*_: object, **__: object) -> None:
+        # What torch.save says when a file took less than was written.
+        raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 704 vs 598")
+
+    with process_group():
+        spread, _ = build(ParallelConfig(), seed=0)
+        monkeypatch.setattr(torch, "save", lost)
+        with pytest.raises(OSError, match=r"cannot write the checkpoint: \[enforce fail"):
+            save(tmp_path, spread, 1)
+        usage = shutil.disk_usage(tmp_path)
+        monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=4096))
+        with pytest.raises(OSError, match=r"the checkpoint: No space left on the disk \(\[enforce fail"):
+            save(tmp_path, spread, 1)
+
+
 def test_a_failed_save_in_the_background_does_not_cost_the_next(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
