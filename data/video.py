@@ -35,7 +35,7 @@ class VideoInfo:
 
     Args:
         codec: name of the decoder. num_frames: frames that the container really holds, counted.
-        width, height: pixels of the coded picture. fps: average frames per second.
+        width, height: pixels of the coded picture. fps: average frames per second, by their time stamps.
         timestamps: presentation time of every frame in display order, in units of time_base; empty where the container
             stores none (then reading starts at the first frame).
         keyframes: (presentation, decoding) times of the frames that decoding can start from, ascending.
@@ -123,13 +123,14 @@ def _describe(path: Path, *, every_frame: bool) -> VideoInfo:
         for _ in packets:
             pass
         timed = len({pts for pts, _, _ in times}) == num_frames
+        stamps = tuple(sorted(pts for pts, _, _ in times)) if timed else ()
         info = VideoInfo(
             codec=stream.codec_context.name,
             num_frames=num_frames,
             width=stream.codec_context.width,
             height=stream.codec_context.height,
-            fps=float(stream.average_rate or 0),
-            timestamps=tuple(sorted(pts for pts, _, _ in times)) if timed else (),
+            fps=_average_rate(stream, stamps),
+            timestamps=stamps,
             keyframes=tuple(sorted((pts, dts) for pts, dts, key in times if key)) if timed else (),
             seekable=timed and container.format.name != "mpeg",
             time_base=stream.time_base or Fraction(1),
@@ -144,6 +145,17 @@ def _describe(path: Path, *, every_frame: bool) -> VideoInfo:
     if every_frame and good < info.num_frames:
         raise VideoError(f"{path}: damaged: only {good} of its {info.num_frames} frames can be decoded whole")
     return info
+
+
+def _average_rate(stream: av.VideoStream, stamps: tuple[int, ...]) -> float:
+    """Frames per second: what the container says, unless the time stamps say another."""
+    told = float(stream.average_rate or 0)
+    seconds = float((stamps[-1] - stamps[0]) * (stream.time_base or Fraction(1))) if len(stamps) > 1 else 0.0
+    if not seconds:
+        return told
+    found = (len(stamps) - 1) / seconds
+    # The rate is exact where stamps are rounded, to a thousandth of a second or worse.
+    return told if abs(found - told) <= 0.05 * told else found
 
 
 @contextmanager

@@ -5,8 +5,9 @@ Sources: Raffel et al. 2020, T5 (arXiv:1910.10683); Radford et al. 2021, CLIP (a
 
 from __future__ import annotations
 
+import contextlib
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -65,7 +66,8 @@ class PretrainedTextEncoder:
         if found.model_type not in expected:
             raise ValueError(f"text_path: {path} holds a model of type {found.model_type!r}, not {kind}")
         load: Any = (T5EncoderModel if kind == "t5" else CLIPTextModel).from_pretrained
-        model: Any = load_pretrained(load, "text_path", model_at, dtype=dtype)
+        with _no_bars():
+            model: Any = load_pretrained(load, "text_path", model_at, dtype=dtype)
         self._tokenizer: Any = load_pretrained(AutoTokenizer.from_pretrained, "text_path", tokenizer_at, whole=False)
         if self._tokenizer.pad_token_id is None:
             raise ValueError(f"text_path: the tokenizer of {path} has no padding token")
@@ -122,3 +124,17 @@ class PretrainedTextEncoder:
 
 def _readable(caption: str) -> str:
     return caption.encode("utf-8", errors="replace").decode("utf-8")
+
+
+@contextlib.contextmanager
+def _no_bars() -> Iterator[None]:
+    """Without the library's progress bars, which every process would draw into ours."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()

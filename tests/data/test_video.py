@@ -104,6 +104,13 @@ def test_variable_frame_rate_counts_frames_not_seconds(encode: Callable[..., Pat
     assert frame_numbers(read_clip(path, 5, 32, 48, start=9, stride=2)) == [9, 11, 13, 15, 17]
 
 
+def test_average_rate_is_that_of_the_time_stamps(encode: Callable[..., Path]) -> None:
+    # In hundredths of a second, at the encoder's 25 frames per second.
+    path = encode("vfr.mkv", ramp(20), times=[4 * i * i for i in range(20)])
+    assert probe(path).fps == pytest.approx(19 / (4 * 19 * 19 / 100), rel=1e-3)
+    assert probe(encode("even.mkv", ramp(20))).fps == 25
+
+
 def test_file_without_timestamps_is_read_from_its_start(encode: Callable[..., Path]) -> None:
     path = encode("raw.h264", ramp(20), format="h264", g="5", bf="2")
     assert probe(path).num_frames == 20
