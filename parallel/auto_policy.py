@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from longreel.kernels import resolve_attention_provider
-from longreel.parallel.config import DTYPES, ParallelConfig
+from longreel.parallel.config import CHOSEN_BY_PLAN, DTYPES, ParallelConfig
 from longreel.parallel.predict.hardware import FIXED_RESERVE_BYTES, FRAGMENTATION_SHARE, GiB, GPUProfile, get_profile
 from longreel.parallel.predict.needs import Setting
 from longreel.parallel.predict.planner import in_words, plan
@@ -73,12 +73,11 @@ def _planned(config: TrainConfig) -> TrainConfig:
     Raises:
         ValueError: nothing fits; there is no memory to go by; what the planner chooses was given as well.
     """
-    parallel, chosen_by_plan = config.parallel, ParallelConfig()
-    for name in ("strategy", "sp_degree", "ulysses_degree", "head_chunks", "engine", "mlp_tile"):
-        if getattr(parallel, name) != getattr(chosen_by_plan, name):
-            raise ValueError(f"plan 'auto' chooses {name}; leave {name} {getattr(parallel, name)!r} out, or the plan")
-    if parallel.policy not in ("none", "auto"):
-        raise ValueError(f"plan 'auto' chooses policy; leave policy {parallel.policy!r} out, or the plan")
+    parallel, default = config.parallel, ParallelConfig()
+    for name in CHOSEN_BY_PLAN:
+        value = getattr(parallel, name)
+        if value != getattr(default, name) and (name, value) != ("policy", "auto"):
+            raise ValueError(f"plan 'auto' chooses {name}; leave {name} {value!r} out, or the plan")
     world_size = int(os.environ.get("WORLD_SIZE", 1))
     target = None if config.target is None else get_profile(config.target)
     device, name, limit = _device(parallel, "plan 'auto'", target)

@@ -26,6 +26,8 @@ DTYPES: dict[str, torch.dtype] = {
     "fp16": torch.float16,
     "fp64": torch.float64,
 }
+# What the planner chooses, whatever a preset says.
+CHOSEN_BY_PLAN = ("strategy", "sp_degree", "ulysses_degree", "head_chunks", "engine", "mlp_tile", "policy")
 # Computed in over fp32 master parameters.
 HALF_PRECISIONS = ("bf16", "fp16")
 

@@ -5,7 +5,9 @@ What a preset sets is written out in every checkpoint, and anything after it on 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+
+from longreel.parallel.config import CHOSEN_BY_PLAN
 
 # What a demo is trained as: one clip per caption; x0 as what is predicted, since a patch holds more numbers than the
 # model is wide; positions large enough that so few patches are told apart (position_gain); timesteps close to noise
@@ -41,7 +43,7 @@ PRESETS: dict[str, tuple[str, str]] = {
 
 
 def with_preset(words: Sequence[str]) -> list[str]:
-    """A command line with its preset's words in front; --demo alone is that of `smoke`.
+    """A command line with its preset's words in front, but for what --plan chooses; --demo alone is that of `smoke`.
 
     Args:
         words: of parallel/train.py, without the program's name.
@@ -49,28 +51,43 @@ def with_preset(words: Sequence[str]) -> list[str]:
     Raises:
         ValueError: there is no such preset.
     """
-    name = _named(words)
+    name = _last(words, "--preset")
     if name is None and "--demo" in words:
         return [*_SMOKE.split(), *words]
     if name is None:
         return list(words)
     if name not in PRESETS:
         raise ValueError(f"unknown preset {name!r}; presets are {', '.join(PRESETS)}")
-    # Other clips take the place of a preset's.
-    own = any(word.partition("=")[0] in ("--videos", "--shards") for word in words)
-    preset = [word for word in PRESETS[name][1].split() if not (own and word == "--demo")]
+    replaced: set[str] = set()
+    if any(word.partition("=")[0] in ("--videos", "--shards") for word in words):
+        # Other clips take the place of a preset's.
+        replaced.add("--demo")
+    if _last(words, "--plan") == "auto":
+        replaced |= {f"--{option.replace('_', '-')}" for option in CHOSEN_BY_PLAN}
+    preset = _without(PRESETS[name][1].split(), replaced)
     if any(word.partition("=")[0] == "--shards" for word in words):
         # Whose frames were chosen when they were made.
         preset += ["--frame-stride", "1"]
     return preset + list(words)
 
 
-def _named(words: Sequence[str]) -> str | None:
-    """The last preset that a command line names."""
+def _without(words: Sequence[str], options: Collection[str]) -> list[str]:
+    """Words of a preset without some options and their values."""
+    kept, keeps = [], True
+    for word in words:
+        if word.startswith("--"):
+            keeps = word not in options
+        if keeps:
+            kept.append(word)
+    return kept
+
+
+def _last(words: Sequence[str], option: str) -> str | None:
+    """The value that a command line gives an option; the last one counts."""
     found = None
     for word, following in zip(words, [*words[1:], None], strict=True):
-        if word == "--preset" and following is not None:
+        if word == option and following is not None:
             found = following
-        elif word.startswith("--preset="):
+        elif word.startswith(f"{option}="):
             found = word.partition("=")[2]
     return found

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from longreel.data.command_line import parse_arguments
 from longreel.models.dit import parameter_count
+from longreel.parallel.auto_policy import with_policy
+from longreel.parallel.config import CHOSEN_BY_PLAN, ParallelConfig
 from longreel.parallel.predict.predict import PredictionCase, predict_step
 from longreel.parallel.presets import PRESETS, with_preset
 from longreel.parallel.run_config import TrainConfig
@@ -34,6 +37,23 @@ def test_words_after_a_preset_win() -> None:
     assert parsed("--videos", "x") == TrainConfig(videos=Path("x"))
     with pytest.raises(ValueError, match="unknown preset 'huge'; presets are smoke, small, xl2-131k, xl2-819k"):
         parsed("--preset", "huge")
+
+
+@pytest.mark.parametrize("plan", [("--plan", "auto"), ("--plan=auto",)], ids=["two-words", "one"])
+@pytest.mark.parametrize("name", [name for name in PRESETS if name != "smoke"])
+def test_a_plan_takes_the_place_of_a_presets_own_choices(name: str, plan: tuple[str, ...]) -> None:
+    words = ("--preset", name, "--shards", "nowhere")
+    config, without = parsed(*words, *plan), parsed(*words)
+    for choice in CHOSEN_BY_PLAN:
+        assert getattr(config.parallel, choice) == getattr(ParallelConfig(), choice)
+    rest = replace(config.parallel, **{choice: getattr(without.parallel, choice) for choice in CHOSEN_BY_PLAN})
+    assert replace(config, plan=None, parallel=rest) == without
+    with pytest.raises(ValueError, match="nowhere"):
+        with_policy(parsed(*words, *plan, "--target", "h800"))
+    # What the command line itself says beside a plan is still refused.
+    with pytest.raises(ValueError, match="plan 'auto' chooses engine; leave engine 'ddp' out, or the plan"):
+        with_policy(parsed(*words, *plan, "--engine", "ddp", "--precision", "fp32"))
+    assert parsed(*words, *plan, "--plan", "None") == without
 
 
 @pytest.mark.parametrize(("name", "tokens"), [("xl2-131k", 131_072), ("xl2-819k", 819_200)])
