@@ -10,6 +10,7 @@ import json
 import pickle
 import re
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -53,11 +54,27 @@ def candidates(path: Path) -> list[Path]:
     raise ValueError(f"{path}: no checkpoint there; give a folder step-NNNNNN or the out folder of a training run")
 
 
-def newest_whole(found: list[Path], mesh: DeviceMesh) -> tuple[Path, list[str]]:
+def take_checkpoint(path: Path, say: Callable[[str], None], mesh: DeviceMesh | None = None) -> Path:
+    """The newest undamaged checkpoint of those that a path means; every rank of the mesh calls it and gets the same.
+
+    Args:
+        path: folder of a checkpoint or a run. say: hears of each damaged one that is passed over.
+        mesh: one axis over all ranks, which share the reading; None: this process alone.
+
+    Raises:
+        ValueError: there is none, or all are damaged.
+    """
+    taken, damages = newest_whole(candidates(path), mesh)
+    for damage in damages:
+        say(f"{damage}; taking {taken.name}")
+    return taken
+
+
+def newest_whole(found: list[Path], mesh: DeviceMesh | None) -> tuple[Path, list[str]]:
     """The newest undamaged checkpoint, and what is wrong with each newer one; every rank calls it and gets the same.
 
     Args:
-        found: oldest first, at least one. mesh: one axis over all ranks, which share the reading.
+        found: oldest first, at least one. mesh: as take_checkpoint has it.
 
     Raises:
         ValueError: all are damaged; says how each is.
@@ -65,7 +82,10 @@ def newest_whole(found: list[Path], mesh: DeviceMesh) -> tuple[Path, list[str]]:
     damages: list[str] = []
     for path in reversed(found):
         try:
-            check_whole(path, mesh)
+            if mesh is None:
+                check_files(path)
+            else:
+                check_whole(path, mesh)
         except ValueError as error:
             damages.append(str(error))
         else:

@@ -21,7 +21,7 @@ from longreel.models.config import DiTConfig
 from longreel.models.objective import ObjectiveConfig
 from longreel.models.original import import_original
 from longreel.models.text import TextEncoderConfig
-from longreel.parallel.checkpoint import candidates, check_files, has_ema, read_run, read_weights
+from longreel.parallel.checkpoint import has_ema, read_run, read_weights, take_checkpoint
 from longreel.parallel.config_json import to_json
 from longreel.parallel.weights_file import read_pickled_weights, write_weights
 
@@ -38,7 +38,8 @@ class ExportConfig:
     """Write weights as one safetensors file.
 
     Args:
-        checkpoint: folder of one checkpoint, or the `out` folder of a run, whose newest one is taken.
+        checkpoint: folder of one checkpoint, or the `out` folder of a run, whose newest whole one is
+            taken.
         original: a .pt of the original DiT instead.
         autoencoder_path: of `original`: folder or hub name of the SD-VAE that its latents are of.
         weights: of `checkpoint`: `model`, `ema`, or `auto`: the average where there is one.
@@ -76,8 +77,7 @@ def export(config: ExportConfig) -> None:
             raise ValueError(f"{config.original}: {error}") from error
     else:
         assert config.checkpoint is not None
-        checkpoint = candidates(config.checkpoint)[-1]
-        check_files(checkpoint)
+        checkpoint = take_checkpoint(config.checkpoint, lambda line: print(line, file=sys.stderr, flush=True))
         entry = config.weights
         if entry == "auto":
             entry = "ema" if has_ema(checkpoint) else "model"

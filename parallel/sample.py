@@ -80,6 +80,11 @@ class Sampler:
             were = trained.encoder_weights.get(name)
             if model is not None and were is not None and model.digest != were:
                 say(f"warning: the {name.replace('_', ' ')} has other weights than in training")
+        if trained.dit.position == "2d" and self.size[0] > 1:
+            say(
+                f"warning: {trained.path.name} is a model of single images (position '2d'), which knows no time: its "
+                "frames will not follow each other; --num-frames 1 samples an image"
+            )
         self.guided_channels = config.guided_channels or trained.guided_channels or channels
         self.model = trained.build(self._spread, config.weights)
 

@@ -15,7 +15,7 @@ from longreel.models.config import DiTConfig
 from longreel.models.dit import DiT
 from longreel.models.objective import ObjectiveConfig
 from longreel.models.text import TextEncoderConfig
-from longreel.parallel.checkpoint import candidates, has_ema, load_checkpoint, newest_whole, read_run
+from longreel.parallel.checkpoint import has_ema, load_checkpoint, read_run, take_checkpoint
 from longreel.parallel.config_json import clip_size_from_json, from_json
 from longreel.parallel.mesh import ParallelMesh
 from longreel.parallel.parallelize import ParallelDiT
@@ -93,10 +93,7 @@ def open_trained(
         taken = described = path
     else:
         tensors = None
-        found = candidates(path)
-        taken, damages = newest_whole(found, mesh.flat)
-        for damage in damages:
-            say(f"{damage}; taking {taken.name}")
+        taken = take_checkpoint(path, say, mesh.flat)
         trained, described = read_run(taken)[1], taken / "run.json"
     try:
         compression = _from(AutoencoderConfig, trained, "compression", autoencoder_path=autoencoder_path)

@@ -5,9 +5,13 @@ Pickles are read by weights-only loading, which runs no code, or refused.
 
 from __future__ import annotations
 
+import errno
 import json
 import pickle
+import re
+import warnings
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 import torch
@@ -18,6 +22,7 @@ from longreel.data.publish import publish_tensors
 from longreel.models.dit import DiT
 
 _METADATA = "longreel"
+_NO_WEIGHTS = "damaged or cut off, or no file that torch.save wrote"
 # What decides what a model's input and output mean, by where it stands in a run's configuration.
 _MEANING = (
     ("objective", "objective"),
@@ -73,16 +78,29 @@ def read_pickled_weights(path: Path) -> dict[str, Tensor]:
         ValueError: the file asks for more than weights, is damaged, or holds something else.
     """
     try:
-        loaded = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            # Of a pickle that torch.save did not write; what is wrong with it is said below.
+            warnings.filterwarnings("ignore", message="Detected pickle protocol", category=UserWarning)
+            loaded = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
         raise ValueError(f"{path}: no such file") from error
     except pickle.UnpicklingError as error:
-        reason = str(error).strip().splitlines()[-1][:200] if str(error).strip() else "not a pickle"
-        raise ValueError(
-            f"{path}: refused: weights-only loading does not accept it, and anything else may run code ({reason})"
-        ) from error
-    except (RuntimeError, EOFError, LookupError, TypeError, ValueError, AttributeError) as error:
-        raise ValueError(f"{path}: damaged, or no PyTorch file: {' '.join(str(error).split())[:200]}") from error
+        if asked := re.search(r"GLOBAL (\S+)", str(error)):
+            raise ValueError(
+                f"{path}: refused: weights-only loading does not accept it, and anything else may run code (it asks "
+                f"for {asked[1]})"
+            ) from error
+        raise ValueError(f"{path}: {_NO_WEIGHTS}") from error
+    except RuntimeError as error:
+        raise ValueError(f"{path}: {_NO_WEIGHTS}: {_said_by_torch(error)}") from error
+    except (EOFError, LookupError, TypeError, ValueError, AttributeError) as error:
+        # What the unpickler stumbled over in bytes that are no pickle, which says nothing of the file.
+        raise ValueError(f"{path}: {_NO_WEIGHTS}") from error
+    except OSError as error:
+        # Of a cut-off archive: a seek to before its start. Where the file cannot be opened, the error names it.
+        if error.errno != errno.EINVAL:
+            raise
+        raise ValueError(f"{path}: {_NO_WEIGHTS}") from error
     for entry in ("ema", "model"):
         if isinstance(loaded, dict) and isinstance(loaded.get(entry), dict):
             loaded = loaded[entry]
@@ -92,6 +110,12 @@ def read_pickled_weights(path: Path) -> dict[str, Tensor]:
     return loaded
 
 
+def _said_by_torch(error: RuntimeError) -> str:
+    """What an error says of the file, without where in PyTorch it was found and what PyTorch thinks of itself."""
+    said = re.sub(r"^\[enforce fail at \S+\] \. ", "", " ".join(str(error).split()))
+    return shorten(re.split(r"\.? This is an internal", said)[0], 200, placeholder=" ...")
+
+
 def load_initial_weights(path: Path, model: DiT, config: dict[str, Any]) -> None:
     """Start a model from the weights of a file.
 
@@ -99,9 +123,15 @@ def load_initial_weights(path: Path, model: DiT, config: dict[str, Any]) -> None
         path: of the file. model: to fill. config: of the run, as checkpoints hold it.
 
     Raises:
-        ValueError: they are of another model, or what they say means something else: another objective or prediction,
-            latents of another autoencoder, features of another text encoder, positions of another size.
+        ValueError: the path is a folder; or they are of another model, or what they say means something else: another
+            objective or prediction, latents of another autoencoder, features of another text encoder, positions of
+            another size.
     """
+    if path.is_dir():
+        raise ValueError(
+            f"init: {path} is a folder; give a .safetensors file that parallel/export.py wrote, as `python "
+            f"parallel/export.py --checkpoint {path} --out weights.safetensors` does of a run"
+        )
     weights, trained = read_weights_file(path)
     pairs = {name: [run.get(part, {}).get(name) for run in (trained, config)] for part, name in _MEANING}
     pairs["position_gain"] = [trained.get("dit", {}).get("position_gain", 1.0), model.config.position_gain]
