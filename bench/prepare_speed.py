@@ -63,6 +63,12 @@ def measure(config: PrepareSpeedConfig) -> None:
     processes = config.processes or max(2, len(os.sched_getaffinity(0)))
     with tempfile.TemporaryDirectory(dir=config.folder) as temporary:
         folder = Path(temporary)
+        need = config.videos * _FRAMES * _HEIGHT * _WIDTH * 3 if config.autoencoder == "raw" else 0
+        if need > (free := shutil.disk_usage(folder).free):
+            raise ValueError(
+                f"videos {config.videos} become {need / 1e9:.1f} GB, and there are {free / 1e9:.1f} GB left in "
+                f"{folder.parent}; use fewer, or --folder of a larger disk"
+            )
         options = _draw_videos(folder, config)
         seconds: dict[int, list[float]] = {1: [], processes: []}
         for _ in range(config.rounds):
@@ -108,7 +114,7 @@ def _run(folder: Path, options: list[str]) -> float:
 def _call(script: str, args: list[str]) -> None:
     done = subprocess.run([sys.executable, str(_SCRIPTS / script), *args], capture_output=True, text=True)
     if done.returncode:
-        raise OSError(f"{script} failed: {done.stderr.strip()[-500:]}")
+        raise OSError(f"{script} failed: {done.stderr.strip().rpartition(chr(10))[2]}")
 
 
 if __name__ == "__main__":

@@ -36,7 +36,7 @@ from longreel.data.sources import Sources, find_sources
 
 
 def prepare(config: PrepareConfig) -> None:
-    """Do what `python data/prepare.py` does; see PrepareConfig.
+    """Do what `python data/prepare.py` does; see PrepareConfig. This process keeps memory that it frees (keep_memory).
 
     Raises:
         ValueError: captions, folders or models are not as described, or `out` holds another preparation.

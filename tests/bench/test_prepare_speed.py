@@ -24,6 +24,12 @@ def test_seconds_and_ratio_are_told(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+def test_a_disk_that_is_too_small_is_named_before() -> None:
+    done = subprocess.run([sys.executable, str(SCRIPT), "--videos", "100000000"], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "videos 100000000 become 16588800.0 GB, and there are " in done.stderr
+
+
 def test_one_process_is_nothing_to_compare() -> None:
     done = subprocess.run([sys.executable, str(SCRIPT), "--processes", "1"], capture_output=True, text=True)
     assert done.returncode == 2
