@@ -82,7 +82,10 @@ def _planned(config: TrainConfig) -> TrainConfig:
     target = None if config.target is None else get_profile(config.target)
     device, name, limit = _device(parallel, "plan 'auto'", target)
     shape = run_shape(config, 1)
-    provider = resolve_attention_provider(parallel.attention_provider, device, DTYPES[parallel.precision])
+    # A GPU that is only planned for has its own attention, whatever this machine would take.
+    provider = parallel.attention_provider
+    if target is None:
+        provider = resolve_attention_provider(provider, device, DTYPES[parallel.precision])
     host_limit = _host_limit(parallel)
     setting = Setting(
         model=shape.model,
@@ -92,7 +95,7 @@ def _planned(config: TrainConfig) -> TrainConfig:
         limit_bytes=limit,
         host_limit_bytes=host_limit,
         attention_provider="torch" if provider == "torch" else "sdpa-flash",
-        fused_pointwise=device.type == "cuda",
+        fused_pointwise=target is not None or device.type == "cuda",
         gpu=target or known_gpu(name, world_size),
     )
     with warnings.catch_warnings():

@@ -27,7 +27,18 @@ DTYPES: dict[str, torch.dtype] = {
     "fp64": torch.float64,
 }
 # What the planner chooses, whatever a preset says.
-CHOSEN_BY_PLAN = ("strategy", "sp_degree", "ulysses_degree", "head_chunks", "engine", "mlp_tile", "policy")
+CHOSEN_BY_PLAN = (
+    "strategy",
+    "sp_degree",
+    "ulysses_degree",
+    "head_chunks",
+    "fastseq_overlap",
+    "fastseq_keep_gathered",
+    "exchange",
+    "engine",
+    "mlp_tile",
+    "policy",
+)
 # Computed in over fp32 master parameters.
 HALF_PRECISIONS = ("bf16", "fp16")
 

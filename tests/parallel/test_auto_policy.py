@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from longreel.parallel.checkpoint import checkpoints, read_run
 from longreel.parallel.config import ParallelConfig
 from longreel.parallel.launch import run_script
 from longreel.parallel.model_choice import ModelChoice
+from longreel.parallel.predict.planner import plan
 from longreel.parallel.run_config import TrainConfig
 from longreel.parallel.sample import sample
 from longreel.parallel.sample_config import SampleConfig
@@ -123,6 +125,21 @@ def test_plan_takes_the_ranks_there_are(monkeypatch):
     assert chosen.parallel.sp_degree == 4
     assert (chosen.parallel.policy, chosen.parallel.memory_limit_gib) == ("none", None)
     assert "least that is recomputed and moved" in (chosen.policy_reason or "")
+
+
+def test_a_plan_for_a_gpu_is_one_for_its_kernels(monkeypatch):
+    asked = TrainConfig(demo=True, batch_size=1, plan="auto", target="h800", model=ModelChoice(depth=1, hidden_size=64))
+    settings = []
+
+    def planned(setting, base):
+        settings.append((setting.attention_provider, setting.fused_pointwise))
+        return plan(setting, base)
+
+    monkeypatch.setattr("longreel.parallel.auto_policy.plan", planned)
+    with_policy(asked)
+    with_policy(replace(asked, parallel=ParallelConfig(attention_provider="torch")))
+    # Whatever attention this machine would take.
+    assert settings == [("sdpa-flash", True), ("torch", True)]
 
 
 @pytest.mark.parametrize(
