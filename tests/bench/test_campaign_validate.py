@@ -72,6 +72,7 @@ def part_of(test: Path, processes: int = 1) -> Part:
     return Part(arguments=(str(test), *options), processes=processes)
 
 
+@pytest.mark.slow
 def test_a_run_that_hangs_is_ended_with_its_children(tmp_path):
     test = tmp_path / "test_hanging.py"
     test.write_text(HANGING)

@@ -86,6 +86,7 @@ def test_writes_records_csv_and_report(tmp_path, capsys):
     assert {(r.op, r.shape["seq_len"]) for r in added} == {("gated_residual", 48)}
 
 
+@pytest.mark.slow
 def test_a_worker_that_fails_costs_only_the_provider_at_fault(tmp_path, pool, monkeypatch):
     case = tiny_case("gated_residual")
     plan = tiny_plan(case, tiny_case("gated_residual", seq_len=24), providers=("eager", "torch", "broken"))
