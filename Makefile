@@ -93,7 +93,8 @@ slow-codegen: setup setup-triton36
 slow-few: setup
 	$(BIN)/pytest -m slow tests/bench/test_campaign.py tests/bench/test_campaign_validate.py tests/bench/test_micro_faults.py \
 		tests/bench/test_emulation.py tests/bench/test_emulation_check.py tests/bench/test_predicted.py \
-		tests/bench/test_emulated_plans.py tests/bench/test_measured.py tests/bench/test_prepare_speed.py tests/bench/test_micro.py \
+		tests/bench/test_emulated_plans.py tests/bench/test_measured.py tests/bench/test_prepare_speed.py \
+		tests/bench/test_micro.py tests/bench/test_rank_device.py \
 		tests/kernels/test_triton_rows_tuning.py \
 		tests/parallel/test_nodes.py tests/parallel/test_trace.py tests/parallel/test_train_command.py
 

@@ -7,6 +7,7 @@ import types
 from dataclasses import replace
 from unittest import mock
 
+import pytest
 import torch
 
 from longreel.bench import gate, measure, nvml
@@ -16,6 +17,8 @@ from longreel.bench.measure import RankResult, measure_points
 from longreel.bench.nvml import Monitor, Reading
 from longreel.bench.presets import small_dit
 from longreel.bench.rank_device import CpuRank, CudaRank, Held, rank_device
+
+pytestmark = pytest.mark.slow
 
 GiB = 2**30
 MODEL = small_dit(depth=2, hidden_size=32)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -84,7 +85,8 @@ def wrong_tensors(folder: Path, rounds: int, omitted: frozenset[str], longest_s:
             transport.finish()
     except RuntimeError as error:
         # A rank that stalls leaves, and gloo says so to those that wait for it.
-        if not isinstance(error, shared_slots.Stalled) and "Connection closed by peer" not in str(error):
+        gone = re.search("Connection (closed|reset) by peer", str(error))
+        if not isinstance(error, shared_slots.Stalled) and not gone:
             raise
         stalled = True
     finally:
