@@ -99,7 +99,7 @@ def wrong_tensors(folder: Path, rounds: int, omitted: frozenset[str], longest_s:
 
 
 @pytest.mark.parametrize("rounds", [10, pytest.param(100, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("size", [2, 4, 8], ids=lambda p: f"P{p}")
+@pytest.mark.parametrize("size", [2, 4, pytest.param(8, marks=pytest.mark.slow)], ids=lambda p: f"P{p}")
 def test_delays_and_growing_buffers_change_nothing(run_distributed, tmp_path, size, rounds):
     assert run_distributed(wrong_tensors, size, tmp_path, rounds, frozenset(), 2e-3, None) == [0] * size
 
