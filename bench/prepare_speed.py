@@ -114,7 +114,7 @@ def _run(folder: Path, options: list[str]) -> float:
 def _call(script: str, args: list[str]) -> None:
     done = subprocess.run([sys.executable, str(_SCRIPTS / script), *args], capture_output=True, text=True)
     if done.returncode:
-        raise OSError(f"{script} failed: {done.stderr.strip().rpartition(chr(10))[2]}")
+        raise OSError(f"{script} failed: {(done.stderr.splitlines() or [str(done.returncode)])[-1]}")
 
 
 if __name__ == "__main__":

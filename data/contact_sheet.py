@@ -9,9 +9,9 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from longreel.data.publish import published
 from longreel.data.shards import ShardDataset
 from longreel.models.autoencoders import Autoencoder
+from longreel.models.publish import published
 
 _WIDTH, _HEIGHT, _TEXT, _GAP = 192, 144, 30, 6
 

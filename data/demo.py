@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from longreel.data.mp4 import write_mp4
-from longreel.data.publish import published
+from longreel.models.publish import published
 
 _SCENES = (
     ("red_square_right.mp4", "square", (0.9, -0.7, -0.7), (-0.5, 0.0), (0.5, 0.0), "a red square moves to the right"),

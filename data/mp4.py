@@ -12,7 +12,7 @@ import torch
 from av.video.reformatter import ColorRange, Colorspace
 from torch import Tensor
 
-from longreel.data.publish import published
+from longreel.models.publish import published
 
 # What players and the mp4 time base can hold.
 MIN_FPS, MAX_FPS = 0.1, 1000.0

@@ -18,7 +18,6 @@ from longreel.data.prepare_config import PrepareConfig, describe, made_by, plan_
 from longreel.data.prepare_group import Done, GroupWorker, Job, part_path
 from longreel.data.prepare_summary import finish, report
 from longreel.data.processes import ProcessDied, shared_out
-from longreel.data.publish import publish_tensors
 from longreel.data.shard_files import (
     DATASET,
     INDEX,
@@ -33,6 +32,7 @@ from longreel.data.shard_files import (
 )
 from longreel.data.shards import ShardDataset
 from longreel.data.sources import Sources, find_sources
+from longreel.models.publish import publish_tensors
 
 
 def prepare(config: PrepareConfig) -> None:

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from longreel.data.publish import publish_tensors, published
+from longreel.models.publish import publish_tensors, published
 
 DATASET, INDEX, NULL_TEXT, SUMMARY, SHEET = (
     "dataset.json",

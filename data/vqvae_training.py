@@ -22,10 +22,10 @@ from longreel.data.clips import seeded_generator
 from longreel.data.cutting import CropConfig
 from longreel.data.native import FrameReader
 from longreel.data.pictures import to_float
-from longreel.data.publish import published
 from longreel.data.sources import VIDEO_SUFFIXES
 from longreel.data.video import VideoError, VideoInfo, scan
 from longreel.models.autoencoders import psnr
+from longreel.models.publish import published
 from longreel.models.vqvae import VQVAE, VQVAEConfig, save_vqvae
 
 # Decoded stretches that crops are taken from; every step decodes one more, and the oldest goes.

@@ -11,8 +11,6 @@ Source: van den Oord et al. 2017 (arXiv:1711.00937); over videos, Yan et al. 202
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,10 +19,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from longreel.models.autoencoders import check_latents, check_video
+from longreel.models.publish import publish_tensors, published
 from longreel.models.weights_digest import weights_digest
 
 WEIGHTS, CONFIG = "vqvae.safetensors", "vqvae.json"
@@ -309,17 +308,9 @@ def save_vqvae(model: VQVAE, folder: Path) -> None:
     """
     folder.mkdir(parents=True, exist_ok=True)
     state = {name: value.detach().float().contiguous().cpu() for name, value in model.state_dict().items()}
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".vqvae-", suffix=".partial") as aside:
-        weights, config = Path(aside, WEIGHTS), Path(aside, CONFIG)
-        try:
-            save_file(state, weights)
-        except SafetensorError as error:
-            raise OSError(f"{folder / WEIGHTS}: cannot be written: {error}") from error
-        # safetensors lets nobody else read.
-        weights.chmod(0o644)
-        config.write_text(json.dumps(asdict(model.config), indent=1) + "\n", encoding="utf-8")
-        os.replace(weights, folder / WEIGHTS)
-        os.replace(config, folder / CONFIG)
+    publish_tensors(folder / WEIGHTS, state)
+    with published(folder / CONFIG) as partial:
+        partial.write_text(json.dumps(asdict(model.config), indent=1) + "\n", encoding="utf-8")
 
 
 def load_vqvae(folder: Path) -> VQVAE:

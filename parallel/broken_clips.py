@@ -14,9 +14,9 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
-from longreel.data.publish import published
 from longreel.data.samples import ClipSource
 from longreel.data.video import VideoInfo
+from longreel.models.publish import published
 
 BROKEN_CLIPS = "broken-clips.json"
 

@@ -20,7 +20,7 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.device_mesh import DeviceMesh
 
-from longreel.data.publish import sync_folder
+from longreel.models.publish import sync_folder
 from longreel.parallel.checkpoint import VERSION, checkpoints, read_description
 from longreel.parallel.checkpoint_files import (
     INDEX,

@@ -15,8 +15,8 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from longreel.data.publish import published
 from longreel.models.config import DiTConfig
+from longreel.models.publish import published
 from longreel.parallel.predict.flops import useful_flops
 from longreel.parallel.predict.policy import known_gpu
 

@@ -18,8 +18,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from longreel.data.publish import publish_tensors
 from longreel.models.dit import DiT
+from longreel.models.publish import publish_tensors
 
 _METADATA = "longreel"
 _NO_WEIGHTS = "damaged or cut off, or no file that torch.save wrote"

@@ -22,9 +22,9 @@ from longreel.data.cutting import CutConfig
 from longreel.data.prepare_config import PrepareConfig, plan_groups
 from longreel.data.prepare_group import Done, GroupWorker
 from longreel.data.prepare_run import prepare
-from longreel.data.publish import published
 from longreel.data.shards import ShardDataset
 from longreel.data.sources import SourceVideo
+from longreel.models.publish import published
 
 SCRIPT = Path(__file__).resolve().parents[2] / "data" / "prepare.py"
 CODECS = ("libx264", "libx265", "libsvtav1", "libvpx-vp9")

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import enum
-import io
 import os
-import pickle
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +11,6 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint.metadata import TensorProperties
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, get_optimizer_state_dict
 from torch.distributed.tensor import DTensor
 
@@ -29,7 +25,7 @@ from longreel.parallel.checkpoint import (
     read_run,
     read_weights,
 )
-from longreel.parallel.checkpoint_files import IndexReader, WeightsOnlyPlanner, write_description
+from longreel.parallel.checkpoint_files import write_description
 from longreel.parallel.checkpoint_writer import CheckpointWriter, prune_checkpoints, remove_unfinished
 from longreel.parallel.config import ParallelConfig
 from longreel.parallel.ema import ExponentialMovingAverage
@@ -317,84 +313,6 @@ def test_ranks_share_the_reading_and_agree(tmp_path: Path, run_distributed: Any)
     whole, damages = run_distributed(find_whole, 2, tmp_path)[1]
     assert whole == tmp_path / "step-000001"
     assert damages == [f"{tmp_path}/step-000002/__1_0.distcp: damaged: its bytes are not those that were written"]
-
-
-class Harmful:
-    """Pickled, a call of os.mkdir."""
-
-    def __init__(self, folder: str) -> None:
-        self.folder = folder
-
-    def __reduce__(self) -> Any:
-        return os.mkdir, (self.folder,)
-
-
-@pytest.mark.parametrize(
-    "content",
-    [b"", b"garbage", b"\x80\x04", b"not a pickle\n" * 50, pickle.dumps({"no": "index"}), bytes(range(256))],
-    ids=["empty", "word", "cut", "text", "another-pickle", "bytes"],
-)
-def test_damaged_index_is_refused_without_a_log(saved: Path, content: bytes, capfd: pytest.CaptureFixture[str]) -> None:
-    (saved / ".metadata").write_bytes(content)
-    with pytest.raises(ValueError, match=r"step-000001/\.metadata: (missing or )?damaged: \S") as raised:
-        IndexReader(saved).read_metadata()
-    assert "\n" not in str(raised.value)
-    assert "Traceback" not in "".join(capfd.readouterr())
-
-
-def test_an_index_written_by_an_early_python_3_11_is_read(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    index = IndexReader(saved).read_metadata()
-    # There members of an enumeration are pickled as their attribute of it.
-    monkeypatch.setattr(enum.Enum, "__reduce_ex__", lambda member, _: (getattr, (type(member), member.name)))
-    content = pickle.dumps(index)
-    monkeypatch.undo()
-    assert b"getattr" in content
-    (saved / ".metadata").write_bytes(content)
-    assert IndexReader(saved).read_metadata().state_dict_metadata == index.state_dict_metadata
-
-
-class Attribute:
-    """Pickled, what a class of the index has and is no member of an enumeration."""
-
-    def __reduce__(self) -> Any:
-        return getattr, (TensorProperties, "create_from_tensor")
-
-
-def test_other_attributes_are_refused(saved: Path) -> None:
-    (saved / ".metadata").write_bytes(pickle.dumps(Attribute()))
-    with pytest.raises(ValueError, match=r"asks for the attribute create_from_tensor of .*TensorProperties.*; refused"):
-        IndexReader(saved).read_metadata()
-
-
-def test_a_pickle_that_runs_code_is_refused_and_not_run(saved: Path, tmp_path: Path) -> None:
-    (saved / ".metadata").write_bytes(pickle.dumps(Harmful(str(tmp_path / "made"))))
-    with pytest.raises(ValueError, match=r"asks for posix\.mkdir, which no index of tensors holds; refused"):
-        IndexReader(saved).read_metadata()
-    value = io.BytesIO()
-    torch.save(Harmful(str(tmp_path / "made")), value)
-    value.seek(0)
-    with pytest.raises(pickle.UnpicklingError):
-        WeightsOnlyPlanner().load_bytes(None, value)  # type: ignore[arg-type]
-    assert not (tmp_path / "made").exists()
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        ("{", "damaged"),
-        ("[]", r"run.json: damaged: expected an object, got \[\]"),
-        ('{"version": 2}', "run.json: damaged: digest is missing"),
-        ('{"version": 2, "step": 1, "config": {}, "files": {}, "digest": "0"}', "damaged: its text is not what"),
-        ('{"version": 99, "step": 1, "config": {}}', "checkpoint version 99, this version reads 2"),
-        (None, r"not a checkpoint, run\.json is missing"),
-    ],
-    ids=["cut", "list", "keys", "digest", "version", "missing"],
-)
-def test_damaged_description_is_refused(tmp_path: Path, content: str | None, message: str) -> None:
-    if content is not None:
-        (tmp_path / "run.json").write_text(content)
-    with pytest.raises(ValueError, match=message):
-        read_run(tmp_path)
 
 
 def test_nothing_there(tmp_path: Path) -> None:

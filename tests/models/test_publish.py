@@ -1,11 +1,11 @@
-"""data/publish.py: files appear whole or not at all, whoever else writes them at the same moment."""
+"""models/publish.py: files appear whole or not at all, whoever else writes them at the same moment."""
 
 from __future__ import annotations
 
 from contextlib import suppress
 from pathlib import Path
 
-from longreel.data.publish import published
+from longreel.models.publish import published
 
 
 def test_writers_with_one_process_id_do_not_meet(tmp_path: Path) -> None:
