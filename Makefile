@@ -80,9 +80,10 @@ layers: setup
 smoke: setup
 	$(BIN)/python bench/sweep.py --preset smoke
 
-# Two files at a time: each worker starts process pools of its own.
+# Two files at a time: each worker starts process pools of its own. pytest-timeout ends a test that waits in Python; one
+# that never comes back to it ends here, with its process and all stacks, and the others go on.
 unit: setup
-	$(BIN)/pytest -n 2 --dist loadfile
+	$(BIN)/pytest -n 2 --dist loadfile -o faulthandler_timeout=360 -o faulthandler_exit_on_timeout=true
 
 slow: setup
 	$(BIN)/pytest -m slow
