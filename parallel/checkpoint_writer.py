@@ -139,7 +139,10 @@ class CheckpointWriter:
             with warnings.catch_warnings():
                 # PyTorch's own internals use names that it deprecates.
                 warnings.simplefilter("ignore", FutureWarning)
-                dcp.save(staged, storage_writer=dcp.FileSystemWriter(partial), process_group=self._group)
+                # All is in host memory: nothing to copy ahead, for which it would wait for streams of this thread's
+                # device, the first of the node, and there behind the steps that are enqueued.
+                writer = dcp.FileSystemWriter(partial, per_thread_copy_ahead=0)
+                dcp.save(staged, storage_writer=writer, process_group=self._group)
             names = [path.name for path in sorted(partial.glob(f"__{self._mesh.get_local_rank()}_*"))]
             names += [INDEX] if self._first else []
             digests = self._together(lambda: file_digests(partial, names))

@@ -23,6 +23,8 @@ from longreel.parallel import comm, symmetric
 from longreel.parallel.peer_mailbox import NUM_SLOTS
 
 WAIT_S = 20.0
+# Between two looks at a signal.
+SHORTEST_PAUSE_S, LONGEST_PAUSE_S = 2e-5, 1e-3
 
 
 class Stalled(RuntimeError):
@@ -176,11 +178,13 @@ class SharedSlots:
 
     def _flip(self, step: str, signals: Tensor, channel: int, rank: int, before: int, after: int) -> None:
         time.sleep(self._behaviour.delay(step))
-        deadline = time.monotonic() + self._behaviour.wait_s
+        deadline, pause = time.monotonic() + self._behaviour.wait_s, SHORTEST_PAUSE_S
         while int(signals[channel, rank]) != before:
             if time.monotonic() > deadline:
                 raise Stalled(f"rank {self._rank} stalled at a {step} of {kind_of(channel)}, with rank {rank}")
-            time.sleep(2e-5)
+            # Looking without end would take the cores from whoever is to raise the signal.
+            time.sleep(pause)
+            pause = min(2 * pause, LONGEST_PAUSE_S)
         signals[channel, rank] = after
 
     def mark(self) -> _Arrival:

@@ -227,6 +227,20 @@ def test_a_failed_save_in_the_background_does_not_cost_the_next(
         check_whole(tmp_path / "step-000002", spread.mesh.flat)
 
 
+def test_writing_waits_for_no_stream_of_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stream() -> None:
+        raise AssertionError("the thread of checkpoints asked for a stream, which would be that of the first device")
+
+    with process_group():
+        spread, _ = build(ParallelConfig(), seed=0)
+        step(spread)
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "current_stream", stream)
+        save(tmp_path, spread, 1)
+        monkeypatch.undo()
+        check_whole(tmp_path / "step-000001", spread.mesh.flat)
+
+
 def test_the_newest_and_the_best_are_kept(tmp_path: Path) -> None:
     for number, score in ((1, 0.5), (2, 0.1), (3, None), (4, 0.3), (5, 0.4)):
         folder = tmp_path / f"step-{number:06d}"
