@@ -14,9 +14,10 @@ from typing import Any, get_args
 
 from longreel.reports import formatting
 from longreel.reports.records import Kind, Record, Regime
+from longreel.reports.turns import MIN_DECISIVE, compare
 
-# Timed steps of either side below which two medians are not compared in words.
-MIN_SAMPLES = 5
+# Timed steps of either side below which nothing is said about who is faster.
+MIN_SAMPLES = MIN_DECISIVE
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -133,7 +134,9 @@ class Baselines:
     def ratio_interval(self, record: Record) -> tuple[float, float] | None:
         """Bounds of `ratio`: those of samples taken in turns with the baseline's, where the record has them.
 
-        Else both step times take the ends of their intervals that are furthest apart.
+        Else by the same rule from both records' own samples where both were measured (percentiles of either side would
+        call one equal pair in ten different); where not, both step times take the ends of their intervals that are
+        furthest apart.
         """
         if turns := self.in_turns(record):
             return turns[1:]
@@ -142,6 +145,12 @@ class Baselines:
             return None
         if record.interval_s is None or baseline.interval_s is None or not record.step_s or not baseline.step_s:
             return None
+        if record.kind == "measured":
+            if not record.samples_s or not baseline.samples_s or min(*record.samples_s, *baseline.samples_s) <= 0:
+                return None
+            found = compare(record.samples_s, baseline.samples_s)
+            tokens = ratio * record.step_s / baseline.step_s
+            return tokens / found.high, tokens / found.low
         slow = record.interval_s[1] / record.step_s
         fast = record.interval_s[0] / record.step_s
         if slow <= 0 or fast <= 0:

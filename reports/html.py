@@ -54,7 +54,7 @@ KIND_MEANINGS = {
     "emulated": "One rank of P ran for real on one GPU with the true local shapes and memory; each collective was "
     "replaced by a copy of the same bytes plus a modelled time for the target's links. "
     "Long steps are few: the interval is what the extremes of the timed ones allow, at the depth that was run or "
-    "continued from two depths; with fewer than five steps there is no verdict.",
+    "continued from two depths; with fewer than four steps there is no verdict.",
     "predicted": "No rank ran. Memory, FLOPs and traffic come from fake tensors, time from a cost model; "
     "the interval gives the model's bounds.",
 }

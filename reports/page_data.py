@@ -7,13 +7,13 @@ from collections.abc import Sequence
 from typing import Any
 
 from longreel.reports import embed
-from longreel.reports.compare import MIN_SAMPLES, Baselines
+from longreel.reports.compare import Baselines
 from longreel.reports.configurations import labels
 from longreel.reports.export import CSV_DERIVED, CSV_FIELDS, derived
 from longreel.reports.heatmap import LEVELS
 from longreel.reports.records import Record
 from longreel.reports.tables import Table
-from longreel.reports.turns import MARGIN
+from longreel.reports.turns import CONFIDENCE, MARGIN, left_out
 from longreel.reports.verdicts import may_be_judged
 
 
@@ -39,7 +39,7 @@ def page_data(points: Sequence[Record], sections: Sequence[tuple[str, Sequence[R
         "configuration": [place[name] for name in names],
         "baseline": [-1 if (found := baselines.of(record)) is None else index[id(found)] for record in points],
         "judged": [may_be_judged(record) for record in points],
-        "rules": {"margin": MARGIN, "levels": LEVELS, "min_samples": MIN_SAMPLES},
+        "rules": {"margin": MARGIN, "levels": LEVELS, "left_out": _left_out(points)},
         "groups": [_group(name, [index[id(r)] for r in records], table) for name, records, table in sections],
     }
 
@@ -58,6 +58,12 @@ def _group(name: str, order: list[int], table: Table) -> dict[str, Any]:
         "notes": [embed.pack([row.cells[i].note for row in table.rows]) for i in columns],
         "is_baseline": [row.is_baseline for row in table.rows],
     }
+
+
+def _left_out(points: Sequence[Record]) -> dict[str, int]:
+    """What an interval of two measured records leaves out at each end, by the numbers of their samples."""
+    sizes = sorted({len(r.samples_s) for r in points if r.kind == "measured" and r.samples_s})
+    return {f"{few} {many}": left_out(few, many, 1 - CONFIDENCE) for few in sizes for many in sizes if few <= many}
 
 
 def _finite(value: float | int | str | None) -> float | int | str | None:

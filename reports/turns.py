@@ -66,19 +66,23 @@ def compare(candidate_s: Sequence[float], baseline_s: Sequence[float], *, confid
         raise ValueError(f"both sides need samples, got {len(candidate_s)} and {len(baseline_s)}")
     quotients = sorted(candidate / baseline for candidate in candidate_s for baseline in baseline_s)
     few, many = sorted((len(candidate_s), len(baseline_s)))
-    tail = (1 - confidence) / 2
-    left_out = _left_out(few, many, tail)
+    outside = left_out(few, many, 1 - confidence)
     return Comparison(
         ratio=statistics.median(quotients),
-        low=quotients[left_out],
-        high=quotients[-1 - left_out],
-        decisive=math.comb(few + many, few) * tail >= 1,
+        low=quotients[outside],
+        high=quotients[-1 - outside],
+        decisive=math.comb(few + many, few) * (1 - confidence) / 2 >= 1,
     )
 
 
 @lru_cache
-def _left_out(few: int, many: int, tail: float) -> int:
-    """Quotients to leave out at each end: the most u with P(U <= u) at most the tail, at least 0."""
+def left_out(few: int, many: int, error: float) -> int:
+    """Quotients that an interval leaves out at each end: the most u with P(U <= u) at most error / 2, at least 0.
+
+    Args:
+        few, many: samples of either side, few <= many. error: one less the confidence.
+    """
+    tail = error / 2
     if many > _MOST_EXACT:
         mean, deviation = few * many / 2, math.sqrt(few * many * (few + many + 1) / 12)
         return max(0, math.floor(mean + deviation * statistics.NormalDist().inv_cdf(tail) - 0.5))
@@ -89,13 +93,13 @@ def _left_out(few: int, many: int, tail: float) -> int:
             ways[u] -= ways[u - many - i]
         for u in range(i, few * many + 1):
             ways[u] += ways[u - i]
-    total, below, left_out = math.comb(few + many, few), 0, 0
+    total, below, most = math.comb(few + many, few), 0, 0
     for u in range(few * many):
         below += ways[u]
         if below > tail * total:
             break
-        left_out = u
-    return left_out
+        most = u
+    return most
 
 
 def quantile(samples: Sequence[float], q: float) -> float:

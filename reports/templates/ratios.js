@@ -28,7 +28,15 @@ const ratiosOf = (data) => {
     const [mine, theirs] = [data.records[i], data.records[other]];
     if (!mine.interval_s || !theirs.interval_s || mine.interval_s[0] <= 0) return null;
     const scale = (r * mine.step_s) / theirs.step_s;
+    if (mine.kind === "measured") return ofSamples(scale, mine.samples_s, theirs.samples_s);
     return [(scale * theirs.interval_s[0]) / mine.interval_s[1], (scale * theirs.interval_s[1]) / mine.interval_s[0]];
+  };
+  // As longreel.reports.turns.compare, for throughputs.
+  const ofSamples = (scale, mine, theirs) => {
+    if (Math.min(mine.length, theirs.length, ...mine, ...theirs) <= 0) return null;
+    const quotients = mine.flatMap((a) => theirs.map((b) => (scale * b) / a)).sort((a, b) => a - b);
+    const out = data.rules.left_out[[mine.length, theirs.length].sort((a, b) => a - b).join(" ")];
+    return [quotients[out], quotients[quotients.length - 1 - out]];
   };
   // As longreel.reports.verdicts: the rule is about times, the inverse of throughputs.
   const verdict = (i) => {

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import csv
 import io
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
-from longreel.reports import export, store
+from longreel.reports import export, formatting, store
+from longreel.reports.compare import Baselines
 from longreel.reports.html import write_report
+from longreel.reports.verdicts import verdict
 
 pytestmark = pytest.mark.browser
 
@@ -86,6 +89,31 @@ def test_another_baseline_changes_ratios_verdicts_and_heat_map_and_back(visit, a
     assert visit.page.evaluate(heat) == before
     assert (column(visit, "Ratio"), column(visit, "Verdict")) == (ratios, verdicts)
     visit.assert_silent(address)
+
+
+def test_another_baseline_judges_measured_rows_as_python_does(tmp_path, open_page, make_record):
+    shifts = {"full": 1.0, "none": 0.8, "keep_attention": 0.97, "offload": 1.3}
+    records = [
+        make_record(
+            policy=policy,
+            is_baseline=policy == "full",
+            step_s=shift,
+            # What an interval leaves out depends on both numbers of samples.
+            samples_s=tuple(shift + 0.01 * i for i in range(7 if policy == "none" else 5)),
+        )
+        for policy, shift in shifts.items()
+    ]
+    visit = open_page(write_report(tmp_path, records).as_uri())
+    visit.page.get_by_label("Ratios to").select_option(label="local, SP 1, none")
+    baselines = Baselines([replace(r, is_baseline=r.policy == "none") for r in records])
+    expected = {r.policy: verdict(replace(r, is_baseline=False), baselines) for r in records if r.policy != "none"}
+    assert set(expected.values()) == {"SLOW"}
+    shown = dict(zip(column(visit, "Policy"), column(visit, "Verdict"), strict=True))
+    assert {policy: shown[policy] for policy in expected} == expected
+    visit.page.get_by_role("button", name="Details of local, SP 1, full at 1,024 tokens").click()
+    low, high = baselines.ratio_interval(replace(records[0], is_baseline=False))
+    interval = f"({formatting.number(low)}–{formatting.number(high)})"
+    assert interval in visit.page.locator("tr.opened").inner_text()
 
 
 def test_details_name_error_verdict_and_command(visit, address):

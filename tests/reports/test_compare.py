@@ -55,8 +55,8 @@ def test_of_several_marked_baselines_the_fastest_that_ran_counts(make_record):
 
 
 def test_ratio_interval_combines_both_intervals_at_their_worst(make_record):
-    baseline = make_record(is_baseline=True, num_devices=1, step_s=4.0, interval_s=(3.0, 5.0))
-    record = make_record(policy="none", num_devices=1, step_s=2.0, interval_s=(1.0, 2.5))
+    baseline = make_record(kind="predicted", is_baseline=True, num_devices=1, step_s=4.0, interval_s=(3.0, 5.0))
+    record = make_record(kind="predicted", policy="none", num_devices=1, step_s=2.0, interval_s=(1.0, 2.5))
     low, high = Baselines([baseline, record]).ratio_interval(record)
     assert (low, high) == (pytest.approx(3.0 / 2.5), pytest.approx(5.0 / 1.0))
     assert throughput_interval(record) == (pytest.approx(1024 / 2.5), pytest.approx(1024 / 1.0))
@@ -85,9 +85,10 @@ def test_headline_compares_at_the_longest_length_of_the_baseline(sweep):
     ids=["clear", "unclear", "no-interval", "slower"],
 )
 def test_headline_verdict(make_record, step, interval, verdict):
-    samples = (2.0,) * 5
+    low, high = interval or (step, step)
+    samples = tuple(low + (high - low) * i / 4 for i in range(5))
     records = [
-        make_record(is_baseline=True, num_devices=1, samples_s=samples),
+        make_record(is_baseline=True, num_devices=1, samples_s=(1.9, 2.0, 2.0, 2.1, 2.2)),
         make_record(policy="none", num_devices=1, step_s=step, interval_s=interval, samples_s=samples),
     ]
     line = headline(Group.of(records[0]), records, Baselines(records))
@@ -96,14 +97,14 @@ def test_headline_verdict(make_record, step, interval, verdict):
 
 
 @pytest.mark.parametrize("step", [1.0, 9.0], ids=["faster", "slower"])
-@pytest.mark.parametrize("samples", [(4, 9), (9, 4)], ids=["baseline-short", "candidate-short"])
-def test_below_five_samples_a_side_there_is_no_verdict(make_record, step, samples):
+@pytest.mark.parametrize("samples", [(3, 9), (9, 3)], ids=["baseline-short", "candidate-short"])
+def test_below_four_samples_a_side_there_is_no_verdict(make_record, step, samples):
     records = [
         make_record(is_baseline=True, num_devices=1, samples_s=(2.0,) * samples[0]),
         make_record(policy="none", num_devices=1, step_s=step, interval_s=(step, step), samples_s=(step,) * samples[1]),
     ]
     line = headline(Group.of(records[0]), records, Baselines(records))
-    assert line.verdict == "No verdict: too few samples, 4 timed steps where at least 5 are needed."
+    assert line.verdict == "No verdict: too few samples, 3 timed steps where at least 4 are needed."
     assert not line.is_conclusive
 
 
