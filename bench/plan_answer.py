@@ -10,9 +10,12 @@ import sys
 import warnings
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from tyro.constructors import PrimitiveConstructorSpec
 
 from longreel.bench.grids import TargetGrid
+from longreel.bench.option_values import one_length
 from longreel.parallel.predict.hardware import GPUProfile, get_profile
 from longreel.parallel.predict.needs import Need, Setting
 from longreel.parallel.predict.planner import Plan, Refused, plan, spread_name
@@ -25,12 +28,22 @@ GiB = 2**30
 HOST_GIB = 1024.0
 
 
+# As in bench/sweep.py: 800k is 819,200.
+_LENGTH = PrimitiveConstructorSpec(
+    nargs=1,
+    metavar="INT",
+    instance_from_str=lambda words: one_length("tokens", words[0]),
+    is_instance=lambda value: isinstance(value, int),
+    str_from_instance=lambda value: [str(value)],
+)
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PlanConfig:
     """Ask for the fastest configuration that fits a model, a length and some GPUs. All of the answer is predicted.
 
     Args:
-        tokens: video tokens of one sample.
+        tokens: video tokens of one sample, such as 819200 or 800k (k is 1,024).
         gpus: GPUs; more than a node holds make whole nodes.
         target: GPU, such as h800, or a TOML file with one profile.
         profiles: TOML file with profiles of GPUs, whose names target may take.
@@ -44,7 +57,7 @@ class PlanConfig:
         processes: that search at the same time; as many as there are cores if not given.
     """
 
-    tokens: int
+    tokens: Annotated[int, _LENGTH]
     gpus: int = 8
     target: str = "H800"
     profiles: Path | None = None

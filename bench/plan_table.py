@@ -24,26 +24,31 @@ def print_plan(found: Plan, config: PlanConfig, console: Console | None = None) 
     assert speed is not None
     console.print(
         f"[bold]{spread_name(best.parallel)}, {_rest(best)}[/bold]   predicted, {config.gpus} x {profile.name}, "
-        f"{config.tokens:,} tokens, {config.regime}, {config.model}"
+        f"{config.tokens:,} tokens, {config.regime}, {config.model}",
+        soft_wrap=True,
     )
     console.print(
         f"{speed[0]:,.0f} tokens/s ({speed[1]:,.0f} to {speed[2]:,.0f}), a step of {best.samples} "
-        f"sample{'s' if best.samples > 1 else ''} in {best.seconds:.4g} s"
+        f"sample{'s' if best.samples > 1 else ''} in {best.seconds:.4g} s",
+        soft_wrap=True,
     )
     host = f", {best.host_bytes / GiB:.1f} GiB of host memory" if best.host_bytes else ""
     console.print(
         f"{best.device_bytes / GiB:.1f} GiB a GPU{host}, of {profile.usable_bytes / GiB:.1f} GiB usable "
-        f"({profile.memory_bytes / GiB:.0f} less the reserve)"
+        f"({profile.memory_bytes / GiB:.0f} less the reserve)",
+        soft_wrap=True,
     )
     if (cost := cost_of_million(speed[0], config)) is not None:
-        console.print(f"{cost:.4g} for a million tokens at {config.price:g} a GPU and hour")
+        console.print(f"{cost:.4g} for a million tokens at {config.price:g} a GPU and hour", soft_wrap=True)
     console.print(f"train.py {flags(best)}\n", soft_wrap=True)
-    console.print(_runners_up(found, config))
+    if found.runners_up:
+        console.print(_runners_up(found, config))
     if found.refused:
         console.print(_refused(found))
     for name, reason in found.impossible:
         console.print(f"{name}: {reason}", soft_wrap=True)
-    console.print("Nothing here was measured; the interval covers the rates, not what the model leaves out.")
+    last = "Nothing here was measured; the interval covers the rates, not what the model leaves out."
+    console.print(last, soft_wrap=True)
 
 
 def _rest(one: Need | Refused) -> str:
@@ -55,9 +60,9 @@ def _rest(one: Need | Refused) -> str:
 def _runners_up(found: Plan, config: PlanConfig) -> Table:
     table = Table(title="best of every other strategy and degree", title_justify="left")
     for name in ("", "configuration", "tokens/s", "slower by", "GiB a GPU"):
-        table.add_column(name, justify="left" if name in ("", "configuration") else "right")
+        table.add_column(name, justify="left" if name in ("", "configuration") else "right", overflow="fold")
     if config.price is not None:
-        table.add_column("a million tokens", justify="right")
+        table.add_column("a million tokens", justify="right", overflow="fold")
     best = found.tokens_per_s(found.best)
     assert best is not None
     for need in found.runners_up[:_SHOWN]:
@@ -78,7 +83,7 @@ def _runners_up(found: Plan, config: PlanConfig) -> Table:
 def _refused(found: Plan) -> Table:
     table = Table(title="what does not fit, and would have been faster or was the last resort", title_justify="left")
     for name in ("", "configuration", "needs", "of GiB"):
-        table.add_column(name, justify="left" if name in ("", "configuration") else "right")
+        table.add_column(name, justify="left" if name in ("", "configuration") else "right", overflow="fold")
     setting = found.setting
     # Of each spread the one that comes closest to fitting, of the chosen one all.
     shown: dict[str, Refused] = {}

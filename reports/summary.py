@@ -9,6 +9,7 @@ from longreel.reports import formatting
 from longreel.reports.compare import Baselines, Group, configuration, fastest, group_records, sharing
 from longreel.reports.records import Record
 from longreel.reports.store import latest
+from longreel.reports.verdicts import verdict
 
 # Beyond this many lengths a group shows some of them: the shortest, the longest and those evenly between.
 MAX_LENGTHS = 6
@@ -53,6 +54,9 @@ def _group_lines(group: Group, records: Sequence[Record], baselines: Baselines, 
         else:
             figure, ratio = formatting.number(best.tokens_per_s), formatting.ratio(baselines.ratio(best))
             name = "the baseline" if best is baseline else configuration(best)
+            if best.kind == "measured" and best is not baseline and baselines.ratio(best) and not shared:
+                # The best of several noisy figures is above 1 more often than not.
+                ratio += f" {verdict(best, baselines) or 'no verdict'}"
             row = f"  {seq_len:>9,}  {what:>11}  {figure:>11}  {ratio:>6}  {name}"
         lines.append(row if len(row) <= 110 else row[:109] + "…")
     return [formatting.one_line(line) for line in lines]

@@ -14,12 +14,22 @@ from longreel.bench.plan_answer import GiB, PlanConfig, parse_memory
 SMALL = ["--model", "dit-s-4", "--tokens", "4096", "--gpus", "2", "--processes", "1"]
 
 
-def test_table(capsys: pytest.CaptureFixture[str]) -> None:
+def test_table(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "66")
     assert main([*SMALL, "--price", "2.5"]) == 0
     out = capsys.readouterr().out
-    for part in ("predicted, 2 x H800, 4,096 tokens, full, dit-s-4", "tokens/s (", "slower by", "a million tokens"):
+    for part in ("predicted, 2 x H800, 4,096 tokens, full, dit-s-4", "tokens/s (", "for a million tokens at 2.5"):
         assert part in out
     assert "train.py --strategy " in out
+    # However narrow the terminal is.
+    assert "…" not in out
+
+
+def test_one_spread_has_no_runners_up(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*SMALL, "--tokens", "2k", "--gpus", "1"]) == 0
+    out = capsys.readouterr().out
+    assert "2,048 tokens" in out
+    assert "best of every other" not in out
 
 
 def test_json_is_stable(capsys: pytest.CaptureFixture[str]) -> None:
@@ -71,7 +81,8 @@ def test_own_profile(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
         (["--memory", "2.7GB", "--gpus", "1"], "plan: nothing fits"),
         (["--gpus", "12"], "num_gpus must be 1 to 8, one node of H800, or a multiple of 8, got 12"),
         (["--price", "-1"], "price must be positive"),
-        (["--tokens", "0"], "tokens must be at least 1"),
+        (["--tokens", "0"], "'0' is not a length in tokens; write 2048 or 2k"),
+        (["--tokens", "1e6"], "'1e6' is not a length in tokens; write 2048 or 2k"),
         (["--model", "dit"], "unknown model preset 'dit'"),
     ],
 )
