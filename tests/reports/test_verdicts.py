@@ -11,6 +11,7 @@ from longreel.reports.compare import Baselines, Group, headline
 from longreel.reports.turns import CONFIDENCE, compare, quantile
 from longreel.reports.verdicts import of_interval, verdict
 
+
 def between(low, high):
     return tuple(low + (high - low) * i / 4 for i in range(5))
 
