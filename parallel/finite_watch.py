@@ -16,6 +16,8 @@ from longreel.parallel.engine import local_part
 
 _LOSS, _GRADIENTS, _PARAMETERS = range(3)
 _NAMES = ("the loss is", "the gradient norm is", "the parameters are")
+# What is not finite without any scaling is not for smaller scales to mend: halving them would go on for ever.
+MIN_LOSS_SCALE = 1.0
 
 
 class FiniteWatch:
@@ -23,11 +25,10 @@ class FiniteWatch:
 
     Args:
         group: name of the group of all ranks. device: of the tensors noted.
-        scaled_loss: gradients that are not finite are what scaling the loss is for; they are counted instead.
     """
 
-    def __init__(self, group: str, device: torch.device, *, scaled_loss: bool) -> None:
-        self._group, self._scaled = group, scaled_loss
+    def __init__(self, group: str, device: torch.device) -> None:
+        self._group = group
         self._first = torch.full((2,), math.inf, dtype=torch.float64, device=device)
         self._skipped = torch.zeros((), dtype=torch.float64, device=device)
 
@@ -36,10 +37,16 @@ class FiniteWatch:
         """Steps left out since the start because gradients overflowed under a scaled loss; waits for the device."""
         return int(self._skipped)
 
-    def note(self, step: int, loss: Tensor, norm: Tensor) -> None:
-        """Look at a step, counted from 1: this rank's share of the loss, and the norm of all gradients."""
+    def note(self, step: int, loss: Tensor, norm: Tensor, *, loss_scale: float | None = None) -> None:
+        """Look at a step.
+
+        Args:
+            step: from 1. loss: this rank's share. norm: of all gradients.
+            loss_scale: after the step, where the loss is scaled: gradients that overflow are what it is for, down to
+                MIN_LOSS_SCALE, and are counted instead.
+        """
         good = torch.stack([loss.detach().double().isfinite(), norm.detach().double().isfinite()])
-        if self._scaled:
+        if loss_scale is not None and loss_scale >= MIN_LOSS_SCALE:
             self._skipped += (~good[_GRADIENTS]).double()
             good[_GRADIENTS] = True
         self._first = torch.minimum(self._first, torch.where(good, math.inf, float(step)))

@@ -88,8 +88,7 @@ class Trainer:
         self.state = TrainState(self.model, config.optimizer, config.steps)
         if resumed is not None:
             self.state.load(resumed)
-        scaled = self.model.engine.loss_scale is not None
-        self._watch = FiniteWatch(world(), device, scaled_loss=scaled)
+        self._watch = FiniteWatch(world(), device)
 
         self._lock = enter_run_folder(config.out, self.checkpoint_folder, self.mesh, earlier, config.resume, self._say)
         with ExitStack() as undo:
@@ -185,7 +184,7 @@ class Trainer:
             (this rank's share of the loss, whose mean over all ranks is the loss; norm of all gradients).
         """
         loss, norm = self.state.advance(self.batches.micro_batches(self.step))
-        self._watch.note(self.step, loss, norm)
+        self._watch.note(self.step, loss, norm, loss_scale=self.model.engine.loss_scale)
         self._saving.note(loss)
         return loss, norm
 

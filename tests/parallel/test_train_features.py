@@ -155,6 +155,24 @@ def test_an_overflow_is_skipped_and_logged(videos: Path, tmp_path: Path, run_dis
     assert fourth["loss"] < first["loss"]
 
 
+def test_overflows_that_no_loss_scale_mends_end_the_run(videos: Path, tmp_path: Path) -> None:
+    with process_group():
+        config = tiny(videos, tmp_path, parallel=ParallelConfig(precision="fp16"), steps=40)
+        trainer = Trainer(config, torch.device("cpu"))
+        loss_of = trainer.model.loss
+
+        def overflow(batch: Any) -> torch.Tensor:
+            loss = loss_of(batch)
+            loss.register_hook(lambda grad: grad * float("nan"))
+            return loss
+
+        trainer.model.loss = overflow  # type: ignore[method-assign]
+        # From 2^16 to 1 and below in 17 steps.
+        with pytest.raises(ValueError, match="the gradient norm is not finite at step 17"):
+            trainer.train()
+    assert (config.out / "bad-batch-000017.json").is_file()
+
+
 def terminated(config: TrainConfig) -> int:
     """Runs on every rank; the second one gets SIGTERM in its third step. Steps done."""
     trainer = Trainer(config, torch.device("cpu"))
