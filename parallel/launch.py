@@ -135,18 +135,23 @@ def run_script(
         prepare: makes the configuration whole before there is a process group; the same on every rank.
 
     Returns:
-        Exit status: 0, or 2 after a ValueError, an OSError or sizes that do not fit in memory, printed as
-        `error: ...` on stderr. Any other exception is a defect of ours and is raised.
+        Exit status: 0, 2 after a ValueError, an OSError or sizes that do not fit in memory, printed as
+        `error: ...` on stderr, or 130 if interrupted. Any other exception is a defect of ours and is raised.
     """
     report = _Reporter()
-    with report.errors():
-        config = parse_arguments(config_type, args if expand is None else expand(args))
-        if prepare is not None:
-            config = prepare(config)
-        report.timeout_s = getattr(config, "timeout_s", TIMEOUT_SECONDS)
-        # Said before the group is left, which breaks the collectives that other ranks wait in.
-        with process_group(report) as device, report.errors():
-            work(config, device)
+    try:
+        with report.errors():
+            config = parse_arguments(config_type, args if expand is None else expand(args))
+            if prepare is not None:
+                config = prepare(config)
+            report.timeout_s = getattr(config, "timeout_s", TIMEOUT_SECONDS)
+            # Said before the group is left, which breaks the collectives that other ranks wait in.
+            with process_group(report) as device, report.errors():
+                work(config, device)
+    except KeyboardInterrupt:
+        if _env("RANK", 0) == 0:
+            print("interrupted", file=sys.stderr, flush=True)
+        return 130
     return report.status
 
 

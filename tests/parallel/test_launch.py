@@ -40,6 +40,15 @@ def test_sizes_that_do_not_fit_are_one_line(work: Any, capsys: pytest.CaptureFix
     assert lines[0].startswith("error: sizes are too large for the memory of this machine; use a smaller model")
 
 
+def test_ctrl_c_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    def interrupted(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    assert run_script(interrupted, Nothing, []) == 130
+    assert not torch.distributed.is_initialized()
+    assert capsys.readouterr().err == "interrupted\n"
+
+
 def test_a_defect_is_raised_at_once(capsys: pytest.CaptureFixture[str]) -> None:
     def broken(*_: Any) -> None:
         raise RuntimeError("shapes differ")
