@@ -118,6 +118,8 @@ class TargetGrid(Axes):
     every_policy: bool = False
     search: bool = False
     whole_depth: bool = False
+    # One step of the baseline at 819,200 tokens takes 26 minutes; untimed steps and two samples are four of them.
+    point_timeout_s: float = 7_200.0
 
     @property
     def cross_layout(self) -> CrossLayout:

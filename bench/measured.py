@@ -117,7 +117,7 @@ class _Deadline:
         self._last = place, now
         if self._spent.get(place, 0.0) <= self._limit_s:
             return None
-        return f"did not finish within {self._limit_s:g} s and was ended"
+        return f"did not finish within {self._limit_s:g} s and was ended; --point-timeout allows more"
 
 
 class _Runner:

@@ -113,7 +113,6 @@ def blog() -> Sweep:
             sp_degrees=(2,),
             policies=DEFAULT_POLICIES,
             every_policy=True,
-            point_timeout_s=7_200.0,
         )
         for regime, layout in variants
         for gpus, lengths in rows
@@ -143,7 +142,6 @@ def h800() -> Sweep:
         policies=ALL_POLICIES,
         every_policy=True,
         search=True,
-        point_timeout_s=7_200.0,
     )
     rehearsal = MeasuredGrid(
         seq_lens=(256, 512), strategies=("local", *SPLITTING), policies=ALL_POLICIES, ranks=(4,), model=small_dit()
@@ -161,7 +159,6 @@ def compare() -> Sweep:
         policies=policies,
         peers=tuple(PEERS),
         every_policy=True,
-        point_timeout_s=3_600.0,
     )
     rehearsal = MeasuredGrid(
         seq_lens=(512,),
@@ -187,12 +184,11 @@ def headline() -> Sweep:
     stays within its minutes even where every rate is at its low end. Whether the baseline fits at the longest length is
     on the line through its two lengths before, so its own run there comes after the table.
     """
-    timeout = 3_600.0
-    baseline = TargetGrid(regime="full", seq_lens=(65_536,), strategies=(), policies=(), point_timeout_s=timeout)
+    baseline = TargetGrid(regime="full", seq_lens=(65_536,), strategies=(), policies=())
 
     def ours(*lengths: int, **axes: Any) -> TargetGrid:
         given: dict[str, Any] = {"strategies": ("ulysses",), "sp_degrees": (8,), "policies": ("keep_attention",)}
-        given |= {"attentions": ("auto",), "every_policy": True, "baseline": False, "point_timeout_s": timeout}
+        given |= {"attentions": ("auto",), "every_policy": True, "baseline": False}
         return TargetGrid(regime="full", seq_lens=lengths, **(given | axes))
 
     return Sweep(
@@ -218,7 +214,9 @@ def point() -> Sweep:
     """One point and its baseline, unless options ask for more: what the options of `reproduce` are said beside."""
     return Sweep(
         name="point",
-        measured=(MeasuredGrid(seq_lens=(1024,), ranks=(1,), strategies=("local",), model=small_dit()),),
+        measured=(
+            MeasuredGrid(seq_lens=(1024,), ranks=(1,), strategies=("local",), model=small_dit(), point_timeout_s=300.0),
+        ),
         targets=tuple(
             TargetGrid(regime=regime, seq_lens=(8_192,), strategies=("local",), every_policy=True, policies=("full",))
             for regime in REGIMES

@@ -151,7 +151,7 @@ def test_one_point_may_take_the_time_of_one_point_only(tmp_path, monkeypatch) ->
     for place in (0, 0, 0, 1, 1, 1, 0):
         at.write_text(str(place))
         assert deadline.overdue() is None
-    assert deadline.overdue() == "did not finish within 10 s and was ended"
+    assert deadline.overdue() == "did not finish within 10 s and was ended; --point-timeout allows more"
 
 
 def test_baseline_that_fails_is_not_tried_beside_every_batch(tmp_path) -> None:

@@ -64,6 +64,17 @@ def test_the_command_of_a_point_makes_this_point_alone(name, mode, machine) -> N
         assert replace(same, timing=point.timing, device=point.device) == point
 
 
+@pytest.mark.parametrize("name", [name for name in PRESETS if name != "headline"])
+def test_points_on_gpus_have_the_time_that_the_longest_step_takes(name) -> None:
+    """The command of docs/sweep.md, and that of any row: 26 minutes a step at 819,200 tokens, four steps at least."""
+    sweep = resolved(name, NODE, mode="measured", gpus=8, seq_lens="64k,819200", policies="full")
+    on_gpus = [grid for grid in sweep.measured if grid.device_type == "cuda"]
+    assert on_gpus
+    assert all(grid.point_timeout_s >= 4 * 26 * 60 for grid in on_gpus)
+    (grid, *_) = resolved(name, NODE, mode="measured", gpus=8, seq_lens="64k", point_timeout=90.0).measured
+    assert grid.point_timeout_s == 90.0
+
+
 def test_blog_has_every_published_row_with_its_baseline_in_both_regimes_and_layouts() -> None:
     points = points_of(resolved("blog"))
     rows = {(8, 614_400, "fastseq"), (4, 614_400, "ulysses"), (8, 819_200, "ulysses")}
