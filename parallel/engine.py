@@ -144,6 +144,10 @@ class Engine:
         """What an fp16 run scales the loss by; None in any other."""
         return None if self.scaler is None else float(self.scaler.get_scale())
 
+    def scaled(self, x: Tensor) -> Tensor | None:
+        """x times loss_scale, for which nothing waits; None where that is."""
+        return None if self.scaler is None else self.scaler.scale(x)
+
     def full_gradients(self) -> dict[str, Tensor]:
         """Whole gradients on every rank, not scaled, by the model's own parameter names.
 

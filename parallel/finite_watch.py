@@ -37,7 +37,7 @@ class FiniteWatch:
         """Steps left out since the start because gradients overflowed under a scaled loss; waits for the device."""
         return int(self._skipped)
 
-    def note(self, step: int, loss: Tensor, norm: Tensor, *, loss_scale: float | None = None) -> None:
+    def note(self, step: int, loss: Tensor, norm: Tensor, *, loss_scale: Tensor | None = None) -> None:
         """Look at a step.
 
         Args:
@@ -46,9 +46,10 @@ class FiniteWatch:
                 MIN_LOSS_SCALE, and are counted instead.
         """
         good = torch.stack([loss.detach().double().isfinite(), norm.detach().double().isfinite()])
-        if loss_scale is not None and loss_scale >= MIN_LOSS_SCALE:
-            self._skipped += (~good[_GRADIENTS]).double()
-            good[_GRADIENTS] = True
+        if loss_scale is not None:
+            overflowed = ~good[_GRADIENTS] & (loss_scale >= MIN_LOSS_SCALE)
+            self._skipped += overflowed.double()
+            good[_GRADIENTS] |= overflowed
         self._first = torch.minimum(self._first, torch.where(good, math.inf, float(step)))
 
     @torch.no_grad()

@@ -184,7 +184,7 @@ class Trainer:
             (this rank's share of the loss, whose mean over all ranks is the loss; norm of all gradients).
         """
         loss, norm = self.state.advance(self.batches.micro_batches(self.step))
-        self._watch.note(self.step, loss, norm, loss_scale=self.model.engine.loss_scale)
+        self._watch.note(self.step, loss, norm, loss_scale=self.model.engine.scaled(torch.ones_like(norm)))
         self._saving.note(loss)
         return loss, norm
 
