@@ -48,7 +48,11 @@ class Group:
     @property
     def title(self) -> str:
         """The group without its label, in words."""
-        return f"{self.num_devices} × {self.device}, {self.model}, {formatting.REGIME_LABELS[self.regime]}"
+        return self.title_of(str(self.num_devices))
+
+    def title_of(self, num_devices: str) -> str:
+        """The same of several groups that differ in their number of devices alone."""
+        return f"{num_devices} × {self.device}, {self.model}, {formatting.REGIME_LABELS[self.regime]}"
 
     @property
     def sort_key(self) -> tuple[int, int, str, str, int]:

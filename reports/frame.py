@@ -116,10 +116,21 @@ def finish(
 
 
 def frame(
-    title: str, axis: str, group: Group, *, height: float, below: float, left: float, right: float = MARGIN_RIGHT
+    title: str,
+    axis: str,
+    group: Group,
+    *,
+    height: float,
+    below: float,
+    left: float,
+    right: float = MARGIN_RIGHT,
+    about: str | None = None,
 ) -> tuple[Figure, Axes]:
-    """A figure with its heading, and axes of this height, with room `below` and to the `left` of them (points)."""
-    subtitle = textwrap.wrap(formatting.printable(group.title), 60)[:3]
+    """A figure with its heading, and axes of this height, with room `below` and to the `left` of them (points).
+
+    about: what stands below the title, if not the group's.
+    """
+    subtitle = textwrap.wrap(formatting.printable(about or group.title), 60)[:3]
     total = TITLE_LINE * (2 + len(subtitle)) + 20.0 + height + below
     figure = Figure(figsize=(WIDTH / 72, total / 72), dpi=72)
     figure.patch.set_visible(False)

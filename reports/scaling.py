@@ -95,7 +95,7 @@ def _draw(
         lambda: _figure(title, group, lines, baseline, over_devices=over_devices),
         group=group,
         name=name,
-        caption=f"{title}, {group.label}: {group.title}",
+        caption=f"{title}, {group.label}: {_about(group, lines, over_devices)}",
         axis="tokens/s, all devices",
         more=f"Lines: {', '.join(lines)}.",
         png=png,
@@ -107,7 +107,10 @@ def _figure(
 ) -> tuple[Figure, list[Mark]]:
     legend = LEGEND_LINE * ((len(lines) + 2) // 2) + 8.0
     below = legend + MARGIN_X_AXIS
-    figure, axes = frame(title, "tokens/s, all devices", group, height=_HEIGHT, below=below, left=MARGIN_LEFT)
+    about = _about(group, lines, over_devices)
+    figure, axes = frame(
+        title, "tokens/s, all devices", group, height=_HEIGHT, below=below, left=MARGIN_LEFT, about=about
+    )
     handles: list[Line2D] = []
     degrees = sorted({_across(p, over_devices) for points in lines.values() for p in points})
     for i, (strategy, points) in enumerate(lines.items()):
@@ -160,6 +163,13 @@ def _figure(
         if p.tokens_per_s
     ]
     return figure, marks
+
+
+def _about(group: Group, lines: Lines, over_devices: bool) -> str:
+    """The group in words; of a figure over devices with all numbers of them."""
+    if not over_devices:
+        return group.title
+    return group.title_of(", ".join(map(str, sorted({p.num_devices for points in lines.values() for p in points}))))
 
 
 def _across(record: Record, over_devices: bool) -> int:

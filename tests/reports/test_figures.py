@@ -196,6 +196,7 @@ def test_scaling_over_degrees_and_devices(sweep, make_record):
     more += [make_record(num_devices=n, is_baseline=True) for n in (2, 4)]
     ((family, drawing),) = draw_devices(group_records(more), png=False)
     assert family.num_devices == 4
+    assert "2, 4 × CPU process" in drawing.svg
     assert [(m.record.is_baseline, m.record.num_devices) for m in drawing.marks] == [
         (True, 2),
         (True, 4),
