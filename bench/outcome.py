@@ -87,7 +87,7 @@ def _of_ranks(ranks: Sequence[RankResult]) -> dict[str, Any]:
 
 
 def _comparison(candidate: RankResult, baseline: RankResult | None, point: Point, *, shared: bool) -> dict[str, Any]:
-    """Verdict from samples taken in turns, as seconds per token.
+    """Verdict from the samples taken in turns, as seconds per token.
 
     Empty for the baseline itself, without one, and where ranks share cores: time then says who waited for whom.
     """
@@ -95,10 +95,14 @@ def _comparison(candidate: RankResult, baseline: RankResult | None, point: Point
         return {}
     # Every dp rank adds a sample to a step: the baseline's steps hold more tokens.
     tokens = point.dp_degree / point.num_devices
-    found = compare([seconds / tokens for seconds in candidate.samples_s], baseline.samples_s)
+    # Of the rounds that both were in: a short step is timed on when the baseline has its samples, and what the machine
+    # does then is done to one side alone.
+    rounds = min(len(candidate.samples_s), len(baseline.samples_s))
+    own, other = candidate.samples_s[:rounds], baseline.samples_s[:rounds]
+    found = compare([seconds / tokens for seconds in own], other)
     verdict = {"verdict": found.verdict, "ratio": found.ratio, "low": found.low, "high": found.high}
     # Its own: the baseline runs again beside each batch, and its record holds the samples of the first.
-    return verdict | {"baseline_samples_s": list(baseline.samples_s)}
+    return verdict | {"baseline_samples_s": list(other)}
 
 
 def _utilisation(point: Point, flops: float, hw_flops: float, step_s: float) -> dict[str, float]:

@@ -100,6 +100,24 @@ def test_how_often_a_point_was_timed_makes_it_no_other_point(measured) -> None:
     assert first.provenance["timing"] != second.provenance["timing"]
 
 
+def test_verdict_is_of_the_rounds_that_both_sides_were_in(measured) -> None:
+    """A machine that slows down while a short step is timed on says nothing about the two."""
+    baseline = rank_result(samples_s=(4.0, 4.01, 4.02, 4.03))
+    # Half of the baseline's samples in half of its time, then six rounds alone.
+    alone = (2.2, 2.21, 2.22, 2.23, 2.24, 2.25)
+    ranks = [rank_result(samples_s=(2.0, 2.005, 2.01, 2.015, *alone))] * 4
+    record = measured_record(measured, ranks, PROVENANCE, baseline=baseline)
+    assert len(record.samples_s) == 10
+    assert record.comparison["verdict"] == "SAME"
+    assert record.comparison["ratio"] == pytest.approx(1.0)
+    # The longer side is cut, whichever it is.
+    long = rank_result(samples_s=(*baseline.samples_s, 9.0))
+    short = [rank_result(samples_s=(2.0, 2.005, 2.01, 2.015))] * 4
+    found = measured_record(measured, short, PROVENANCE, baseline=long).comparison
+    assert found["verdict"] == "SAME"
+    assert found["baseline_samples_s"] == list(baseline.samples_s)
+
+
 def test_heads_make_another_model(measured) -> None:
     grids = [MeasuredGrid(seq_lens=(64,), model=small_dit(num_heads=heads)) for heads in (2, 4)]
     assert [grid.model_name for grid in grids] == [f"DiT of depth 2, width 64, {n} heads" for n in (2, 4)]
