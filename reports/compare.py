@@ -236,6 +236,11 @@ def headline(group: Group, records: Sequence[Record], baselines: Baselines) -> H
             verdict += f" It is what the extremes of {few} timed steps of each allow."
     else:
         verdict = "The interval includes 1: not distinguishable from the baseline."
+        if group.kind == "predicted":
+            verdict = (
+                "The interval includes 1. It is wider than the model's doubt: it takes slow rates for one side and "
+                "fast ones for the other, though both would run on the same GPUs."
+            )
     return Headline(
         group=group,
         best=best,

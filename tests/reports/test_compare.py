@@ -128,6 +128,17 @@ def test_predictions_need_no_samples(make_record):
     assert line.is_conclusive
 
 
+def test_a_predicted_interval_with_1_in_it_says_how_it_was_made(make_record):
+    shared = {"kind": "predicted", "samples_s": ()}
+    records = [
+        make_record(is_baseline=True, interval_s=(1.5, 2.5), **shared),
+        make_record(policy="none", step_s=1.6, interval_s=(1.2, 2.0), **shared),
+    ]
+    line = headline(Group.of(records[0]), records, Baselines(records))
+    assert line.verdict.startswith("The interval includes 1. It is wider than the model's doubt")
+    assert "not distinguishable" not in line.verdict
+
+
 def test_long_emulated_steps_have_a_ratio_and_say_how_few_they_are(make_record):
     def pair(kind):
         timed = {"kind": kind, "num_devices": 1, "samples_s": (2.0, 2.1), "step_s": 2.0, "interval_s": (2.0, 2.1)}
