@@ -68,6 +68,10 @@ class SampleConfig:
     def __post_init__(self) -> None:
         if bool(self.prompt) == bool(self.labels):
             raise ValueError("give prompts (--prompt), or labels (--labels) of a class-conditioned model")
+        for text in self.prompt:
+            # What a command line cannot read as text becomes lone surrogates, which neither text encoders nor mp4 take.
+            if any("\ud800" <= character <= "\udfff" for character in text):
+                raise ValueError(f"prompt must be UTF-8 text, got {text[:80]!r}")
         if self.labels and min(self.labels) < 0:
             raise ValueError(f"labels must be 0 or more, got {min(self.labels)}")
         for name in ("steps", "num_samples"):

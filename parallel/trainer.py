@@ -37,6 +37,9 @@ from longreel.parallel.stopping import Termination
 from longreel.parallel.train_state import TrainState
 from longreel.parallel.weights_file import load_initial_weights
 
+# Characters of a caption that is shown whole.
+LONGEST_PROMPT = 200
+
 
 class Trainer:
     """One training run on the ranks of the default process group; every rank builds one and calls train().
@@ -298,5 +301,10 @@ def train(config: TrainConfig, device: torch.device) -> None:
     """Train as configured and say how to sample from the result."""
     trainer = Trainer(config, device)
     trainer.train()
-    words = ["python", "parallel/sample.py", "--checkpoint", str(config.out), "--prompt", trainer.clips.captions(0)[0]]
-    trainer._say(f"sample it: {shlex.join(words)}")
+    trainer._say(f"sample it: {sample_command(config.out, trainer.clips.captions(0)[0])}")
+
+
+def sample_command(out: Path, caption: str) -> str:
+    """A line for a terminal: captions may be of megabytes, and hold what moves its cursor; those are left out."""
+    prompt = caption if caption.isprintable() and len(caption) <= LONGEST_PROMPT else "..."
+    return shlex.join(["python", "parallel/sample.py", "--checkpoint", str(out), "--prompt", prompt])

@@ -35,7 +35,7 @@ from longreel.parallel.resume import check_same_run
 from longreel.parallel.run_config import TrainConfig
 from longreel.parallel.sample import Sampler
 from longreel.parallel.sample_config import SampleConfig
-from longreel.parallel.trainer import Trainer, train
+from longreel.parallel.trainer import Trainer, sample_command, train
 
 
 def demo(out: Path, *, optimizer: dict[str, Any] | None = None, **fields: Any) -> TrainConfig:
@@ -106,6 +106,14 @@ def test_old_checkpoints_that_cannot_be_removed_cost_no_new_one(
     assert "old checkpoints cannot be removed: [Errno 39] Directory not empty; training goes on" in told.getvalue()
     # The next save tried again.
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-000004"]
+
+
+@pytest.mark.parametrize(
+    "caption", ["two\nlines", "\x1b[2J", "x" * 1_000_000, "\ud800"], ids=["lines", "escape", "long", "half"]
+)
+def test_a_caption_that_is_no_line_is_left_out_of_the_command(caption: str) -> None:
+    assert shlex.split(sample_command(Path("out"), caption))[-1] == "..."
+    assert shlex.split(sample_command(Path("out"), 'é "b"'))[-1] == 'é "b"'
 
 
 def test_a_run_reads_no_clip_for_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any) -> None:

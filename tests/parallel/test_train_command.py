@@ -186,6 +186,7 @@ def test_runs_do_not_overwrite_each_other(tmp_path: Path, videos: Path, capsys: 
         (["--sampler", "ddim"], "sampler 'ddim' does not go with this objective; those that do: euler"),
         (["--weights", "ema"], "holds no moving average of weights; use --weights model"),
         (["--guidance", "0"], "guidance must be positive"),
+        (["--prompt", "caf\udce9"], r"prompt must be UTF-8 text, got 'caf\udce9'"),
         (["--fps", "inf"], "fps must be between 0.1 and 1000, got inf"),
         (["--fps", "1e12"], "fps must be between 0.1 and 1000, got"),
         (["--fps", "1e-6"], "fps must be between 0.1 and 1000, got"),
