@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from longreel.bench.peers import PEERS
 from longreel.models.config import DiTConfig
-from longreel.parallel.config import ParallelConfig
+from longreel.parallel.config import ParallelConfig, check_ranks
 from longreel.parallel.predict.hardware import get_profile
 from longreel.reports.records import Kind, Record, Regime, Status
 from longreel.reports.turns import MIN_DECISIVE
@@ -110,6 +110,8 @@ class Point:
             return self.refused
         try:
             self.parallel.check_heads(self.model.num_heads)
+            in_context = self.model.max_text_tokens if self.model.conditioning == "in_context" else 0
+            check_ranks(self.seq_len + in_context, self.parallel.sp_degree)
         except ValueError as error:
             return str(error)
         if self.peer is not None:

@@ -181,8 +181,13 @@ class ParallelConfig:
         return {"ring": 1, "usp": self.ulysses_degree or 1}.get(self.strategy, self.sp_degree)
 
     def check_heads(self, num_heads: int) -> None:
-        """ValueError unless the heads split evenly over heads_degree ranks; it names the degrees that would work."""
+        """ValueError unless the heads split evenly over heads_degree ranks, and those of one into head_chunks.
+
+        It names the degrees or chunks that would work.
+        """
         check_heads(num_heads, self.heads_degree, hybrid_degree=self.sp_degree if self.strategy == "usp" else None)
+        if self.head_chunks is not None:
+            check_head_chunks(self.head_chunks, num_heads // self.heads_degree)
 
     def dp_degree(self, world_size: int) -> int:
         """Data-parallel degree on world_size ranks; ValueError when sp_degree does not divide it."""

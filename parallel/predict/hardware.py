@@ -357,13 +357,19 @@ def load_profile(path: str, name: str = "") -> GPUProfile:
             word = "lacks" if field not in given else "has an unknown"
             raise ValueError(f"{path}: [{key}] {word} {field}; a table has: {TEMPLATE}")
         values = given[field] if field == "flash_attention" else [given[field]]
-        if not isinstance(values, list) or not all(type(v) in (int, float) and v > 0 for v in values):
-            raise ValueError(f"{path}: [{key}] {field} must be positive, got {given[field]!r}; a table has: {TEMPLATE}")
+        if not isinstance(values, list) or not all(type(v) in (int, float) and 0 < v < math.inf for v in values):
+            raise ValueError(
+                f"{path}: [{key}] {field} must be positive and finite, got {given[field]!r}; a table has: {TEMPLATE}"
+            )
     flash = given["flash_attention"]
     if len(flash) != 3 or type(given["gpus_per_node"]) is not int:
         raise ValueError(
             f"{path}: [{key}] flash_attention has value, low and high, gpus_per_node is whole; got {flash!r}, "
             f"{given['gpus_per_node']!r}"
+        )
+    if not flash[1] <= flash[0] <= flash[2]:
+        raise ValueError(
+            f"{path}: [{key}] flash_attention is [value, low, high] with low <= value <= high, got {flash!r}"
         )
     if given["gpus_per_node"] > 1 and "link_gb_s" not in given:
         raise ValueError(f"{path}: [{key}] lacks link_gb_s for its gpus_per_node {given['gpus_per_node']}")

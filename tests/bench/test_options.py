@@ -177,6 +177,22 @@ def test_degree_that_some_heads_forbid_becomes_points_with_a_reason() -> None:
     assert "degrees that work: 1, 2" in impossible[0].impossible
 
 
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"model": "dit-s-4", "sp_degrees": "2", "head_chunks": "1,2"}, "head_chunks 2 does not divide the 3 heads"),
+        ({"sp_degrees": "2,8", "predicted_lens": "4"}, "sp_degree 8 is more ranks than the sequence has tokens"),
+    ],
+    ids=["chunks", "tokens"],
+)
+def test_chunks_and_lengths_that_a_rank_cannot_have_become_points_with_a_reason(options, words) -> None:
+    given = {"preset": "point", "mode": "predicted", "regimes": "full", "strategies": "ulysses", "policies": "full"}
+    sweep = SweepConfig(**given, **options).resolve()
+    points = [p for grid in sweep.targets for group in target_points(grid) for p in group]
+    (impossible,) = [p for p in points if p.impossible]
+    assert words in impossible.impossible
+
+
 def test_policies_of_other_points_than_the_presets_are_all_of_them() -> None:
     (text_only,) = SweepConfig(regimes="text_only").resolve().targets
     assert text_only.policies == ("full",)

@@ -72,9 +72,13 @@ def test_rate_checks_its_range_and_provenance() -> None:
         ("[A]\nbf16_tflop = 1\n", r"has an unknown bf16_tflop|lacks bf16_tflops"),
         (
             "[A]\nbf16_tflops = 0\nhbm_tb_s = 1\nmemory_gib = 1\nflash_attention = [1, 1, 1]\n",
-            "bf16_tflops must be positive",
+            "bf16_tflops must be positive and finite",
         ),
-        ("[A]\nbf16_tflops = 1\nhbm_tb_s = 1\nmemory_gib = 1\nflash_attention = [1, 2, 1]\n", "0 < low <= value"),
+        ("[A]\nbf16_tflops = 1\nhbm_tb_s = 1\nmemory_gib = 1\nflash_attention = [1, 2, 1]\n", r"\[A\].*low <= value"),
+        (
+            "[A]\nbf16_tflops = inf\nhbm_tb_s = 1\nmemory_gib = 1\nflash_attention = [1, 1, 1]\n",
+            "bf16_tflops must be positive and finite",
+        ),
         ("[A]\nbf16_tflops = 1\nhbm_tb_s = 1\nmemory_gib = 1\nflash_attention = [1, 1]\n", "value, low and high"),
         (
             "[A]\nbf16_tflops = 1\nhbm_tb_s = 1\nmemory_gib = 1\nflash_attention = [1, 1, 1]\ngpus_per_node = 4\n",
