@@ -80,10 +80,11 @@ layers: setup
 smoke: setup
 	$(BIN)/python bench/sweep.py --preset smoke
 
-# Two files at a time: each worker starts process pools of its own. pytest-timeout ends a test that waits in Python; one
-# that never comes back to it ends here, with its process and all stacks, and the others go on.
+# Two files at a time: each worker starts process pools of its own. OpenMP's threads of two workers would spin for each
+# other's cores. pytest-timeout ends a test that waits in Python; one that never comes back to it ends here, with its
+# process and all stacks, and the others go on.
 unit: setup
-	$(BIN)/pytest -n 2 --dist loadfile -o faulthandler_timeout=360 -o faulthandler_exit_on_timeout=true
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile -o faulthandler_timeout=360 -o faulthandler_exit_on_timeout=true
 
 slow: setup
 	$(BIN)/pytest -m slow

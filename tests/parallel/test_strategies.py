@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from functools import cache
 from unittest import mock
 
 import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.library import opcheck
 from torch.utils.flop_counter import FlopCounterMode
 
 from longreel.kernels.numerics import PARALLEL_TOLERANCE, relative_error
@@ -23,13 +24,15 @@ from longreel.parallel.config import ParallelConfig
 from longreel.parallel.mesh import build_mesh
 from longreel.parallel.parallelize import Batch, ParallelDiT
 from longreel.parallel.strategies import USP, FastSeq, Local, build_strategy
-from longreel.parallel.strategies.exchange import exchange_attention_op
-from longreel.parallel.strategies.fastseq_attention import fastseq_attention_op
 from longreel.parallel.strategies.layout import gather_heads, scatter_heads
 
 HEADS, HEAD_DIM, TEXT, DEPTH = 8, 8, 6, 2
 WIDTH = HEADS * HEAD_DIM
 TOLERANCE = PARALLEL_TOLERANCE[torch.float64]
+# Tokens: that no degree divides, that every degree does, and fewer than ranks; of traffic the first two kinds.
+LENGTHS, TRAFFIC_LENGTHS = (13, 24, 3), (16, 13)
+# Number of tokens; whether they attend to text, in the layout `published`, or to themselves.
+Layer = tuple[int, bool]
 
 
 STRATEGIES = [
@@ -125,46 +128,67 @@ def run_attention(sp, x: Tensor, text: Tensor, query: nn.Linear, kv: nn.Linear, 
     return sp.self_attention(x_local, query, num_heads=HEADS, lengths=lengths)
 
 
-def layer_errors(name: str, degree: int, num_tokens: int, cross: bool, lean: bool = False) -> dict[str, float]:
-    """Output, dX and every dW of one attention layer, against Local on one device; each rank returns them."""
-    results = []
-    for sp in (Local(), build(name, degree, lean=lean)):
-        x, text, query, kv = attention_inputs(num_tokens, cross=cross)
-        x.requires_grad_()
-        text.requires_grad_()
-        out = run_attention(sp, x, text, query, kv, num_tokens, cross=cross)
-        whole = sp.unshard(out, 1)[:, :num_tokens]
-        torch.manual_seed(1)
-        # Every rank's loss sees the whole output: unshard's backward sums their gradients.
-        (whole * torch.randn_like(whole)).sum().div(sp.degree).backward()
-        named = {"out": whole.detach(), "dx": x.grad, "dw": query.weight.grad, "db": query.bias.grad}
-        if cross:
-            named |= {"dtext": text.grad, "dkv_w": kv.weight.grad, "dkv_b": kv.bias.grad}
-        results.append(named)
-    reference, parts = results
-    for key in sorted(parts.keys() - {"out"}):
-        dist.all_reduce(parts[key])
-    return {key: relative_error(parts[key], reference[key]) for key in reference}
+def layer_results(sp, num_tokens: int, cross: bool) -> dict[str, Tensor]:
+    """Output, dX and every dW of one attention layer on this rank."""
+    x, text, query, kv = attention_inputs(num_tokens, cross=cross)
+    x.requires_grad_()
+    text.requires_grad_()
+    out = run_attention(sp, x, text, query, kv, num_tokens, cross=cross)
+    whole = sp.unshard(out, 1)[:, :num_tokens]
+    torch.manual_seed(1)
+    # Every rank's loss sees the whole output: unshard's backward sums their gradients.
+    (whole * torch.randn_like(whole)).sum().div(sp.degree).backward()
+    named = {"out": whole.detach(), "dx": x.grad, "dw": query.weight.grad, "db": query.bias.grad}
+    return named | ({"dtext": text.grad, "dkv_w": kv.weight.grad, "dkv_b": kv.bias.grad} if cross else {})
 
 
+@cache
+def on_one_device(num_tokens: int, cross: bool) -> dict[str, Tensor]:
+    return layer_results(Local(), num_tokens, cross)
+
+
+def layer_errors(name: str, degree: int, layers: Sequence[Layer], lean: bool = False) -> dict[Layer, dict[str, float]]:
+    """Output, dX and every dW of attention layers, against Local on one device; each rank returns them."""
+    sp = build(name, degree, lean=lean)
+    errors = {}
+    for layer in layers:
+        reference, parts = on_one_device(*layer), layer_results(sp, *layer)
+        for key in sorted(parts.keys() - {"out"}):
+            dist.all_reduce(parts[key])
+        errors[layer] = {key: relative_error(parts[key], reference[key]) for key in reference}
+    return errors
+
+
+@pytest.fixture(scope="module")
+def once(worker_pool) -> Callable[..., list]:
+    """once(fn, world_size, *args): results by rank, of one call for all tests that ask the same."""
+    return cache(worker_pool.run)
+
+
+# The layers of a strategy and degree are run in one call: groups of ranks cost more than layers.
 @pytest.mark.parametrize("cross", [False, True], ids=["self", "cross_published"])
-@pytest.mark.parametrize("num_tokens", [13, 24, 3], ids=lambda n: f"S{n}")
+@pytest.mark.parametrize("num_tokens", LENGTHS, ids=lambda n: f"S{n}")
 @pytest.mark.parametrize("degree", [1, 2, 4, 8], ids=lambda p: f"P{p}")
 @pytest.mark.parametrize("name", STRATEGIES)
-def test_output_and_gradients_equal_one_device(run_distributed, name, degree, num_tokens, cross):
-    for errors in run_distributed(layer_errors, degree, name, degree, num_tokens, cross):
-        assert max(errors.values()) <= TOLERANCE, errors
+def test_output_and_gradients_equal_one_device(once, name, degree, num_tokens, cross):
+    layers = tuple(itertools.product(LENGTHS, (False, True)))
+    for errors in once(layer_errors, degree, name, degree, layers):
+        assert max(errors[num_tokens, cross].values()) <= TOLERANCE, errors[num_tokens, cross]
 
 
 @pytest.mark.parametrize("cross", [False, True], ids=["self", "cross_published"])
 @pytest.mark.parametrize("name", ["ulysses-chunks", "fastseq-projection", "fastseq-attention", "usp"])
-def test_lean_output_and_gradients_equal_one_device(run_distributed, name, cross):
-    for errors in run_distributed(layer_errors, 4, name, 4, 13, cross, True):
-        assert max(errors.values()) <= TOLERANCE, errors
+def test_lean_output_and_gradients_equal_one_device(once, name, cross):
+    for errors in once(layer_errors, 4, name, 4, ((13, False), (13, True)), True):
+        assert max(errors[13, cross].values()) <= TOLERANCE, errors[13, cross]
 
 
-def traffic_of_layer(name: str, degree: int, batch: int, num_tokens: int, cross: bool, lean: bool) -> tuple:
+def traffic_of_layers(name: str, degree: int, batch: int, layers: Sequence[Layer], lean: bool) -> dict[Layer, tuple]:
     sp = build(name, degree, lean=lean)
+    return {layer: traffic_of_layer(sp, batch, *layer) for layer in layers}
+
+
+def traffic_of_layer(sp, batch: int, num_tokens: int, cross: bool) -> tuple:
     x, text, query, kv = (v[:batch] if isinstance(v, Tensor) else v for v in attention_inputs(num_tokens, cross=cross))
     x.requires_grad_()
     text.requires_grad_()
@@ -184,7 +208,7 @@ def traffic_of_layer(name: str, degree: int, batch: int, num_tokens: int, cross:
 
 
 @pytest.mark.parametrize("cross", [False, True], ids=["self", "cross_published"])
-@pytest.mark.parametrize("num_tokens", [16, 13], ids=lambda n: f"S{n}")
+@pytest.mark.parametrize("num_tokens", TRAFFIC_LENGTHS, ids=lambda n: f"S{n}")
 @pytest.mark.parametrize("degree", [2, 4, 8], ids=lambda p: f"P{p}")
 @pytest.mark.parametrize(
     ("name", "lean"),
@@ -199,9 +223,10 @@ def traffic_of_layer(name: str, degree: int, batch: int, num_tokens: int, cross:
         ("usp", True),
     ],
 )
-def test_traffic_formula_equals_bytes_passed_to_the_collectives(run_distributed, name, lean, degree, num_tokens, cross):
-    found = run_distributed(traffic_of_layer, degree, name, degree, 2, num_tokens, cross, lean)
-    for traffic, forward, backward in found:
+def test_traffic_formula_equals_bytes_passed_to_the_collectives(once, name, lean, degree, num_tokens, cross):
+    layers = tuple(itertools.product(TRAFFIC_LENGTHS, (False, True)))
+    for by_layer in once(traffic_of_layers, degree, name, degree, 2, layers, lean):
+        traffic, forward, backward = by_layer[num_tokens, cross]
         for formula, seen in ((traffic.forward, forward), (traffic.backward, backward)):
             assert formula.get("all_to_all", 0) == seen["all_to_all"]
             assert sum(formula.get(kind, 0) for kind in ("all_gather", "reduce_scatter", "send_recv")) == seen["p2p"]
@@ -318,36 +343,6 @@ def test_flops_of_all_ranks_add_up_to_those_of_one_device(run_distributed, name)
     projection, attention = 3 * 2 * 2 * 16 * WIDTH * 3 * WIDTH, 7 * 2 * 2 * 16 * 16 * WIDTH
     assert one_device == projection + attention
     assert sum(run_distributed(flops_of_layer, 4, name, 4)) == one_device
-
-
-def check_ops() -> None:
-    group = build_mesh(sp_degree=dist.get_world_size()).sp_group
-    torch.manual_seed(0)
-
-    def tensor(*shape: int) -> Tensor:
-        return torch.randn(*shape, dtype=torch.float64, requires_grad=True)
-
-    common = (0.3, "torch", group)
-    qkv, cross = tensor(2, 3, 3, 4, 8), (tensor(2, 3, 1, 4, 8), tensor(32), tensor(2, 2, 2, 4, 8), tensor(64))
-    spreads = ((group, "", False, 1), (group, "", False, 2), (group, "", True, 2), ("", group, True, 1))
-    for heads_group, ring_group, lean, chunks in spreads:
-        spread = (0.3, "torch", heads_group, ring_group, lean, chunks)
-        opcheck(exchange_attention_op, (qkv, tensor(96), None, None, [0, 5], [0, 5], *spread))
-        opcheck(exchange_attention_op, (qkv, None, None, None, [0, 5], [0, 5], *spread))
-        opcheck(exchange_attention_op, (*cross, [0, 5], [0, 3], *spread))
-    x, text = tensor(2, 3, 32), tensor(2, 2, 32)
-    for lean in (False, True):
-        none = (None, None, None)
-        opcheck(
-            fastseq_attention_op,
-            (x, tensor(96, 32), tensor(96), *none, 4, [0, 5], [0, 5], *common, lean, lean, not lean),
-        )
-    cross = (tensor(32, 32), tensor(32), text, tensor(64, 32), tensor(64))
-    opcheck(fastseq_attention_op, (x, *cross, 4, [0, 5], [0, 3], *common, False, False, True))
-
-
-def test_ops_pass_opcheck(run_distributed):
-    run_distributed(check_ops, 2, timeout=240)
 
 
 def heads_error(name: str) -> str:
