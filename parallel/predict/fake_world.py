@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch.distributed as dist
-from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 # Batches of sends and receives look the back end up by their tensors' device (longreel.parallel.predict.shapes).
@@ -43,6 +42,9 @@ def fake_world(world_size: int, *, rank: int = 0) -> Iterator[None]:
         yield
     finally:
         dist.destroy_process_group()
+        # It imports the compiler, nearly a second that commands which predict nothing need not take.
+        from torch.distributed.tensor.debug import _clear_sharding_prop_cache
+
         # What DTensor ops gave is remembered with the mesh it lay on, which a mesh of as many ranks is equal to, be it
         # another rank's: a run that was planned here would give every rank the place of the one played.
         _clear_sharding_prop_cache()
