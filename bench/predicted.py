@@ -147,7 +147,10 @@ def _searched(
     asked = [
         point
         for point in dict.fromkeys(_anywhere(point) for group in target_points(one_length) for point in group)
-        if point.impossible is None and point.parallel.policy != "auto" and not done(search_key(point, provenance))
+        # Where the search begins: without a length, a point has fewer tokens than ranks.
+        if replace(point, seq_len=STEP).impossible is None
+        and point.parallel.policy != "auto"
+        and not done(search_key(point, provenance))
     ]
     for start in range(0, len(asked), width):
         yield from _found(asked[start : start + width], pool, provenance, grid.point_timeout_s, needs)
