@@ -8,7 +8,7 @@ def test_summary_says_label_baseline_best_ratio_and_counts(sweep):
     assert lines[0] == "MEASURED  2 × CPU process, dit_tiny, full self-attention  (15 ok, 1 wrong, 1 error)"
     assert lines[1] == "  baseline: local, SP 1, DP 2, ZeRO-2, policy full"
     (row,) = (line for line in lines if line.lstrip().startswith("2,048"))
-    assert " ".join(row.split()) == ("2,048 1,024 1,280 1.25× no verdict ulysses, SP 2, DP 1, ZeRO-2, policy none")
+    assert " ".join(row.split()) == "2,048 1,024 1,280 1.25× no verdict ulysses, SP 2, DP 1, ZeRO-2, policy none"
     assert any(line.startswith("PREDICTED  8 × H800 SXM 80GB") for line in lines)
     (longest,) = (line for line in lines if line.lstrip().startswith("819,200"))
     assert longest.split()[1:4:2] == ["oom", "–"]
